@@ -1,0 +1,289 @@
+"""Turn the frames of a clip into one clip feature.
+
+Pure functions first; modules only hold parameters. Throughout: `x` (B, T, D) raw embeddings, not normalised;
+`mask` (B, T), True where a frame exists; `quality` (B, T) about -20..260 and `det` (B, T) 0..1. A weight
+(B, T) is always such that the clip feature is sum_i weight_i x_i. What stands in padding never changes an
+output, a clip without a frame gives zeros, and the order of frames does not matter (CodedAttention excepted).
+
+Scale matters: nothing here normalises on the quiet. Raw embeddings have norms near 22, so a query of length 1
+spreads attention logits over tens and frame-to-frame products reach hundreds; as published, NAN works on them
+as they are.
+"""
+
+from numbers import Integral
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+QUALITY_UNIT = 100.0  # the 2019 system divides quality by this before appending it
+
+
+def _present(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask[..., None], x, 0.0)
+
+
+def _masked_softmax(logit: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the last axis within the mask; rows without any True give zeros, with finite gradients."""
+    # finfo.min and not -inf: a row of -inf would be NaN, and where() does not stop NaN in the backward pass.
+    weight = torch.softmax(torch.where(mask, logit, torch.finfo(logit.dtype).min), dim=-1)
+    return torch.where(mask, weight, 0.0)
+
+
+def _einsum(equation: str, *operands: Tensor) -> Tensor:
+    """Contract outside autocast: logits reach hundreds, where a step of bfloat16 is a whole unit."""
+    with torch.autocast(operands[0].device.type, enabled=False):
+        return torch.einsum(equation, *operands)
+
+
+def _require(user: str, **scores: Tensor | None) -> None:
+    for name, value in scores.items():
+        if value is None:
+            raise ValueError(f"{user} needs {name} scores, but these clips have none ({name} is None)")
+
+
+def _average(x: Tensor, weight: Tensor) -> Tensor:
+    """Divide the weighted sum by the total; x and weight are zero where padded."""
+    total = weight.sum(dim=1)
+    return _einsum("bt,btd->bd", weight, x) / torch.where(total > 0, total, 1.0)[:, None]
+
+
+def mean_pool(x: Tensor, mask: Tensor) -> Tensor:
+    """Average the L2-normalised embeddings, so that every frame has one vote; not renormalised."""
+    x = _present(x, mask)
+    norm = x.norm(dim=-1, keepdim=True)
+    return _average(x / torch.where(norm > 0, norm, 1.0), mask.to(x.dtype))
+
+
+def norm_pool(x: Tensor, mask: Tensor) -> Tensor:
+    """Average the raw embeddings: along sum |x_i| u_i, the norm-weighted mean of MagFace and AdaFace."""
+    x = _present(x, mask)
+    return _average(x, mask.to(x.dtype))
+
+
+def weighted_pool(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """Average raw embeddings with weights (B, T) >= 0: sum w_i x_i / sum w_i.
+
+    A clip whose weights are all 0 gets `norm_pool`: it has frames, and dropping it would cost its identity a
+    clip.
+    """
+    x = _present(x, mask)
+    weight = torch.where(mask, weight.to(x.dtype), 0.0)
+    none = (weight.sum(dim=1, keepdim=True) <= 0) & mask
+    return _average(x, torch.where(none, 1.0, weight))
+
+
+def seefun_weight(quality: Tensor, det: Tensor, *, good: float = 60.0) -> Tensor:
+    """Weigh frames by hand: quality * det * W(quality), (B, T), >= 0.
+
+    W = 0 for quality <= 0, .2 up to 20, .3 up to 30, .6 up to `good`, 1 above (each edge inclusive). Source:
+    the 2019 solution of seefun (MAP .8983, faces only), whose text says good = 60 and whose code says 40.
+    """
+    _require("quality-weighted pooling", quality=quality, det=det)
+    edge = torch.tensor([0.0, 20.0, 30.0, good], device=quality.device, dtype=quality.dtype)
+    level = torch.tensor([0.0, 0.2, 0.3, 0.6, 1.0], device=quality.device, dtype=quality.dtype)
+    return quality * det * level[torch.bucketize(quality.contiguous(), edge)]
+
+
+def quality_pool(x: Tensor, mask: Tensor, quality: Tensor, det: Tensor, *, good: float = 60.0) -> Tensor:
+    """Average raw embeddings with `seefun_weight`; `norm_pool` where all weights of a clip are 0."""
+    return weighted_pool(x, seefun_weight(quality, det, good=good), mask)
+
+
+def best_k_pool(x: Tensor, mask: Tensor, quality: Tensor, k: int | float) -> Tensor:
+    """Average the raw embeddings of the k frames of highest quality.
+
+    k: a number of frames (int >= 1), or a share of the clip's frames (float in (0, 1], rounded up; the 2019
+    solution of zheey keeps .5). Frames that tie with the last one kept are kept too, else their order would
+    decide.
+    """
+    whole = isinstance(k, Integral) and not isinstance(k, bool)
+    if not (k >= 1 if whole else isinstance(k, float) and 0 < k <= 1):
+        raise ValueError(f"k must be an integer >= 1 or a share in (0, 1], got {k!r}")
+    _require("best-k pooling", quality=quality)
+    count = mask.sum(dim=1)
+    # The small step keeps .07 * 100 = 7.000000000000001 from becoming 8.
+    keep = count.clamp(max=int(k)) if whole else (count.double() * k - 1e-9).ceil().long()
+    quality = torch.where(mask, quality, -torch.inf)
+    ordered = F.pad(quality.sort(dim=1, descending=True).values, (0, 1))  # padded, so that T may be 0
+    last = ordered.gather(1, (keep - 1).clamp(min=0)[:, None])
+    return norm_pool(x, mask & (quality >= last))
+
+
+def nan_pool(x: Tensor, mask: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Pool by one attention block: a = softmax_i(query . x_i), r = sum_i a_i x_i; r (B, D) and a (B, T).
+
+    query: (D,), or (B, D) for one query a clip. Source: Yang et al., Neural Aggregation Network, CVPR 2017,
+    eqs. 1-3.
+    """
+    x = _present(x, mask)
+    logit = _einsum("btd,bd->bt" if query.dim() == 2 else "btd,d->bt", x, query.to(x.dtype))
+    weight = _masked_softmax(logit, mask)
+    return _einsum("bt,btd->bd", weight, x), weight
+
+
+def nan_cascade(
+    x: Tensor, mask: Tensor, query: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Pool with two attention blocks: r0 from `query` (D,), q1 = tanh(weight r0 + bias), r from q1.
+
+    weight (D, D), bias (D,). Returns r (B, D) and the second block's attention (B, T). Source: NAN, CVPR
+    2017, eq. 4.
+    """
+    first, _ = nan_pool(x, mask, query)
+    return nan_pool(x, mask, torch.tanh(_einsum("bd,ed->be", first, weight) + bias))
+
+
+def channel_map(
+    x: Tensor, mask: Tensor, temperature: Tensor | float = 1.0, *, invert: bool = False
+) -> Tensor:
+    """Attend from frame to frame: A = softmax_j(S / temperature), S = x x^T, (B, T, T); rows sum to 1.
+
+    invert: softmax_j((max_j S - S) / temperature), the map of DANet (Fu et al., CVPR 2019, released code),
+    here with a mask and with frames in the place of channels. The maximum cancels in the softmax, so this is
+    softmax_j(-S): every frame looks at those least like it. Without `invert`, frames that agree strengthen
+    each other, which is what the One Name paper says its module does.
+    """
+    x = _present(x, mask)
+    similarity = _einsum("bid,bjd->bij", x, x) / temperature
+    return _masked_softmax(-similarity if invert else similarity, mask[:, :, None] & mask[:, None, :])
+
+
+def channel_attention(
+    x: Tensor, mask: Tensor, gamma: Tensor | float, temperature: Tensor | float = 1.0, *, invert: bool = False
+) -> Tensor:
+    """Mix the frames of a clip, (B, T, D): x' = gamma A x + x, A from `channel_map`; zero where padded."""
+    x = _present(x, mask)
+    return gamma * _einsum("bij,bjd->bid", channel_map(x, mask, temperature, invert=invert), x) + x
+
+
+def coded_attention(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+    """Mix three views (B, C, D) of the frames as the 2019 code does: softmax_j(theta phi^T) g, (B, C, D)."""
+    return _einsum("bij,bjd->bid", torch.softmax(_einsum("bid,bjd->bij", theta, phi), dim=-1), g)
+
+
+def append_scores(x: Tensor, quality: Tensor | None, det: Tensor | None) -> Tensor:
+    """Append quality / 100 and det to each raw embedding, (B, T, D + 2), as the 2019 code does."""
+    _require("scores=True", quality=quality, det=det)
+    return torch.cat([x, torch.stack([quality / QUALITY_UNIT, det], dim=-1).to(x.dtype)], dim=-1)
+
+
+class NAN(nn.Module):
+    """Hold the parameters of `nan_pool` (blocks=1) or `nan_cascade` (blocks=2).
+
+    All start at 0, so an untrained NAN is `norm_pool`; with two blocks the first query moves one step after
+    the second. scores: append quality and det to every frame first. The clip feature keeps their pooled
+    values as its last two dimensions (512 + 2), as in the 2019 code, so that the classifier sees the clip's
+    quality too.
+    """
+
+    def __init__(self, dim: int, *, blocks: int = 1, scores: bool = False):
+        super().__init__()
+        if blocks not in (1, 2):
+            raise ValueError(f"blocks must be 1 or 2, got {blocks!r}")
+        self.scores = scores
+        self.out_dim = dim + 2 * scores
+        self.query = nn.Parameter(torch.zeros(self.out_dim))
+        self.weight = nn.Parameter(torch.zeros(self.out_dim, self.out_dim)) if blocks == 2 else None
+        self.bias = nn.Parameter(torch.zeros(self.out_dim)) if blocks == 2 else None
+
+    def _pool(self, x, mask, quality, det) -> tuple[Tensor, Tensor]:
+        x = append_scores(x, quality, det) if self.scores else x
+        if self.weight is None:
+            return nan_pool(x, mask, self.query)
+        return nan_cascade(x, mask, self.query, self.weight, self.bias)
+
+    def forward(
+        self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None
+    ) -> Tensor:
+        return self._pool(x, mask, quality, det)[0]
+
+    def weights(
+        self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None
+    ) -> Tensor:
+        """Attention of each frame (B, T), summing to 1 over a clip's frames."""
+        return self._pool(x, mask, quality, det)[1]
+
+
+class ChannelAttention(nn.Module):
+    """Mix frames by `channel_attention`, then pool them by one NAN block: the aggregation One Name describes.
+
+    gamma and the query start at 0, so the untrained module is `norm_pool`. temperature: where the learned,
+    positive temperature starts. DANet has none (1), but on raw embeddings S is near 480 on the diagonal and A
+    would be one-hot with no gradient; 100 leaves logits of a few units. scores: as in `NAN`.
+    """
+
+    def __init__(self, dim: int, *, invert: bool = False, scores: bool = False, temperature: float = 100.0):
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature!r}")
+        self.invert = invert
+        self.scores = scores
+        self.out_dim = dim + 2 * scores
+        self.gamma = nn.Parameter(torch.zeros(()))
+        self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log())
+        self.query = nn.Parameter(torch.zeros(self.out_dim))
+
+    def _frames(self, x, quality, det) -> Tensor:
+        return append_scores(x, quality, det) if self.scores else x
+
+    def forward(
+        self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None
+    ) -> Tensor:
+        x, temperature = self._frames(x, quality, det), self.log_temperature.exp()
+        return nan_pool(
+            channel_attention(x, mask, self.gamma, temperature, invert=self.invert), mask, self.query
+        )[0]
+
+    def weights(
+        self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None
+    ) -> Tensor:
+        """Weight of each original frame (B, T): a_j + gamma sum_i a_i A_ij; sums to 1 + gamma."""
+        x = self._frames(x, quality, det)
+        attention = channel_map(x, mask, self.log_temperature.exp(), invert=self.invert)
+        mixed = self.gamma * _einsum("bij,bjd->bid", attention, _present(x, mask)) + x
+        pooled = nan_pool(mixed, mask, self.query)[1]
+        return pooled + self.gamma * _einsum("bi,bij->bj", pooled, attention)
+
+
+class CodedAttention(nn.Module):
+    """Aggregate a fixed number of frames as the released One Name code does, frames being the channels.
+
+    1x1 convolutions T -> T/2 make theta and phi (each with batch norm) and g (without); `coded_attention`; a
+    1x1 convolution T/2 -> T with batch norm starting at 0; a residual sum; one NAN block with its query at 0.
+    Hence it depends on the order of the frames and needs exactly `frames` of them: draw with replacement from
+    shorter clips. Since its mixing is not linear in the frames, it has no per-frame weights. scores: as in
+    `NAN`.
+    """
+
+    def __init__(self, dim: int, *, frames: int = 40, scores: bool = True):
+        super().__init__()
+        if frames < 2:
+            raise ValueError(f"frames must be at least 2, got {frames!r}")
+        half = frames // 2
+        self.frames = frames
+        self.scores = scores
+        self.out_dim = dim + 2 * scores
+        self.theta = nn.Sequential(nn.Conv1d(frames, half, 1), nn.BatchNorm1d(half))
+        self.phi = nn.Sequential(nn.Conv1d(frames, half, 1), nn.BatchNorm1d(half))
+        self.g = nn.Conv1d(frames, half, 1)
+        self.expand = nn.Sequential(nn.Conv1d(half, frames, 1), nn.BatchNorm1d(frames))
+        nn.init.zeros_(self.expand[1].weight)
+        nn.init.zeros_(self.expand[1].bias)
+        self.query = nn.Parameter(torch.zeros(self.out_dim))
+
+    def forward(
+        self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None
+    ) -> Tensor:
+        if x.shape[1] != self.frames:
+            raise ValueError(
+                f"CodedAttention needs exactly {self.frames} frames a clip, got T = {x.shape[1]}"
+            )
+        if not mask.all():
+            row = int((~mask).any(dim=1).nonzero()[0, 0])
+            raise ValueError(
+                f"CodedAttention needs {self.frames} frames in a clip, row {row} has {int(mask[row].sum())}"
+            )
+        x = append_scores(x, quality, det) if self.scores else x
+        mixed = self.expand(coded_attention(self.theta(x), self.phi(x), self.g(x))) + x
+        return nan_pool(mixed, mask, self.query)[0]

@@ -1,0 +1,167 @@
+"""What is published about iQIYI-VID-2019, and how close a store comes to it.
+
+The numbers come from the challenge's files, the slides of the One Name team (2019) and the repositories of other
+teams; ``Target.source`` says which and how directly.  Only marginals and the scores of single systems are here: no
+constant of the simulator may follow from a comparison of methods.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+
+import numpy as np
+import pandas as pd
+
+from mmlib.clips.store import ClipStore
+
+# (faces, share of clips with a face that have at least as many): read off a histogram in the slides.
+FRAME_SURVIVAL = [(1, 1.0), (11, .84), (16, .64), (21, .50), (25, .38), (30, .28), (40, .20), (50, .15), (75, .08),
+                  (100, .05), (150, .02), (240, .002)]
+# Norm of a face feature: 1-4 % from constants of the released code, the rest a fit to published ArcFace norms.
+NORM_KNOTS = [(.0003, 2), (.001, 3.6), (.01, 8.0), (.02, 11.7), (.03, 14.8), (.04, 16.9), (.05, 17.6), (.1, 18.9),
+              (.25, 20.4), (.5, 22), (.75, 23.7), (.9, 25.2), (.99, 27.8), (.9999, 31)]
+QUALITY_KNOTS = [(.0002, -20), (.01, 1), (.05, 11), (.1, 17), (.25, 32), (.5, 59), (.75, 95), (.9, 128), (.95, 148),
+                 (.99, 185), (.9999, 260)]
+# Top-1 accuracy (share) of faces by percentile of clip quality, from the slides; the edges are read as percentiles.
+QUALITY_EDGES = [0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 20]
+TOP1_BY_QUALITY = [.057, .249, .422, .543, .647, .633, .687, .787, .789, .808, .867]
+
+
+def clips_per_identity(identities: int, rng: np.random.Generator) -> np.ndarray:
+    """Return (train clips, labelled val clips) of ``identities`` identities, (C, 2), from the exact joint table.
+
+    With fewer than all 10,034 identities, one is drawn from each of ``identities`` equal strata of the sorted table.
+    """
+    table = pd.read_csv(files("mmlib.clips") / "clips_per_identity_joint.csv")
+    rows = np.repeat(table[["train_clips", "val_labelled_clips"]].to_numpy(), table["identities"], axis=0)
+    if identities > len(rows):
+        raise ValueError(f"identities must be at most {len(rows)}, got {identities}")
+    rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+    stratum = (np.arange(identities) + rng.random(identities)) * len(rows) / identities
+    return rng.permutation(rows[stratum.astype(int)] if identities < len(rows) else rows)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One published fact: its value, the tolerance a world must meet, and where it comes from."""
+
+    fact: str
+    value: float
+    tolerance: float
+    source: str
+
+
+DERIVED, STATED, INFERRED = "derived from the files", "stated by a team", "inferred"
+TARGETS = [
+    Target("train clips an identity, mean", 6.04, .15, DERIVED),
+    Target("train clips an identity, median", 4, 0, DERIVED),
+    Target("identities with at most 2 train clips", .298, .02, DERIVED),
+    Target("labelled val clips an identity, mean", 4.53, .15, DERIVED),
+    Target("correlation of train and val clips an identity", .87, .04, DERIVED),
+    Target("val clips that are distractors", .402, .002, DERIVED),
+    Target("clips without a face", .044, .008, INFERRED),
+    Target("faces a clip, mean", 31.5, 2.5, DERIVED),
+    Target("faces a clip, median", 21, 1.5, DERIVED),
+    Target("clips with at least 40 faces", .20, .015, DERIVED),
+    Target("quality score, 5 %", 11, 4, DERIVED),
+    Target("quality score, 25 %", 32, 4, DERIVED),
+    Target("quality score, median", 59, 4, DERIVED),
+    Target("quality score, 75 %", 95, 5, DERIVED),
+    Target("quality score, 95 %", 148, 6, DERIVED),
+    Target("quality score, mean", 67, 5, DERIVED),
+    Target("quality score, standard deviation", 43, 4, DERIVED),
+    Target("det score at least .8", .995, .005, STATED),
+    Target("det score above .9", .98, .02, STATED),
+    Target("mean norm of a clip, 1 %", 8.867, 1.5, STATED),
+    Target("mean norm of a clip, 2 %", 11.992, 1.5, INFERRED),
+    Target("mean norm of a clip, 4 %", 16.359, 1.2, INFERRED),
+    Target("mean norm of a clip, median", 22, .7, INFERRED),
+    Target("cosine of two clips of one identity, mean", .50, .08, INFERRED),
+    Target("cosine of two clips of two identities, mean", .0, .02, INFERRED),
+    Target("cosine of two clips of two identities, standard deviation", .075, .025, INFERRED),
+]
+
+
+def calibration_table(store: ClipStore) -> pd.DataFrame:
+    """Compare a store with every target: fact, target, tolerance, achieved, within (bool), source."""
+    measured = marginals(store)
+    rows = [(t.fact, t.value, t.tolerance, measured[t.fact], abs(measured[t.fact] - t.value) <= t.tolerance, t.source)
+            for t in TARGETS]
+    return pd.DataFrame(rows, columns=["fact", "target", "tolerance", "achieved", "within", "source"])
+
+
+def marginals(store: ClipStore, pairs: int = 20_000, seed: int = 0) -> dict[str, float]:
+    """Measure every fact of ``TARGETS`` on a store that has faces with both scores.
+
+    Cosines are between means of normalised embeddings of clips with a face, over at most ``pairs`` random pairs.
+    """
+    clips, face = store.clips, store.modalities["face"]
+    for column in ("quality", "det"):
+        if column not in face.columns:
+            raise ValueError(f"{store.path}: the faces have no {column!r} score, so it cannot be compared")
+    quality, det = face.columns["quality"], face.columns["det"]
+    identity = clips["identity"].to_numpy()
+    train, val = ((clips["split"] == name).to_numpy() for name in ("train", "val"))
+    per_train, per_val = (np.bincount(identity[rows & (identity >= 0)], minlength=len(store.identities))
+                          for rows in (train, val))
+    count = face.count[face.count > 0]
+    norms, centre = _clip_norm_and_mean(store)
+    genuine, impostor = _pair_cosines(centre, identity[face.count > 0], pairs, np.random.default_rng(seed))
+    out = {
+        "train clips an identity, mean": per_train.mean(),
+        "train clips an identity, median": np.median(per_train),
+        "identities with at most 2 train clips": np.mean(per_train <= 2),
+        "labelled val clips an identity, mean": per_val.mean(),
+        "correlation of train and val clips an identity": np.corrcoef(per_train, per_val)[0, 1],
+        "val clips that are distractors": np.mean(identity[val] < 0),
+        "clips without a face": np.mean(face.count == 0),
+        "faces a clip, mean": count.mean(),
+        "faces a clip, median": np.median(count),
+        "clips with at least 40 faces": np.mean(count >= 40),
+        "quality score, mean": quality.mean(),
+        "quality score, standard deviation": quality.std(),
+        "det score at least .8": np.mean(det >= .8),
+        "det score above .9": np.mean(det > .9),
+        "cosine of two clips of one identity, mean": genuine.mean(),
+        "cosine of two clips of two identities, mean": impostor.mean(),
+        "cosine of two clips of two identities, standard deviation": impostor.std(),
+    }
+    shares = {"5 %": .05, "25 %": .25, "median": .5, "75 %": .75, "95 %": .95}
+    out |= {f"quality score, {name}": value
+            for name, value in zip(shares, np.quantile(quality, list(shares.values())), strict=True)}
+    shares = {"1 %": .01, "2 %": .02, "4 %": .04, "median": .5}
+    out |= {f"mean norm of a clip, {name}": value
+            for name, value in zip(shares, np.quantile(norms, list(shares.values())), strict=True)}
+    return {name: float(value) for name, value in out.items()}
+
+
+def _clip_norm_and_mean(store: ClipStore, block: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean norm (n,) and the unit mean embedding (n, D) of every clip with a face."""
+    norms, means = [], []
+    having = store.select(having="face")
+    for first in range(0, len(having), block):
+        batch = store.batch(having[first:first + block], sample="first", frames=40)
+        length = batch.feature.norm(dim=2)  # (B, T)
+        norms.append((length.sum(1) / batch.mask.sum(1)).numpy())
+        mean = (batch.feature / length.clamp(min=1e-6)[..., None]).sum(1)
+        means.append((mean / mean.norm(dim=1, keepdim=True)).numpy())
+    return np.concatenate(norms), np.concatenate(means)
+
+
+def _pair_cosines(centre: np.ndarray, identity: np.ndarray, pairs: int, rng: np.random.Generator):
+    """Return cosines of random pairs of clips of one identity and of two identities."""
+    order = np.argsort(identity, kind="stable")
+    order = order[identity[order] >= 0]
+    _, first, size = np.unique(identity[order], return_index=True, return_counts=True)
+    many = size > 1
+    # Every pair of clips is as likely as any other: identities in proportion to their number of pairs.
+    weight = (size * (size - 1.0))[many]
+    chosen = rng.choice(np.flatnonzero(many), pairs, p=weight / weight.sum())
+    a = (rng.random(pairs) * size[chosen]).astype(int)
+    b = (a + 1 + (rng.random(pairs) * (size[chosen] - 1)).astype(int)) % size[chosen]
+    one, two = order[first[chosen] + a], order[first[chosen] + b]
+    left, right = rng.choice(order, pairs), rng.choice(order, pairs)
+    differ = identity[left] != identity[right]
+    cosine = lambda i, j: np.einsum("nd,nd->n", centre[i], centre[j])  # noqa: E731
+    return cosine(one, two), cosine(left[differ], right[differ])

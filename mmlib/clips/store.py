@@ -1,0 +1,169 @@
+"""The ClipStore: clips with their frames' embeddings on disk, memory-mapped, and batches of them.
+
+A store is a folder: `store.json` (what it is), `clips.parquet` (one row a clip, sorted by split and
+name, with `<modality>_start` and `<modality>_count`), `identities.parquet` (the queries in order) and
+`<modality>/{feature,frame,box,det,quality}.npy`: one flat array over all frames of all clips.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from mmlib.clips.arrays import map_array
+from mmlib.clips.sampling import sample_rows
+from mmlib.clips.writer import SCHEMA_VERSION, SPLITS, StoreWriter, check_clips
+
+class Batch(NamedTuple):
+    """Frames of B clips, padded to T: `mask` (B, T) is True where a frame exists, all else is 0 there.
+
+    `feature` is (B, T, D) float32; `quality` and `det` are (B, T) float32, or None where the store has
+    no such score; `rows` (B, T) are row numbers in the modality's arrays, -1 where padded.
+    """
+
+    feature: Tensor
+    mask: Tensor
+    quality: Tensor | None
+    det: Tensor | None
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One ragged array: rows `start[i] : start[i] + count[i]` of `feature` (F, D) are the frames of clip i."""
+
+    name: str
+    feature: np.ndarray
+    columns: dict[str, np.ndarray]
+    start: np.ndarray
+    count: np.ndarray
+
+
+@dataclass(frozen=True)
+class ClipStore:
+    """Clips, identities and features of one data set; open it with `ClipStore.open`.
+
+    `clips` has a row a clip: `clip`, `split`, `identity` (a position in `identities`; -1 is none: a
+    distractor in train and val, unknown in test) and columns of truth where a simulator knows it.
+    """
+
+    path: Path
+    meta: dict
+    clips: pd.DataFrame
+    identities: np.ndarray
+    modalities: dict[str, Modality]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "ClipStore":
+        """Open and validate the store at `path`, mapping its features without reading them."""
+        path = Path(path)
+        meta = _read_meta(path / "store.json")
+        clips = _read_table(path / "clips.parquet")
+        identities = _read_table(path / "identities.parquet")["identity"].to_numpy(object)
+        modalities = {}
+        for name, described in meta["modalities"].items():
+            arrays = {column: _map_column(path / name / f"{column}.npy", column, described)
+                      for column in ("feature", *described["columns"])}
+            spans = [clips.pop(f"{name}_{part}").to_numpy(np.int64) for part in ("start", "count")
+                     if f"{name}_{part}" in clips]
+            if len(spans) != 2:
+                raise ValueError(f"{path / 'clips.parquet'}: no columns {name}_start and {name}_count")
+            modalities[name] = Modality(name, arrays.pop("feature"), arrays, *spans)
+        check_clips(path / "clips.parquet", clips, identities,
+                     {m.name: (m.start, m.count, len(m.feature)) for m in modalities.values()})
+        return cls(path, meta, clips, identities, modalities)
+
+    @staticmethod
+    def create(path: str | Path, *, simulated: bool, provenance: dict, overwrite: bool = False) -> "StoreWriter":
+        """Start a store at `path`; see `StoreWriter`."""
+        return StoreWriter(Path(path), simulated, provenance, overwrite)
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def select(self, split: str | None = None, *, labelled: bool | None = None,
+               having: str | None = None) -> np.ndarray:
+        """Return the positions of the clips of `split` that have (or have not) an identity and a modality."""
+        if split is not None and split not in SPLITS:
+            raise ValueError(f"split: {split!r} is none of {', '.join(SPLITS)}")
+        chosen = np.ones(len(self), bool)
+        if split is not None:
+            chosen &= self.clips["split"].to_numpy() == split
+        if labelled is not None:
+            chosen &= (self.clips["identity"].to_numpy() >= 0) == labelled
+        if having is not None:
+            chosen &= self._modality(having).count > 0
+        return np.flatnonzero(chosen)
+
+    def identity_of(self, clips: np.ndarray) -> np.ndarray:
+        """Return the identity codes of `clips`, -1 for none."""
+        return self.clips["identity"].to_numpy(np.int64)[clips]
+
+    def batch(self, clips: np.ndarray, modality: str = "face", *, sample: str = "all",
+              frames: int | None = None, rng: np.random.Generator | None = None) -> Batch:
+        """Gather frames of `clips` (B,) as tensors; see `sample_rows` for `sample`, `frames` and `rng`."""
+        source = self._modality(modality)
+        clips = np.asarray(clips, np.int64)
+        picked = sample_rows(source.start[clips], source.count[clips], sample, frames, rng)
+        rows = torch.from_numpy(picked)
+        mask = rows >= 0
+        flat = rows.clamp(min=0).flatten()
+        padded = (~mask).flatten()
+
+        def gather(array: np.ndarray) -> Tensor:
+            if not len(array):
+                return torch.zeros((*rows.shape, *array.shape[1:]))
+            taken = torch.from_numpy(array).index_select(0, flat).float()
+            taken[padded] = 0
+            return taken.view(*rows.shape, *array.shape[1:])
+
+        scores = {name: gather(source.columns[name]) if name in source.columns else None
+                  for name in ("quality", "det")}
+        return Batch(gather(source.feature), mask, **scores, rows=rows)
+
+    def _modality(self, name: str) -> Modality:
+        if name not in self.modalities:
+            raise ValueError(f"{self.path}: no modality {name!r}, it has {', '.join(self.modalities)}")
+        return self.modalities[name]
+
+
+def _read_meta(path: Path) -> dict:
+    try:
+        meta = json.loads(path.read_text())
+        schema, modalities = meta["schema"], meta["modalities"]
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing, so {path.parent} is not a clip store") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the description of a clip store ({error!r})") from None
+    if schema != SCHEMA_VERSION or not isinstance(modalities, dict):
+        raise ValueError(f"{path}: schema {schema!r}, this version reads {SCHEMA_VERSION}")
+    return meta
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    try:
+        with pq.ParquetFile(path) as file:
+            return file.read().to_pandas()
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing") from None
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path}: not a readable table ({error})") from None
+
+
+def _map_column(path: Path, column: str, described: dict) -> np.ndarray:
+    array = map_array(path)
+    if column == "feature":
+        dtype, shape = "<f2", (described["frames"], described["dim"])
+    else:
+        dtype = described["columns"][column]["dtype"]
+        shape = (described["frames"], *described["columns"][column]["shape"])
+    if array.dtype.str != dtype or array.shape != shape:
+        raise ValueError(f"{path}: {array.dtype.str} {array.shape}, store.json says {dtype} {shape}")
+    return array

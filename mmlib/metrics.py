@@ -1,0 +1,327 @@
+"""Score rankings by the official rule, and say how far a score can be trusted.
+
+An identity is a query, the clips are the gallery. All scores are fractions in [0, 1]; an AP is kept for each
+identity, so that every interval and comparison can be recomputed later.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+AP_RULES = ("relevant", "capped", "found", "trapezoid")
+_CHUNK = 2_000_000  # random numbers held at once by the resampling functions
+
+Lines = tuple[Sequence, Sequence[Sequence]]  # identities, and for each its clips
+
+
+@dataclass(frozen=True)
+class Score:
+    """Keep what a ranking scored, query by query.
+
+    ap (Q,): average precision; first_hit (Q,): rank of the first relevant clip, from 1, 0 where the ranking
+    has none; identities (Q,): whose they are; k: the longest ranking allowed; left_out: queries without any
+    relevant clip, which are in none of the arrays (always 0 by the official rule, which keeps them).
+    """
+
+    ap: np.ndarray
+    first_hit: np.ndarray
+    identities: np.ndarray
+    k: int = 100
+    left_out: int = 0
+
+    @property
+    def map_at_k(self) -> float:
+        """Mean of ap over the queries."""
+        return float(self.ap.mean())
+
+    @property
+    def cmc(self) -> np.ndarray:
+        """Share of queries with a relevant clip among their first 1, 2, .., k, (k,)."""
+        return np.bincount(self.first_hit, minlength=self.k + 1)[1:].cumsum() / len(self.first_hit)
+
+    @property
+    def top1(self) -> float:
+        """Share of queries whose first clip is relevant, cmc[0]; not the share of clips recognised."""
+        return float(np.mean(self.first_hit == 1))
+
+
+def average_precision(hits: np.ndarray, relevant: np.ndarray, *, rule: str = "relevant") -> np.ndarray:
+    """Average precision of each ranking, (Q,).
+
+    hits (Q, K) bool, best first, False beyond the end of a ranking; relevant (Q,) int, R, how many relevant
+    clips the query has anywhere. With P(r) = hits among the first r / r,
+
+        AP = 1 / R * sum over hits of P(r)
+
+    is the official rule ("relevant"). R is not capped at K: with more than K relevant clips AP cannot reach
+    1. R = 0 gives 0. Libraries that say AP@k divide by other things: "capped" by min(R, K); "found" by the
+    hits in the ranking (torchmetrics, OML); "trapezoid" by R, with the mean of P(r) and the precision one
+    rank earlier (1 before the first rank) in place of P(r) (Oxford and Paris code).
+
+    >>> one = np.array([[1, 0, 1, 0, 0]], bool), np.array([8])
+    >>> [average_precision(*one, rule=rule).round(3).item() for rule in AP_RULES]
+    [0.208, 0.333, 0.833, 0.198]
+    """
+    if rule not in AP_RULES:
+        raise ValueError(f"rule must be one of {', '.join(AP_RULES)}, got {rule!r}")
+    hits, relevant = np.asarray(hits, bool), np.asarray(relevant)
+    found = hits.cumsum(axis=1)
+    total = found[:, -1] if hits.shape[1] else np.zeros(len(hits), int)
+    if (total > relevant).any():
+        row = int(np.argmax(total > relevant))
+        raise ValueError(f"query {row} has {total[row]} hits, but relevant says {relevant[row]}")
+    rank = np.arange(1, hits.shape[1] + 1)
+    precision = found / rank
+    if rule == "trapezoid":
+        before = (found - hits) / np.maximum(rank - 1, 1)
+        before[:, :1] = 1.0
+        precision = (precision + before) / 2
+    divisor = {"capped": np.minimum(relevant, hits.shape[1]), "found": total}.get(rule, relevant)
+    return (precision * hits).sum(axis=1) / np.maximum(divisor, 1)
+
+
+def official_score(truth: Lines, result: Lines, *, k: int = 100) -> Score:
+    """Score a submission by the rule of the challenge: MAP@k = sum of AP / id_num, id_num = lines of `truth`.
+
+    truth, result: the lines of the two files, each as (identities, clips of each). Decided cases, as the
+    official script has them unless said otherwise:
+
+    - an identity that `result` lacks scores 0; one that `truth` lacks is ignored, but counts in the line
+      limit;
+    - more lines in `result` than in `truth`: ValueError;
+    - a clip repeated on a line of `result` is dropped, keeping the first; more than k clips after that:
+      ValueError;
+    - a clip repeated on a line of `truth` counts twice in R (it can be found once, so AP stays below 1);
+    - an identity repeated in `truth`: the last line holds, the others score 0, and all count in id_num;
+    - an empty line of `truth` scores 0 and counts in id_num, submitted or not (the script divides by 0 if it
+      is);
+    - an identity repeated in `result`: ValueError (nothing says which ranking is meant);
+    - a clip that `truth` names nowhere (a distractor) pushes later hits down, and nothing else.
+
+    >>> truth = ["1", "2"], [["a", "b"], ["c"]]
+    >>> official_score(truth, (["1"], [["a", "x", "b"]])).map_at_k == (1 + 2 / 3) / 2 / 2
+    True
+    """
+    (names, truth_lists), (submitted, result_lists) = _lines(truth, "truth"), _lines(result, "result")
+    if len(submitted) > len(names):
+        raise ValueError(f"result has {len(submitted)} lines, more than the {len(names)} of the ground truth")
+    if len(set(submitted)) < len(submitted):
+        repeated = pd.Series(submitted, dtype=object)
+        raise ValueError(f"result names identity {repeated[repeated.duplicated()].iloc[0]} more than once")
+
+    holding = {name: line for line, name in enumerate(names)}  # the last line holds
+    line = np.array([holding.get(name, -1) for name in submitted], np.int64)
+    relevant = np.array([len(clips) for clips in truth_lists], np.int64)
+    length = np.array([len(clips) for clips in result_lists], np.int64)
+
+    flat = np.empty(relevant.sum() + length.sum(), object)
+    flat[:] = list(chain(*truth_lists, *result_lists))
+    clip = pd.factorize(flat)[0]
+    width = int(clip.max(initial=0)) + 1
+    truth_clip, result_clip = clip[: relevant.sum()], clip[relevant.sum() :]
+
+    row = np.repeat(np.arange(len(length)), length)
+    fresh = ~pd.Series(row * width + result_clip).duplicated().to_numpy(bool)
+    row, result_clip = row[fresh], result_clip[fresh]
+    length = np.bincount(row, minlength=len(length))
+    if (length > k).any():
+        worst = int(np.argmax(length > k))
+        raise ValueError(
+            f"result line of identity {submitted[worst]} has {length[worst]} clips, more than {k}"
+        )
+
+    truth_line = np.repeat(np.arange(len(relevant)), relevant)
+    wanted = pd.Series(truth_line * width + truth_clip)
+    # An identity that truth lacks has line -1, so its keys are negative and match nothing.
+    hit = pd.Series(line[row] * width + result_clip).isin(wanted).to_numpy(bool)
+    rank = np.arange(len(row)) - np.repeat(length.cumsum() - length, length)
+    hits = np.zeros((len(names), k), bool)
+    hits[line[row[hit]], rank[hit]] = True
+    return _score(hits, relevant, np.asarray(names), k)
+
+
+def match_ranking(
+    ranking: np.ndarray, gallery_identity: np.ndarray, query_codes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Say which ranked clips are relevant, hits (Q, K), and how many of the gallery are, relevant (Q,).
+
+    ranking (Q, K) gallery rows, best first, -1 beyond its end; gallery_identity (N,) identity codes, -1 for
+    nobody on the list; query_codes (Q,) whose ranking each row is.
+    """
+    ranking, gallery_identity, query_codes = map(np.asarray, (ranking, gallery_identity, query_codes))
+    if ranking.ndim != 2 or len(ranking) != len(query_codes):
+        raise ValueError(
+            f"ranking has shape {ranking.shape}, expected {len(query_codes)} rows, one for each query"
+        )
+    if ranking.size and not -1 <= ranking.min() <= ranking.max() < len(gallery_identity):
+        raise ValueError(
+            f"ranking has gallery rows {ranking.min()}..{ranking.max()} of {len(gallery_identity)}"
+        )
+    _refuse_rows((ranking[:, 1:] >= 0) & (ranking[:, :-1] < 0), query_codes, "has a gap (-1 before a clip)")
+    ordered = np.sort(ranking, axis=1)
+    _refuse_rows(
+        (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0), query_codes, "names a clip twice"
+    )
+    known = gallery_identity[gallery_identity >= 0]
+    relevant = np.bincount(known, minlength=int(query_codes.max(initial=0)) + 1)[query_codes]
+    if len(gallery_identity) == 0:  # nothing to look up: every place is -1
+        return np.zeros(ranking.shape, bool), relevant
+    return (ranking >= 0) & (gallery_identity[ranking] == query_codes[:, None]), relevant
+
+
+def score_ranking(
+    ranking: np.ndarray, gallery_identity: np.ndarray, query_codes: np.ndarray, *, k: int = 100
+) -> Score:
+    """Score a ranking held in arrays, as `match_ranking` takes it, by the same rule; at most k clips a query.
+
+    Queries without a relevant gallery clip are left out and counted in `Score.left_out`: they say nothing
+    about the ranking, and the ground truth of the challenge has none.
+
+    >>> score_ranking(np.array([[1, 2, 0], [2, -1, -1]]), np.array([7, 7, -1]), np.array([7, 8])).ap.round(3)
+    array([0.833])
+    """
+    if np.ndim(ranking) == 2 and np.shape(ranking)[1] > k:
+        raise ValueError(f"ranking has {np.shape(ranking)[1]} clips a query, more than {k}")
+    hits, relevant = match_ranking(ranking, gallery_identity, query_codes)
+    kept = relevant > 0
+    return _score(hits[kept], relevant[kept], np.asarray(query_codes)[kept], k, left_out=int((~kept).sum()))
+
+
+def standard_error(ap: np.ndarray) -> float:
+    """Standard error of a mean AP over identities: sd / sqrt(Q), with Q - 1 in the variance."""
+    return float(stats.sem(_finite(ap, "ap")))
+
+
+def bootstrap_interval(
+    ap: np.ndarray, *, level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of the mean of `ap` (Q,) under resampling of identities with replacement."""
+    ap = _finite(ap, "ap")
+    rng = np.random.default_rng(seed)
+    step = max(1, _CHUNK // len(ap))
+    means = np.concatenate(
+        [
+            ap[rng.integers(0, len(ap), (min(step, draws - done), len(ap)), dtype=np.int32)].mean(axis=1)
+            for done in range(0, draws, step)
+        ]
+    )
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Keep a comparison of two runs on the same n identities: a minus b, its interval, and its p value."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    n: int
+
+
+def paired_test(
+    ap_a: np.ndarray, ap_b: np.ndarray, *, level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> Paired:
+    """Compare two runs identity by identity; ap_a and ap_b (Q,) in the same order of identities.
+
+    difference = mean(ap_a - ap_b), with its `bootstrap_interval`. The p value is two-sided, by random sign
+    flips of the differences: (1 + flips with a mean at least as far from 0) / (1 + draws), so never below 1 /
+    (1 + draws).
+
+    >>> paired_test(np.array([0.75, 0.5]), np.array([0.25, 0.5])).difference
+    0.25
+    """
+    ap_a, ap_b = _finite(ap_a, "ap_a"), _finite(ap_b, "ap_b")
+    if ap_a.shape != ap_b.shape:
+        raise ValueError(
+            f"ap_a has {len(ap_a)} identities and ap_b {len(ap_b)}; a paired test needs the same ones"
+        )
+    difference = ap_a - ap_b
+    low, high = bootstrap_interval(difference, level=level, draws=draws, seed=seed)
+    moved = difference[difference != 0]
+    rng = np.random.default_rng([seed, 1])
+    step = max(1, _CHUNK // max(len(moved), 1))
+    # sum of signs * moved = 2 * (sum of those with a plus) - sum of all
+    plus = np.concatenate(
+        [
+            rng.integers(0, 2, (min(step, draws - done), len(moved)), dtype=np.uint8).astype(float) @ moved
+            for done in range(0, draws, step)
+        ]
+    )
+    # Rounding must not turn a flip that equals the observed sum into a smaller one.
+    bar = abs(moved.sum()) - 1e-9 * np.abs(moved).sum()
+    extreme = np.abs(2 * plus - moved.sum()) >= bar
+    return Paired(
+        float(difference.mean()), low, high, float((1 + extreme.sum()) / (1 + draws)), len(difference)
+    )
+
+
+@dataclass(frozen=True)
+class OverWorlds:
+    """Keep the mean of a quantity over n worlds, its t interval, and the spread (sd) from world to world."""
+
+    mean: float
+    low: float
+    high: float
+    sd: float
+    n: int
+
+
+def over_worlds(differences: np.ndarray, *, level: float = 0.95) -> OverWorlds:
+    """Summarise one number a world, (W,): mean and t interval with W - 1 degrees of freedom.
+
+    One world says nothing of the spread: low, high and sd are then NaN.
+    """
+    value = _finite(differences, "differences")
+    if len(value) == 1:
+        return OverWorlds(float(value[0]), np.nan, np.nan, np.nan, 1)
+    half = stats.t.ppf((1 + level) / 2, len(value) - 1) * stats.sem(value)
+    return OverWorlds(
+        float(value.mean()),
+        float(value.mean() - half),
+        float(value.mean() + half),
+        float(value.std(ddof=1)),
+        len(value),
+    )
+
+
+def _score(
+    hits: np.ndarray, relevant: np.ndarray, identities: np.ndarray, k: int, left_out: int = 0
+) -> Score:
+    if len(hits) == 0:
+        raise ValueError(
+            f"no query has a relevant clip, so there is nothing to score ({left_out} queries left out)"
+        )
+    first = (
+        np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, 0) if hits.shape[1] else np.zeros(len(hits), int)
+    )
+    return Score(average_precision(hits, relevant), first, identities, k, left_out)
+
+
+def _lines(lines: Lines, name: str) -> Lines:
+    identities, clips = lines
+    if len(identities) != len(clips):
+        raise ValueError(f"{name} has {len(identities)} identities but {len(clips)} lists of clips")
+    return list(identities), list(clips)
+
+
+def _refuse_rows(bad: np.ndarray, query_codes: np.ndarray, what: str) -> None:
+    rows = bad.any(axis=1)
+    if rows.any():
+        raise ValueError(f"the ranking of identity {query_codes[np.argmax(rows)]} {what}")
+
+
+def _finite(value: np.ndarray, name: str) -> np.ndarray:
+    value = np.asarray(value, float)
+    if value.ndim != 1 or len(value) == 0:
+        raise ValueError(f"{name} must be one value a query or world, got shape {value.shape}")
+    if not np.isfinite(value).all():
+        raise ValueError(
+            f"{name} must be finite, got {value[~np.isfinite(value)][0]} at {np.argmin(np.isfinite(value))}"
+        )
+    return value

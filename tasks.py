@@ -1,0 +1,105 @@
+"""Run the project's tasks with nothing but Python: `python3 tasks.py setup|book|test|clean [arguments]`.
+
+setup   make .venv and install what the other tasks need, if that has changed
+book    build the report into _build/html; arguments go to jupyter-book (`--all -W -n --keep-going`)
+test    run the tests; arguments go to pytest (`-k store`, `-m "not chapters"`)
+clean   remove _build, the built report and the cache of executed chapters
+"""
+
+import sys
+
+if sys.version_info < (3, 11):
+    sys.exit("mmlib needs Python 3.11 or newer; this is Python %d.%d" % sys.version_info[:2])
+
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+SCRIPTS = VENV / ("Scripts" if sys.platform == "win32" else "bin")
+PYTHON = SCRIPTS / ("python.exe" if sys.platform == "win32" else "python")
+STAMP = VENV / "installed-for"
+REPORT = ROOT / "_build" / "html" / "index.html"
+
+
+def run(command: list[object]) -> int:
+    """Run ``command`` in the repository, whatever the current directory, and return its exit status."""
+    return subprocess.run([str(part) for part in command], cwd=ROOT).returncode
+
+
+def wanted() -> str:
+    """Name what an installation depends on: the Python version and the two files that list the packages."""
+    digest = hashlib.sha256()
+    for name in ("pyproject.toml", "constraints.txt"):
+        digest.update((ROOT / name).read_bytes().replace(b"\r\n", b"\n") + b"\0")
+    return "{}.{} {}".format(*sys.version_info[:2], digest.hexdigest())
+
+
+def installed() -> str:
+    """Return what .venv was made for; empty if it was never finished."""
+    return STAMP.read_text() if PYTHON.exists() and STAMP.exists() else ""
+
+
+def setup() -> int:
+    """Make .venv and install into it, unless that is done; the stamp comes last, as interrupts do happen."""
+    if installed() == wanted():
+        return 0
+    inside = Path(sys.prefix).resolve() == VENV.resolve()  # its own Python cannot make it anew
+    if not inside:
+        if not all(importlib.util.find_spec(name) for name in ("venv", "ensurepip")):
+            print("Python's venv module is incomplete here; on Debian and Ubuntu: apt install python3-venv",
+                  file=sys.stderr)
+            return 1
+        other_python = installed().split(" ")[0] not in ("", wanted().split(" ")[0])
+        print("Making {} (several gigabytes, some minutes)".format(VENV), flush=True)
+        if status := run([sys.executable, "-m", "venv", *(["--clear"] if other_python else []), VENV]):
+            return status
+    STAMP.unlink(missing_ok=True)
+    if status := run([PYTHON, "-m", "pip", "install", "-c", "constraints.txt", "-e", ".[book,test]"]):
+        return status
+    STAMP.write_text(wanted())
+    return 0
+
+
+def book(*arguments: str) -> int:
+    """Build the report and say where it opens."""
+    status = setup() or run([SCRIPTS / "jupyter-book", "build", "book/", *arguments])
+    if status == 0:
+        print("The report: {}\n{}".format(REPORT.relative_to(ROOT).as_posix(), REPORT.as_uri()))
+    return status
+
+
+def test(*arguments: str) -> int:
+    """Run the tests."""
+    return setup() or run([PYTHON, "-m", "pytest", *arguments])
+
+
+def clean() -> int:
+    """Remove what building the report left."""
+    shutil.rmtree(ROOT / "_build", ignore_errors=True)
+    return 0
+
+
+TASKS = {"setup": setup, "book": book, "test": test, "clean": clean}
+
+
+def main(arguments: list[str]) -> int:
+    """Run the task that ``arguments`` begin with; 2 if there is none of that name."""
+    name, *rest = arguments or [""]
+    if name in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if name not in TASKS or (rest and name in ("setup", "clean")):
+        print(__doc__, file=sys.stderr)
+        return 2
+    return TASKS[name](*rest)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

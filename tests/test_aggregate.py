@@ -1,0 +1,493 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mmlib import aggregate
+
+DIM = 6
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")),
+    ]
+)
+def device(request):
+    return request.param
+
+
+def clips(device="cpu", dtype=torch.float64, lengths=(4, 1, 7, 0, 3), dim=DIM, seed=0):
+    """Ragged clips, zero where padded, with quality and det: x, mask, quality, det."""
+    rng = np.random.default_rng(seed)
+    steps = max(lengths)
+    mask = np.arange(steps)[None] < np.array(lengths)[:, None]
+    x = rng.normal(size=(len(lengths), steps, dim)) * mask[..., None]
+    quality = rng.uniform(-10, 150, mask.shape) * mask
+    det = rng.uniform(0.8, 1, mask.shape) * mask
+    made = [torch.tensor(part, dtype=dtype, device=device) for part in (x, quality, det)]
+    return made[0], torch.tensor(mask, device=device), made[1], made[2]
+
+
+def trained(module, seed=1, spread=0.5):
+    """Give every parameter (and batch-norm statistic) a value away from its start."""
+    generator = torch.Generator().manual_seed(seed)
+    for value in [*module.parameters(), *module.buffers()]:
+        if value.is_floating_point():
+            with torch.no_grad():
+                value.copy_(torch.rand(value.shape, generator=generator) * spread + 0.1)
+    return module.double()
+
+
+POOLS = {
+    "mean": lambda x, m, q, d: aggregate.mean_pool(x, m),
+    "norm": lambda x, m, q, d: aggregate.norm_pool(x, m),
+    "weighted": lambda x, m, q, d: aggregate.weighted_pool(x, d, m),
+    "quality": aggregate.quality_pool,
+    "best two": lambda x, m, q, d: aggregate.best_k_pool(x, m, q, 2),
+    "best half": lambda x, m, q, d: aggregate.best_k_pool(x, m, q, 0.5),
+    "nan": trained(aggregate.NAN(DIM)),
+    "nan two": trained(aggregate.NAN(DIM, blocks=2)),
+    "nan scores": trained(aggregate.NAN(DIM, scores=True)),
+    "channel": trained(aggregate.ChannelAttention(DIM)),
+    "channel inverted": trained(aggregate.ChannelAttention(DIM, invert=True, scores=True)),
+}
+every_pool = pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
+
+
+# What holds for every order-free aggregator
+
+
+@every_pool
+def test_order_of_frames_does_not_change_output(pool):
+    x, mask, quality, det = clips()
+    order = torch.tensor(np.random.default_rng(3).permutation(x.shape[1]))
+    torch.testing.assert_close(
+        pool(x[:, order], mask[:, order], quality[:, order], det[:, order]),
+        pool(x, mask, quality, det),
+        rtol=0,
+        atol=1e-12,
+    )
+
+
+@every_pool
+def test_padding_does_not_change_output(pool):
+    x, mask, quality, det = clips()
+    longer = [torch.nn.functional.pad(part, (0, 5)) for part in (mask, quality, det)]
+    junk = torch.full((x.shape[0], 5, DIM), 1e6, dtype=x.dtype)
+    longer[1][:, -5:], longer[2][:, -5:] = 1e4, 1.0
+    torch.testing.assert_close(
+        pool(torch.cat([x, junk], 1), *longer), pool(x, mask, quality, det), rtol=0, atol=1e-12
+    )
+
+
+@every_pool
+def test_clip_without_frames_gives_zeros(pool):
+    x, mask, quality, det = clips()
+    assert torch.equal(
+        pool(x, mask, quality, det)[3], torch.zeros(getattr(pool, "out_dim", DIM), dtype=x.dtype)
+    )
+
+
+@every_pool
+def test_batch_without_any_frame_gives_zeros(pool):
+    x, mask, quality, det = (part[:, :0] for part in clips())
+    assert torch.equal(
+        pool(x, mask, quality, det), torch.zeros(5, getattr(pool, "out_dim", DIM), dtype=x.dtype)
+    )
+
+
+@every_pool
+def test_gradients_are_finite_and_zero_where_padded(pool):
+    x, mask, quality, det = clips()
+    x.requires_grad_()
+    pool(x, mask, quality, det).square().sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert (x.grad[~mask] == 0).all() and (x.grad[0] != 0).any()
+
+
+@every_pool
+def test_gradient_agrees_with_finite_differences(pool):
+    x, mask, quality, det = clips(lengths=(3, 0, 2))
+    assert torch.autograd.gradcheck(lambda y: pool(y, mask, quality, det), x.requires_grad_(), atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in POOLS if name not in ("mean", "channel", "channel inverted")]
+)
+def test_one_frame_is_its_own_clip_feature(name):
+    x, mask, quality, det = clips(lengths=(1, 1))
+    expected = aggregate.append_scores(x, quality, det) if "scores" in name else x
+    torch.testing.assert_close(POOLS[name](x, mask, quality, det), expected[:, 0], rtol=0, atol=1e-12)
+
+
+def test_one_frame_keeps_its_direction_under_mean_and_channel_attention():
+    x, mask, quality, det = clips(lengths=(1,))
+    gamma = POOLS["channel"].gamma.detach()
+    torch.testing.assert_close(POOLS["mean"](x, mask, quality, det), x[:, 0] / x[:, 0].norm())
+    torch.testing.assert_close(POOLS["channel"](x, mask, quality, det), (1 + gamma) * x[:, 0])
+
+
+@every_pool
+def test_float32_on_each_device_agrees_with_float64(pool, device):
+    x, mask, quality, det = clips()
+    expected = pool(x, mask, quality, det)
+    pool32 = pool
+    if isinstance(pool, torch.nn.Module):
+        pool32 = type(pool)(
+            DIM,
+            scores=pool.scores,
+            **(
+                {"invert": pool.invert}
+                if hasattr(pool, "invert")
+                else {"blocks": 1 if pool.weight is None else 2}
+            ),
+        )
+        pool32.load_state_dict(pool.state_dict())
+        pool32 = pool32.to(device)
+    found = pool32(
+        *(
+            part.to(device, torch.bool if part.dtype is torch.bool else torch.float32)
+            for part in (x, mask, quality, det)
+        )
+    )
+    assert found.dtype == torch.float32 and found.device.type == device
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["nan", "nan two", "channel"])
+def test_autocast_does_not_round_the_attention(name, device):
+    x, mask, _, _ = clips(device, torch.float32)
+    pool = {
+        "nan": aggregate.NAN(DIM),
+        "nan two": aggregate.NAN(DIM, blocks=2),
+        "channel": aggregate.ChannelAttention(DIM),
+    }[name].to(device)
+    plain = pool(22 * x, mask)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert torch.equal(pool(22 * x, mask), plain)
+
+
+# Values by hand
+
+
+def test_mean_pool_averages_directions():
+    x = torch.tensor([[[3.0, 0.0], [0.0, 8.0]]])
+    torch.testing.assert_close(
+        aggregate.mean_pool(x, torch.ones(1, 2, dtype=torch.bool)), torch.tensor([[0.5, 0.5]])
+    )
+
+
+def test_norm_pool_averages_raw_embeddings():
+    x = torch.tensor([[[3.0, 0.0], [0.0, 8.0]]])
+    torch.testing.assert_close(
+        aggregate.norm_pool(x, torch.ones(1, 2, dtype=torch.bool)), torch.tensor([[1.5, 4.0]])
+    )
+
+
+def test_weighted_pool_divides_by_the_total_weight():
+    x = torch.tensor([[[3.0, 0.0], [0.0, 8.0]]])
+    found = aggregate.weighted_pool(x, torch.tensor([[3.0, 1.0]]), torch.ones(1, 2, dtype=torch.bool))
+    torch.testing.assert_close(found, torch.tensor([[9 / 4, 8 / 4]]))
+
+
+def test_seefun_weight_is_stepped_with_inclusive_edges():
+    quality = torch.tensor([[-5.0, 0.0, 1.0, 20.0, 20.5, 30.0, 60.0, 60.5, 100.0]])
+    expected = torch.tensor([[0, 0, 0.1, 2.0, 3.075, 4.5, 18.0, 30.25, 50.0]])
+    torch.testing.assert_close(aggregate.seefun_weight(quality, torch.full_like(quality, 0.5)), expected)
+
+
+def test_seefun_weight_as_coded_trusts_from_forty():
+    quality = torch.tensor([[40.0, 50.0]])
+    expected = torch.tensor([[0.6 * 40, 50.0]])
+    torch.testing.assert_close(
+        aggregate.seefun_weight(quality, torch.ones_like(quality), good=40.0), expected
+    )
+
+
+def test_quality_pool_of_only_bad_frames_is_norm_pool():
+    x, mask, _, det = clips()
+    torch.testing.assert_close(
+        aggregate.quality_pool(x, mask, torch.full_like(det, -1.0), det), aggregate.norm_pool(x, mask)
+    )
+
+
+def test_best_k_pool_takes_the_best_frames():
+    x = torch.tensor([[[1.0], [10.0], [100.0], [1000.0]]])
+    mask = torch.tensor([[True, True, True, False]])
+    quality = torch.tensor([[5.0, 7.0, 6.0, 99.0]])
+    assert aggregate.best_k_pool(x, mask, quality, 1).item() == 10
+    assert aggregate.best_k_pool(x, mask, quality, 2).item() == 55
+    assert aggregate.best_k_pool(x, mask, quality, 9).item() == 37
+    assert aggregate.best_k_pool(x, mask, quality, 0.5).item() == 55  # ceil(1.5) = 2 frames
+    assert aggregate.best_k_pool(x, mask, quality, 1.0).item() == 37
+
+
+def test_best_share_is_not_rounded_up_by_float_noise():
+    x = torch.arange(100.0)[None, :, None]
+    mask = torch.ones(1, 100, dtype=torch.bool)
+    assert aggregate.best_k_pool(x, mask, x[..., 0], 0.07).item() == 96  # 93..99: seven frames, not eight
+
+
+def test_best_k_pool_keeps_frames_that_tie_with_the_last():
+    x = torch.tensor([[[1.0], [10.0], [100.0]]])
+    quality = torch.tensor([[5.0, 5.0, 4.0]])
+    assert aggregate.best_k_pool(x, torch.ones(1, 3, dtype=torch.bool), quality, 1).item() == 5.5
+
+
+@pytest.mark.parametrize("k", [0, -1, 0.0, 1.5, True])
+def test_best_k_pool_refuses_a_meaningless_k(k):
+    x, mask, quality, _ = clips()
+    with pytest.raises(ValueError, match="k must be"):
+        aggregate.best_k_pool(x, mask, quality, k)
+
+
+def test_nan_pool_weighs_by_softmax():
+    x = torch.tensor([[[math.log(3.0)], [0.0], [5.0]]])
+    pooled, weight = aggregate.nan_pool(x, torch.tensor([[True, True, False]]), torch.tensor([1.0]))
+    torch.testing.assert_close(weight, torch.tensor([[0.75, 0.25, 0.0]]))
+    torch.testing.assert_close(pooled, torch.tensor([[0.75 * math.log(3.0)]]))
+
+
+def test_channel_attention_of_orthogonal_frames():
+    x = torch.eye(2)[None]
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    same, other = math.e / (math.e + 1), 1 / (math.e + 1)
+    agree = torch.tensor([[[same, other], [other, same]]])
+    torch.testing.assert_close(aggregate.channel_map(x, mask), agree)
+    torch.testing.assert_close(aggregate.channel_map(x, mask, invert=True), agree.flip(2))
+    torch.testing.assert_close(aggregate.channel_attention(x, mask, 2.0), 2 * agree + x)
+
+
+# Independent slow references, in float64 and plain loops
+
+
+def softmax(values):
+    total = sum(math.exp(value - max(values)) for value in values)
+    return [math.exp(value - max(values)) / total for value in values]
+
+
+def slow_nan(frames, query, weight=None, bias=None):
+    attention = softmax([float(np.dot(query, frame)) for frame in frames])
+    pooled = sum(a * frame for a, frame in zip(attention, frames, strict=True))
+    if weight is None:
+        return pooled
+    second = [
+        math.tanh(sum(w * r for w, r in zip(row, pooled, strict=True)) + b)
+        for row, b in zip(weight, bias, strict=True)
+    ]
+    return slow_nan(frames, np.array(second))
+
+
+def slow_channel(frames, gamma, temperature, invert):
+    mixed = []
+    for frame in frames:
+        scores = [float(np.dot(frame, other)) for other in frames]
+        if invert:
+            scores = [max(scores) - score for score in scores]
+        row = softmax([score / temperature for score in scores])
+        mixed.append(gamma * sum(a * other for a, other in zip(row, frames, strict=True)) + frame)
+    return mixed
+
+
+def ragged(x, mask):
+    return [[frame.numpy() for frame in clip[present]] for clip, present in zip(x, mask, strict=True)]
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_nan_agrees_with_a_slow_loop(blocks):
+    x, mask, _, _ = clips(lengths=(4, 1, 7))
+    module = trained(aggregate.NAN(DIM, blocks=blocks))
+    state = [parameter.detach().numpy() for parameter in module.parameters()]
+    expected = np.array([slow_nan(frames, *state) for frames in ragged(x, mask)])
+    np.testing.assert_allclose(module(x, mask).detach().numpy(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("invert", [False, True])
+def test_channel_attention_agrees_with_a_slow_loop(invert):
+    x, mask, quality, det = clips(lengths=(4, 1, 7))
+    module = trained(aggregate.ChannelAttention(DIM, invert=invert, scores=True))
+    frames = torch.cat([x, quality[..., None] / 100, det[..., None]], -1)
+    gamma, temperature = module.gamma.item(), math.exp(module.log_temperature.item())
+    query = module.query.detach().numpy()
+    expected = [
+        slow_nan(slow_channel(clip, gamma, temperature, invert), query) for clip in ragged(frames, mask)
+    ]
+    np.testing.assert_allclose(module(x, mask, quality, det).detach().numpy(), np.array(expected), rtol=1e-11)
+
+
+def slow_norm(value, norm, training):
+    """Batch norm of (B, C, D) over clips and dimensions, channel by channel."""
+    out = np.empty_like(value)
+    for channel in range(value.shape[1]):
+        part = value[:, channel]
+        mean = part.mean() if training else norm.running_mean[channel].item()
+        variance = part.var() if training else norm.running_var[channel].item()
+        scaled = (part - mean) / math.sqrt(variance + 1e-5)
+        out[:, channel] = scaled * norm.weight[channel].item() + norm.bias[channel].item()
+    return out
+
+
+def slow_convolution(value, convolution):
+    weight, bias = convolution.weight.detach().numpy()[..., 0], convolution.bias.detach().numpy()
+    out = np.zeros((value.shape[0], weight.shape[0], value.shape[2]))
+    for clip in range(value.shape[0]):
+        for row in range(weight.shape[0]):
+            out[clip, row] = bias[row] + sum(
+                w * frame for w, frame in zip(weight[row], value[clip], strict=True)
+            )
+    return out
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_coded_attention_agrees_with_a_slow_loop(training):
+    x, mask, quality, det = clips(lengths=(8, 8, 8))
+    module = trained(aggregate.CodedAttention(DIM, frames=8), spread=0.2).train(training)
+    frames = torch.cat([x, quality[..., None] / 100, det[..., None]], -1).numpy()
+    theta = slow_norm(slow_convolution(frames, module.theta[0]), module.theta[1], training)
+    phi = slow_norm(slow_convolution(frames, module.phi[0]), module.phi[1], training)
+    g = slow_convolution(frames, module.g)
+    mixed = np.zeros_like(g)
+    for clip in range(len(g)):
+        for i in range(4):
+            row = softmax([float(np.dot(theta[clip, i], phi[clip, j])) for j in range(4)])
+            mixed[clip, i] = sum(a * part for a, part in zip(row, g[clip], strict=True))
+    residual = slow_norm(slow_convolution(mixed, module.expand[0]), module.expand[1], training) + frames
+    expected = np.array([slow_nan(list(clip), module.query.detach().numpy()) for clip in residual])
+    np.testing.assert_allclose(module(x, mask, quality, det).detach().numpy(), expected, rtol=1e-10)
+
+
+# Modules
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        aggregate.NAN(DIM),
+        aggregate.NAN(DIM, blocks=2),
+        aggregate.ChannelAttention(DIM),
+        aggregate.ChannelAttention(DIM, invert=True),
+        aggregate.CodedAttention(DIM, frames=4, scores=False),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_untrained_attention_is_norm_pool(module):
+    x, mask, _, _ = clips(lengths=(4, 4))
+    torch.testing.assert_close(module.double()(x, mask), aggregate.norm_pool(x, mask), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["nan", "nan two", "nan scores", "channel", "channel inverted"])
+def test_output_is_the_weighted_sum_of_the_frames(name):
+    x, mask, quality, det = clips()
+    module = POOLS[name]
+    frames = aggregate.append_scores(x, quality, det) if module.scores else x
+    weight = module.weights(x, mask, quality, det)
+    assert weight.shape == mask.shape and (weight[~mask] == 0).all()
+    torch.testing.assert_close(
+        (weight[..., None] * frames).sum(1), module(x, mask, quality, det), rtol=0, atol=1e-12
+    )
+
+
+def test_weights_sum_to_one_and_with_gamma_to_one_plus_gamma():
+    x, mask, _, _ = clips(lengths=(4, 2))
+    ones = torch.ones(2, dtype=torch.float64)
+    torch.testing.assert_close(POOLS["nan two"].weights(x, mask).sum(1), ones)
+    torch.testing.assert_close(
+        POOLS["channel"].weights(x, mask).sum(1), ones * (1 + POOLS["channel"].gamma.detach())
+    )
+
+
+def test_agreeing_frames_outweigh_an_outlier_unless_inverted():
+    x = torch.tensor([[[10.0, 0.0], [10.0, 1.0], [0.0, 10.0]]])
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    for invert in (False, True):
+        module = aggregate.ChannelAttention(2, invert=invert)
+        with torch.no_grad():
+            module.gamma.fill_(1.0)
+        weight = module.weights(x, mask)[0]
+        assert (weight[2] < weight[:2].min()) == (not invert)
+
+
+def test_scores_add_two_pooled_dimensions():
+    x, mask, quality, det = clips(lengths=(2,))
+    found = aggregate.NAN(DIM, scores=True).double()(x, mask, quality, det)
+    assert found.shape == (1, DIM + 2)
+    torch.testing.assert_close(found[0, -2:], torch.stack([quality.mean() / 100, det.mean()]))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        aggregate.NAN(DIM, scores=True),
+        aggregate.ChannelAttention(DIM, scores=True),
+        aggregate.CodedAttention(DIM, frames=4),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_scores_without_quality_are_refused(module):
+    x, mask, _, det = clips(lengths=(4,), dtype=torch.float32)
+    with pytest.raises(ValueError, match="scores=True needs quality scores"):
+        module(x, mask, None, det)
+
+
+def test_quality_pools_say_when_scores_are_missing():
+    x, mask, quality, _ = clips()
+    with pytest.raises(ValueError, match="needs det scores"):
+        aggregate.quality_pool(x, mask, quality, None)
+    with pytest.raises(ValueError, match="needs quality scores"):
+        aggregate.best_k_pool(x, mask, None, 2)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        aggregate.NAN(DIM, blocks=2, scores=True),
+        aggregate.ChannelAttention(DIM),
+        aggregate.CodedAttention(DIM, frames=4),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_every_parameter_has_a_gradient(module):
+    x, mask, quality, det = clips(lengths=(4, 4))
+    trained(module)(x, mask, quality, det).square().sum().backward()
+    assert all(
+        parameter.grad is not None and torch.isfinite(parameter.grad).all()
+        for parameter in module.parameters()
+    )
+    # Batch norm takes out a shift of its input, so a bias before it has no effect by construction.
+    idle = {"theta.0.bias", "phi.0.bias", "expand.0.bias"}
+    assert all((p.grad != 0).any() for name, p in module.named_parameters() if name not in idle)
+
+
+def test_coded_attention_depends_on_the_order_of_frames():
+    x, mask, quality, det = clips(lengths=(4, 4))
+    module = trained(aggregate.CodedAttention(DIM, frames=4)).eval()
+    turned = [part.flip(1) for part in (x, mask, quality, det)]
+    assert (module(*turned) - module(x, mask, quality, det)).abs().max() > 1e-3
+
+
+def test_coded_attention_refuses_another_number_of_frames():
+    x, mask, quality, det = clips(lengths=(7,))
+    with pytest.raises(ValueError, match="exactly 40 frames a clip, got T = 7"):
+        aggregate.CodedAttention(DIM)(x, mask, quality, det)
+
+
+def test_coded_attention_refuses_padding():
+    x, mask, quality, det = clips(lengths=(4, 3))
+    with pytest.raises(ValueError, match="4 frames in a clip, row 1 has 3"):
+        aggregate.CodedAttention(DIM, frames=4)(x, mask, quality, det)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: aggregate.NAN(DIM, blocks=3), "blocks must be 1 or 2, got 3"),
+        (lambda: aggregate.ChannelAttention(DIM, temperature=0.0), "temperature must be positive"),
+        (lambda: aggregate.CodedAttention(DIM, frames=1), "frames must be at least 2"),
+    ],
+)
+def test_meaningless_settings_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,188 @@
+"""The built report, where there is one: nothing missing, nothing unrendered, nothing from another site."""
+
+import importlib.util
+import re
+from functools import cache
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from bs4 import BeautifulSoup
+
+ROOT = Path(__file__).parents[1]
+SITE = ROOT / "_build" / "html"
+PAGES = sorted(SITE.rglob("*.html")) if (SITE / "index.html").exists() else []
+
+UNRENDERED = re.compile(r"\{glue|glue:|\{(?:numref|ref|eq|term|cite)[:\w]*\}|\$\$|\bnan\b|@[A-Z]+@")
+FOLDERS = "home|Users|root|tmp|var|mnt|opt|work|workspaces?"
+MACHINE_PATH = re.compile(rf"(?<![\w:./-])(?:/(?:{FOLDERS})/[\w.-]+|[A-Z]:\\\w+)")
+
+
+def read(page: Path) -> BeautifulSoup:
+    return BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser")
+
+
+def article(page: BeautifulSoup):
+    """Return what the project wrote; the theme's own parts are not ours to check."""
+    return page.find("article") or page
+
+
+def images(page: BeautifulSoup, file: Path) -> list[str]:
+    """Each image exists, has alternative text, and stands in a figure with a caption."""
+    found = []
+    for image in article(page).find_all("img"):
+        source = image.get("src", "")
+        if not source.startswith("data:") and not (file.parent / unquote(source)).is_file():
+            found.append(f"image {source} does not exist")
+        if not image.get("alt", "").strip() or image["alt"].endswith(".png"):
+            found.append(f"image {source} has no alternative text")
+        figure = image.find_parent("figure")
+        caption = figure.find("figcaption") if figure else None
+        if caption is None or not caption.get_text(strip=True):
+            found.append(f"image {source} has no caption")
+    return found
+
+
+def links(page: BeautifulSoup, file: Path) -> list[str]:
+    """Each link inside the report leads to a page, and to a place on it."""
+    found = []
+    for link in page.find_all("a", href=True):
+        parts = urlsplit(link["href"])
+        if parts.scheme or parts.netloc or not (parts.path or parts.fragment):
+            continue
+        target = (file.parent / unquote(parts.path)).resolve() if parts.path else file
+        if not target.is_file():
+            found.append(f"link to {link['href']}: no such file")
+        elif parts.fragment and target.suffix == ".html" and unquote(parts.fragment) not in places(target):
+            found.append(f"link to {link['href']}: no such place")
+    return found
+
+
+@cache
+def places(target: Path) -> set[str]:
+    """Return what a link can point to in a page."""
+    return {tag.get("id") or tag["name"] for tag in read(target).select("[id], a[name]")}
+
+
+def requests_elsewhere(page: BeautifulSoup, file: Path) -> list[str]:
+    """Nothing is loaded from another site."""
+    loaded = [(tag, "src") for tag in page.find_all(["script", "img", "iframe", "source"])]
+    loaded += [(tag, "href") for tag in page.find_all("link") if "canonical" not in tag.get("rel", [])]
+    sources = [tag.get(attribute, "") for tag, attribute in loaded]
+    return [f"loads {source}" for source in sources if re.match(r"(https?:)?//", source)]
+
+
+def text(page: BeautifulSoup, file: Path) -> list[str]:
+    """Prose is rendered, and no output tells of an error, of warnings or of the machine it was made on."""
+    body = article(page)
+    found = [f"shows standard error: {cell.get_text()[:80]!r}" for cell in body.select(".stderr, .traceback")]
+    everything = body.get_text()
+    if "Traceback (most recent call last)" in everything:
+        found.append("shows a traceback")
+    found += [f"names a path of a machine: {match}" for match in MACHINE_PATH.findall(everything)]
+    for code in body.select("pre, code"):
+        code.extract()
+    found += [f"not rendered: {match}" for match in UNRENDERED.findall(body.get_text())]
+    return found
+
+
+def provenance(page: BeautifulSoup, file: Path) -> list[str]:
+    """A chapter says, before its first section, that its data is simulated; the report has no other."""
+    if file.parent.name != "chapters":
+        return []
+    banner, section = (article(page).select_one(name) for name in (".admonition.simulated", "h2"))
+    in_time = banner is not None and (section is None or section in banner.find_all_next("h2"))
+    return [] if in_time else ["does not say at its top that its data is simulated"]
+
+
+CHECKS = [images, links, requests_elsewhere, text, provenance]
+
+
+@pytest.mark.skipif(not PAGES, reason="no report is built: python3 tasks.py book")
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_every_page_of_the_report(check):
+    found = {page.relative_to(SITE).as_posix(): check(read(page), page) for page in PAGES}
+    assert {page: faults for page, faults in found.items() if faults} == {}
+
+
+GOOD = """<html><head><script src="_static/a.js"></script></head><body><article>
+<div class="simulated admonition">Simulated.</div><h2>A section</h2>
+<figure id="fig"><img src="a.png" alt="A line."><figcaption>A line goes up.</figcaption></figure>
+<p>See <a href="page.html#fig">Fig. 1</a>, <a href="https://example.org/">elsewhere</a>: 0.871.</p>
+<pre>price = "$$" + "{glue:text}"</pre></article></body></html>"""
+
+
+def complaints(folder: Path, html: str) -> list[str]:
+    file = folder / "chapters" / "page.html"
+    file.parent.mkdir()
+    file.write_text(html)
+    (file.parent / "a.png").touch()
+    return [found for check in CHECKS for found in check(read(file), file)]
+
+
+def test_a_sound_page_is_accepted(tmp_path):
+    assert complaints(tmp_path, GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ('src="a.png"', 'src="b.png"', "does not exist"),
+        (' alt="A line."', "", "no alternative text"),
+        ("A line goes up.", "", "no caption"),
+        ("page.html#fig", "page.html#table", "no such place"),
+        ("page.html#fig", "other.html", "no such file"),
+        ("_static/a.js", "https://cdn.example.org/a.js", "loads https"),
+        ("0.871", "{glue:text}`toy-map`", "not rendered"),
+        ("0.871", "nan", "not rendered"),
+        ("0.871", "/Users/somebody/store", "path of a machine"),
+        ('"simulated admonition"', '"admonition"', "simulated"),
+        ('<div class="sim', '<h2>First</h2><div class="sim', "simulated"),
+        ("<pre>", '<pre class="stderr">', "standard error"),
+        ("<pre>", "<pre>Traceback (most recent call last)", "traceback"),
+    ],
+)
+def test_a_fault_of_a_page_is_named(tmp_path, old, new, complaint):
+    assert old in GOOD
+    assert any(complaint in found for found in complaints(tmp_path, GOOD.replace(old, new)))
+
+
+# The Sphinx hooks.
+
+
+@pytest.fixture(scope="module")
+def study():
+    spec = importlib.util.spec_from_file_location("study", ROOT / "book" / "_ext" / "study.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def repository(tmp_path):
+    for name in ("mmlib/a.py", "book/results/b.json", "constraints.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["mmlib/a.py", "mmlib/new.csv", "book/results/b.json", "constraints.txt"])
+def test_what_a_page_depends_on_starts_a_new_notebook_cache(study, repository, name):
+    before = study.cache_key(repository, repository / "mmlib")
+    (repository / name).write_text("2\n")
+    assert study.cache_key(repository, repository / "mmlib") != before
+
+
+@pytest.mark.parametrize("name", ["mmlib/__pycache__/a.pyc", "README.md"])
+def test_what_no_page_depends_on_keeps_the_notebook_cache(study, repository, name):
+    before = study.cache_key(repository, repository / "mmlib")
+    (repository / name).parent.mkdir(exist_ok=True)
+    (repository / name).write_text("2\n")
+    assert study.cache_key(repository, repository / "mmlib") == before
+
+
+def test_unknown_formula_is_warned_of_and_shown_as_typed(study, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(study.LOGGER, "warning", lambda message, *rest, **_: warnings.append(message % rest))
+    assert study.mathml(None, r"a < \nonsense", block=False) == r"<code>a &lt; \nonsense</code>"
+    assert len(warnings) == 1 and "nonsense" in warnings[0]

@@ -1,0 +1,370 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from mmlib import metrics
+
+
+def slow_official(truth, result, k):
+    """The official rule in plain Python, after the description of the challenge's script."""
+    videos = {}
+    for identity, clips in zip(*truth, strict=True):
+        videos[identity] = clips
+    id_num = len(truth[0])
+    if len(result[0]) > id_num:
+        raise ValueError
+    total = 0.0
+    for identity, clips in zip(*result, strict=True):
+        ranking = []
+        for clip in clips:
+            if clip not in ranking:
+                ranking.append(clip)
+        if len(ranking) > k:
+            raise ValueError
+        if identity not in videos or not videos[identity]:
+            continue
+        hits, ap = 0, 0.0
+        for rank, clip in enumerate(ranking, start=1):
+            if clip in videos[identity]:
+                hits += 1
+                ap += hits / rank
+        total += ap / len(videos[identity])
+    return total / id_num
+
+
+# Average precision
+
+
+def test_the_four_denominators_of_the_worked_example():
+    hits, relevant = np.array([[1, 0, 1, 0, 0]], bool), np.array([8])
+    gain = 1 + 2 / 3
+    expected = {
+        "relevant": gain / 8,
+        "capped": gain / 5,
+        "found": gain / 2,
+        "trapezoid": ((1 + 1) / 2 + (1 / 2 + 2 / 3) / 2) / 8,
+    }
+    for rule, value in expected.items():
+        assert metrics.average_precision(hits, relevant, rule=rule)[0] == pytest.approx(value, rel=1e-12)
+    assert [round(expected[rule], 3) for rule in ("relevant", "capped", "found")] == [0.208, 0.333, 0.833]
+
+
+@pytest.mark.parametrize("rule", metrics.AP_RULES)
+def test_a_perfect_ranking_has_ap_one_by_every_rule(rule):
+    hits, relevant = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool), np.array([3, 5])
+    np.testing.assert_allclose(metrics.average_precision(hits, relevant, rule=rule), 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rule", metrics.AP_RULES)
+def test_no_hit_and_nothing_relevant_have_ap_zero(rule):
+    found = metrics.average_precision(np.zeros((2, 4), bool), np.array([3, 0]), rule=rule)
+    assert found.tolist() == [0, 0]
+
+
+def test_more_than_k_relevant_cannot_reach_one():
+    assert metrics.average_precision(np.ones((1, 100), bool), np.array([125]))[0] == pytest.approx(100 / 125)
+
+
+def test_an_empty_ranking_has_ap_zero():
+    assert metrics.average_precision(np.zeros((2, 0), bool), np.array([3, 1])).tolist() == [0, 0]
+
+
+def test_more_hits_than_relevant_clips_are_refused():
+    with pytest.raises(ValueError, match="query 1 has 2 hits, but relevant says 1"):
+        metrics.average_precision(np.array([[1, 0], [1, 1]], bool), np.array([1, 1]))
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(ValueError, match="got 'mean'"):
+        metrics.average_precision(np.ones((1, 1), bool), np.ones(1, int), rule="mean")
+
+
+# The official rule, case by case
+
+
+def official(truth, result, k=100):
+    """Score {identity: clips} against {identity: clips}."""
+    return metrics.official_score(
+        (list(truth), list(truth.values())), (list(result), list(result.values())), k=k
+    )
+
+
+def test_map_is_the_mean_ap_over_ground_truth_lines():
+    score = official({"1": ["a", "b"], "2": ["c"]}, {"2": ["x", "c"], "1": ["a", "x", "b"]})
+    assert score.identities.tolist() == ["1", "2"]
+    np.testing.assert_allclose(score.ap, [(1 + 2 / 3) / 2, 1 / 2], rtol=1e-12)
+    assert score.map_at_k == pytest.approx((5 / 6 + 1 / 2) / 2, rel=1e-12)
+
+
+def test_identity_missing_from_the_result_scores_zero():
+    assert official({"1": ["a"], "2": ["b"]}, {"1": ["a"]}).ap.tolist() == [1, 0]
+
+
+def test_identity_unknown_to_the_ground_truth_is_ignored():
+    assert official({"1": ["a"], "2": ["b"]}, {"1": ["a"], "9": ["b"]}).ap.tolist() == [1, 0]
+
+
+def test_identity_unknown_to_the_ground_truth_counts_in_the_line_limit():
+    with pytest.raises(ValueError, match="result has 2 lines, more than the 1 "):
+        official({"1": ["a"]}, {"1": ["a"], "9": ["b"]})
+
+
+def test_empty_ground_truth_line_scores_zero_and_counts():
+    truth = {"1": ["a"], "2": []}
+    assert official(truth, {"1": ["a"]}).map_at_k == 0.5
+    assert official(truth, {"1": ["a"], "2": ["b"]}).map_at_k == 0.5
+
+
+def test_last_line_of_a_repeated_ground_truth_identity_wins_and_both_count():
+    truth = ["1", "2", "1"], [["a"], ["b"], ["c"]]
+    assert metrics.official_score(truth, (["1", "2"], [["c"], ["b"]])).ap.tolist() == [0, 1, 1]
+    assert metrics.official_score(truth, (["1", "2"], [["a"], ["b"]])).map_at_k == pytest.approx(1 / 3)
+
+
+def test_clip_repeated_on_a_ground_truth_line_inflates_the_denominator():
+    assert official({"1": ["a", "a", "b"]}, {"1": ["a", "b"]}).ap[0] == pytest.approx(2 / 3)
+
+
+def test_repeats_in_a_result_line_are_dropped_keeping_the_first():
+    assert official({"1": ["a", "b"]}, {"1": ["x", "x", "a", "a", "b"]}).ap[0] == pytest.approx(
+        (1 / 2 + 2 / 3) / 2
+    )
+
+
+def test_result_line_limit_counts_after_repeats_are_dropped():
+    truth, clips = {"1": ["a"]}, [str(number) for number in range(99)]
+    assert official(truth, {"1": [*clips, *clips, "a"]}).ap[0] == pytest.approx(1 / 100)
+    with pytest.raises(ValueError, match="identity 1 has 101 clips, more than 100"):
+        official(truth, {"1": [*clips, "x", "a"]})
+
+
+def test_same_clip_may_serve_several_identities():
+    assert official({"1": ["a"], "2": ["a"]}, {"1": ["a"], "2": ["a"]}).ap.tolist() == [1, 1]
+
+
+def test_identity_repeated_in_the_result_is_refused():
+    with pytest.raises(ValueError, match="identity 2 more than once"):
+        metrics.official_score((["1", "2"], [["a"], ["b"]]), (["2", "2"], [["a"], ["b"]]))
+
+
+def test_lists_that_do_not_match_their_identities_are_refused():
+    with pytest.raises(ValueError, match="truth has 1 identities but 2 lists"):
+        metrics.official_score((["1"], [["a"], ["b"]]), (["1"], [["a"]]))
+
+
+def test_empty_ground_truth_is_refused():
+    with pytest.raises(ValueError, match="nothing to score"):
+        official({}, {})
+
+
+def test_empty_result_scores_zero():
+    assert official({"1": ["a"]}, {}).map_at_k == 0
+
+
+CLIPS = st.lists(st.sampled_from("abcdefgh"), max_size=7)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    truth=st.lists(st.tuples(st.sampled_from("12345"), CLIPS), min_size=1, max_size=6),
+    result=st.dictionaries(st.sampled_from("123456"), CLIPS, max_size=6),
+)
+def test_official_score_agrees_with_a_slow_script(truth, result):
+    truth = [list(column) for column in zip(*truth, strict=True)]
+    result = list(result), list(result.values())
+    try:
+        expected = slow_official(truth, result, k=5)
+    except ValueError:
+        with pytest.raises(ValueError):
+            metrics.official_score(truth, result, k=5)
+    else:
+        assert metrics.official_score(truth, result, k=5).map_at_k == pytest.approx(expected, rel=1e-12)
+
+
+# Rankings in arrays
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 10**6), queries=st.integers(1, 8), clips=st.integers(1, 30), k=st.integers(1, 12))
+def test_arrays_and_files_score_alike(seed, queries, clips, k):
+    rng = np.random.default_rng(seed)
+    identity = rng.integers(-1, queries, clips)
+    identity[0] = 0
+    ranking = np.full((queries, k), -1)
+    for row in ranking:
+        chosen = rng.permutation(clips)[: rng.integers(0, min(k, clips) + 1)]
+        row[: len(chosen)] = chosen
+    found = metrics.score_ranking(ranking, identity, np.arange(queries), k=k)
+    truth = [[str(clip) for clip in np.flatnonzero(identity == query)] for query in found.identities]
+    result = [[str(clip) for clip in ranking[query] if clip >= 0] for query in found.identities]
+    expected = metrics.official_score((found.identities, truth), (found.identities, result), k=k)
+    np.testing.assert_array_equal(found.ap, expected.ap)
+    np.testing.assert_array_equal(found.first_hit, expected.first_hit)
+    assert found.left_out == queries - len(found.ap)
+
+
+def test_queries_without_relevant_clips_are_left_out_and_counted():
+    score = metrics.score_ranking(np.array([[0], [1], [1]]), np.array([4, -1]), np.array([3, 4, 9]))
+    assert (score.identities.tolist(), score.left_out) == ([4], 2)
+
+
+def test_distractors_and_padding_are_no_hits():
+    score = metrics.score_ranking(
+        np.array([[1, 0, -1], [-1, -1, -1]]), np.array([0, -1, 1]), np.array([0, 1])
+    )
+    assert score.ap.tolist() == [0.5, 0]
+
+
+@pytest.mark.parametrize(
+    ("ranking", "message"),
+    [
+        ([[0, 1, 0]], "identity 7 names a clip twice"),
+        ([[0, -1, 1]], "identity 7 has a gap"),
+        ([[0, 5]], r"gallery rows 0\.\.5 of 2"),
+        ([[0], [1]], "expected 1 rows"),
+        ([[0, 1, -1, -1]], "4 clips a query, more than 3"),
+    ],
+)
+def test_malformed_rankings_are_refused(ranking, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.score_ranking(np.array(ranking), np.array([7, -1]), np.array([7]), k=3)
+
+
+def test_hits_and_relevant_clips_by_hand():
+    hits, relevant = metrics.match_ranking(
+        np.array([[2, 0, 1], [1, -1, -1]]), np.array([4, -1, 4]), np.array([4, 6])
+    )
+    assert hits.tolist() == [[True, True, False], [False, False, False]]
+    assert relevant.tolist() == [2, 0]
+
+
+def test_an_empty_gallery_has_no_hits():
+    hits, relevant = metrics.match_ranking(np.full((2, 3), -1), np.zeros(0, int), np.arange(2))
+    assert not hits.any() and relevant.tolist() == [0, 0]
+
+
+def test_cmc_and_top1_by_hand():
+    ranking = np.array([[0, 4, 5], [4, 1, 5], [4, 5, 3], [4, 5, -1]])
+    score = metrics.score_ranking(ranking, np.array([0, 1, 3, 2, -1, -1]), np.arange(4), k=3)
+    assert score.first_hit.tolist() == [1, 2, 3, 0]
+    assert score.cmc.tolist() == [0.25, 0.5, 0.75]
+    assert score.top1 == 0.25
+
+
+# Intervals and comparisons
+
+
+def test_bootstrap_interval_agrees_with_the_normal_approximation():
+    ap = np.random.default_rng(0).beta(4, 1, 3000)
+    low, high = metrics.bootstrap_interval(ap, draws=4000)
+    half = 1.96 * metrics.standard_error(ap)
+    # 4000 draws give the two quantiles to about 4 % of the half width.
+    assert (ap.mean() - low) / half == pytest.approx(1, abs=0.12)
+    assert (high - ap.mean()) / half == pytest.approx(1, abs=0.12)
+
+
+def test_bootstrap_interval_covers_the_true_mean_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    intervals = [
+        metrics.bootstrap_interval(rng.random(100), level=0.8, draws=300, seed=n) for n in range(400)
+    ]
+    covered = np.mean([low <= 0.5 <= high for low, high in intervals])
+    assert covered == pytest.approx(0.8, abs=0.06)  # three binomial standard deviations
+
+
+def test_bootstrap_does_not_depend_on_how_it_is_cut_into_chunks(monkeypatch):
+    ap = np.random.default_rng(0).random(40)
+    whole = metrics.bootstrap_interval(ap, draws=500)
+    monkeypatch.setattr(metrics, "_CHUNK", 40 * 100)
+    assert metrics.bootstrap_interval(ap, draws=500) == whole
+
+
+def test_bootstrap_is_fixed_by_its_seed():
+    ap = np.random.default_rng(0).random(40)
+    assert metrics.bootstrap_interval(ap, seed=1) == metrics.bootstrap_interval(ap, seed=1)
+    assert metrics.bootstrap_interval(ap, seed=1) != metrics.bootstrap_interval(ap, seed=2)
+
+
+def test_interval_of_equal_values_has_no_width():
+    assert metrics.bootstrap_interval(np.full(5, 0.25)) == (0.25, 0.25)
+
+
+def test_standard_error_by_hand():
+    assert metrics.standard_error(np.array([0.0, 1.0])) == pytest.approx(0.5)  # sd sqrt(1/2), over sqrt(2)
+
+
+def test_paired_test_agrees_with_all_sign_flips():
+    difference = np.array([0.3, -0.1, 0.2, 0.05, 0.0, 0.4])
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 6)).reshape(6, -1)
+    exact = np.mean(np.abs(difference @ signs) >= abs(difference.sum()) - 1e-12)
+    found = metrics.paired_test(difference, np.zeros(6), draws=20_000)
+    assert found.p_value == pytest.approx(exact, abs=0.01)  # three standard deviations of 20,000 draws
+    assert found.difference == pytest.approx(0.85 / 6)
+    assert (found.low, found.high) == metrics.bootstrap_interval(difference, draws=20_000)
+    assert found.n == 6
+
+
+def test_flips_that_tie_with_the_observed_sum_count_in_spite_of_rounding():
+    tenths = np.array([1, 2, -3, 4])
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 4)).reshape(4, -1)
+    exact = np.mean(np.abs(tenths @ signs) >= 4)
+    found = metrics.paired_test(tenths / 10, np.zeros(4), draws=20_000)
+    assert found.p_value == pytest.approx(exact, abs=0.01)  # three standard deviations of 20,000 draws
+
+
+def test_paired_test_of_a_run_with_itself_finds_nothing():
+    ap = np.random.default_rng(0).random(30)
+    assert metrics.paired_test(ap, ap) == metrics.Paired(0.0, 0.0, 0.0, 1.0, 30)
+
+
+def test_paired_test_swaps_sign_with_its_arguments():
+    rng = np.random.default_rng(0)
+    one, two = rng.random(50), rng.random(50)
+    forth, back = metrics.paired_test(one, two), metrics.paired_test(two, one)
+    assert (forth.difference, forth.p_value) == (-back.difference, back.p_value)
+
+
+def test_p_values_are_uniform_where_nothing_differs():
+    rng = np.random.default_rng(0)
+    p = [metrics.paired_test(rng.random(30), rng.random(30), draws=200, seed=n).p_value for n in range(300)]
+    assert stats.kstest(p, "uniform").pvalue > 0.01
+
+
+def test_a_clear_difference_reaches_the_smallest_p_value():
+    ap = np.random.default_rng(0).random(200)
+    assert metrics.paired_test(ap + 0.1, ap, draws=999).p_value == 1 / 1000
+
+
+def test_pairing_shrinks_the_interval_of_correlated_runs():
+    rng = np.random.default_rng(0)
+    ap = rng.random(400)
+    paired = metrics.paired_test(ap + 0.01 * rng.normal(size=400), ap)
+    low, high = metrics.bootstrap_interval(ap)
+    assert paired.high - paired.low < (high - low) / 5
+
+
+def test_runs_on_different_identities_are_not_paired():
+    with pytest.raises(ValueError, match="ap_a has 3 identities and ap_b 2"):
+        metrics.paired_test(np.zeros(3), np.zeros(2))
+
+
+@pytest.mark.parametrize("bad", [np.array([0.1, np.nan]), np.array([]), np.zeros((2, 2))])
+def test_intervals_refuse_what_is_no_list_of_numbers(bad):
+    for function in (metrics.bootstrap_interval, metrics.over_worlds, metrics.standard_error):
+        with pytest.raises(ValueError, match="must be"):
+            function(bad)
+
+
+def test_over_worlds_by_hand():
+    found = metrics.over_worlds(np.array([1.0, 2.0, 3.0]))
+    half = 4.302652729911275 / np.sqrt(3)  # t of 2 degrees of freedom at .975; sd is 1
+    assert (found.mean, found.sd, found.n) == (2.0, 1.0, 3)
+    assert (found.low, found.high) == pytest.approx((2 - half, 2 + half), rel=1e-9)
+
+
+def test_one_world_has_no_interval():
+    found = metrics.over_worlds(np.array([0.5]))
+    assert found.mean == 0.5 and found.n == 1
+    assert np.isnan([found.low, found.high, found.sd]).all()

@@ -1,0 +1,325 @@
+import errno
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmlib.clips import arrays
+from mmlib.clips.arrays import nonfinite_rows
+from mmlib.clips.store import ClipStore, sample_rows
+
+COUNT = np.array([4, 0, 6])
+START = np.array([0, 4, 4])
+
+
+def make_store(path, count=COUNT, dim=8, seed=0, **options):
+    """Write clips a, b, c, ... alternating over train and val; feature row i starts with i."""
+    rng = np.random.default_rng(seed)
+    frames = int(count.sum())
+    feature = rng.standard_normal((frames, dim)).astype(np.float16)
+    feature[:, 0] = np.arange(frames)
+    with ClipStore.create(path, simulated=True, provenance={"seed": seed}, **options) as writer:
+        for rows in np.array_split(np.arange(frames), 3):  # several blocks
+            writer.append("face", feature[rows], frame=rows, quality=rows * 0.5)
+        clips = pd.DataFrame({"clip": [f"clip{i}" for i in range(len(count))],
+                              "split": [("train", "val")[i % 2] for i in range(len(count))],
+                              "identity": [-1 if i % 3 == 1 else 0 for i in range(len(count))]})
+        writer.finish(clips, ["7"], {"face": (np.cumsum(count) - count, count)})
+    return ClipStore.open(path)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return make_store(tmp_path / "store")
+
+
+def assert_nothing_left(folder):
+    assert list(folder.iterdir()) == []
+
+
+def test_clips_are_sorted_by_split_and_name_with_their_spans(store):
+    assert store.clips["clip"].tolist() == ["clip0", "clip2", "clip1"]
+    assert store.clips["split"].tolist() == ["train", "train", "val"]
+    assert store.modalities["face"].start.tolist() == [0, 4, 4]
+    assert store.modalities["face"].count.tolist() == [4, 6, 0]
+
+
+def test_meta_describes_the_store(store):
+    assert store.meta["simulated"] is True
+    assert store.meta["provenance"] == {"seed": 0}
+    assert store.meta["modalities"]["face"]["frames"] == 10
+
+
+def test_features_are_mapped_not_read(store):
+    assert isinstance(store.modalities["face"].feature, np.memmap)
+
+
+def test_select_by_split_label_and_modality(store):
+    assert store.select("train").tolist() == [0, 1]
+    assert store.select(labelled=False).tolist() == [2]
+    assert store.select(having="face").tolist() == [0, 1]
+    assert store.select("val", labelled=True).tolist() == []
+    assert store.identity_of([2, 0]).tolist() == [-1, 0]
+
+
+def test_batch_pads_with_zeros(store):
+    batch = store.batch([0, 1, 2])
+    assert batch.feature.shape == (3, 6, 8) and batch.feature.dtype == torch.float32
+    assert batch.mask.sum(dim=1).tolist() == [4, 6, 0]
+    assert batch.rows[0].tolist() == [0, 1, 2, 3, -1, -1]
+    assert not batch.feature[~batch.mask].any() and not batch.quality[~batch.mask].any()
+
+
+def test_batch_holds_what_was_appended(store):
+    batch = store.batch([1])
+    assert batch.feature[0, :, 0].tolist() == [4, 5, 6, 7, 8, 9]
+    assert batch.quality[0].tolist() == [2, 2.5, 3, 3.5, 4, 4.5]
+
+
+def test_batch_without_a_score_has_none(store):
+    assert store.batch([0]).det is None
+
+
+def test_batch_does_not_write_to_the_store(store, tmp_path):
+    store.batch([0, 1]).feature.fill_(9)
+    again = ClipStore.open(tmp_path / "store").modalities["face"].feature[:, 0]
+    np.testing.assert_array_equal(again, np.arange(10))
+
+
+def test_batch_refuses_an_unknown_modality(store):
+    with pytest.raises(ValueError, match="no modality 'audio'"):
+        store.batch([0], "audio")
+
+
+def test_a_store_without_any_frame_opens_and_gives_empty_batches(tmp_path):
+    store = make_store(tmp_path / "store", count=np.array([0, 0]))
+    batch = store.batch([0, 1], sample="first", frames=3)
+    assert batch.feature.shape == (2, 3, 8) and not batch.mask.any()
+
+
+def test_columns_of_truth_keep_their_dtype(tmp_path):
+    with ClipStore.create(tmp_path / "s", simulated=True, provenance={}) as writer:
+        writer.append("face", np.ones((2, 3), np.float16), wrong=np.array([True, False]))
+        clips = pd.DataFrame({"clip": ["a"], "split": ["val"], "identity": [0], "show": ["x"]})
+        writer.finish(clips, ["1"], {"face": ([0], [2])})
+    store = ClipStore.open(tmp_path / "s")
+    assert store.modalities["face"].columns["wrong"].tolist() == [True, False]
+    assert store.clips["show"].tolist() == ["x"]
+
+
+@settings(max_examples=15, deadline=None)
+@given(count=st.lists(st.integers(0, 5), min_size=1, max_size=12), seed=st.integers(0, 99))
+def test_ragged_clips_survive_the_round_trip(tmp_path_factory, count, seed):
+    count = np.array(count)
+    store = make_store(tmp_path_factory.mktemp("ragged") / "store", count=count, seed=seed)
+    offset = np.cumsum(count) - count
+    for position, name in enumerate(store.clips["clip"]):
+        clip = int(name.removeprefix("clip"))
+        batch = store.batch([position])
+        expected = np.arange(offset[clip], offset[clip] + count[clip])
+        assert batch.feature[0, batch.mask[0], 0].tolist() == expected.tolist()
+
+
+# Sampling
+
+counts = st.lists(st.integers(0, 30), min_size=1, max_size=8).map(np.array)
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=counts, frames=st.integers(1, 12), seed=st.integers(0, 999),
+       sample=st.sampled_from(["first", "random", "replace", "draw"]))
+def test_sampled_rows_belong_to_their_clip(count, frames, seed, sample):
+    start = np.cumsum(count) - count + 100
+    rows = sample_rows(start, count, sample, frames, np.random.default_rng(seed))
+    assert rows.shape == (len(count), frames)
+    for clip, row in enumerate(rows):
+        chosen = row[row >= 0]
+        assert ((chosen >= start[clip]) & (chosen < start[clip] + count[clip])).all()
+        full = sample in ("replace", "draw") and count[clip] > 0
+        assert len(chosen) == (frames if full else min(frames, count[clip]))
+        assert (row[len(chosen):] == -1).all()
+        if sample in ("first", "random") or (sample == "draw" and count[clip] >= frames):
+            assert len(set(chosen)) == len(chosen)
+
+
+def test_the_same_generator_state_gives_the_same_rows():
+    one, other = (sample_rows(START, COUNT, "draw", 5, np.random.default_rng(3)) for _ in range(2))
+    np.testing.assert_array_equal(one, other)
+
+
+def test_random_picks_every_frame_equally_often_in_every_place():
+    draws = 6000
+    rows = sample_rows(np.zeros(draws), np.full(draws, 5), "random", 3, np.random.default_rng(0))
+    for place in range(3):
+        share = np.bincount(rows[:, place], minlength=5) / draws
+        np.testing.assert_allclose(share, 0.2, atol=0.026)  # five standard errors
+
+
+def test_random_picks_every_pair_equally_often():
+    draws = 6000
+    rows = np.sort(sample_rows(np.zeros(draws), np.full(draws, 4), "random", 2, np.random.default_rng(0)))
+    share = np.bincount(rows @ [4, 1], minlength=16)[[1, 2, 3, 6, 7, 11]] / draws
+    np.testing.assert_allclose(share, 1 / 6, atol=0.024)
+
+
+def test_replace_picks_every_frame_equally_often():
+    rows = sample_rows(np.array([10]), np.array([4]), "replace", 8000, np.random.default_rng(0))
+    np.testing.assert_allclose(np.bincount(rows[0] - 10) / 8000, 0.25, atol=0.025)
+
+
+def test_draw_of_all_frames_is_a_shuffle():
+    rows = sample_rows(np.array([0]), np.array([40]), "draw", 40, np.random.default_rng(0))[0]
+    assert sorted(rows) == list(range(40)) and rows.tolist() != list(range(40))
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (("some", 3), "sample: 'some'"), (("first", None), "frames: None"), (("first", 0), "frames: 0"),
+    (("all", 3), "frames: 3"), (("random", 3), "rng: None")])
+def test_sampling_refuses_what_makes_no_sense(arguments, named):
+    with pytest.raises(ValueError, match=named):
+        sample_rows(START, COUNT, *arguments)
+
+
+# Bad stores
+
+def rewrite_clips(path, **columns):
+    table = pd.read_parquet(path / "clips.parquet")
+    table.assign(**columns).to_parquet(path / "clips.parquet", index=False)
+
+
+@pytest.mark.parametrize("columns, named", [
+    ({"clip": ["a", "a", "b"]}, "clip 'a': named twice"),
+    ({"split": ["train", "dev", "val"]}, "clip 'clip2': unknown split dev"),
+    ({"identity": [0, 1, -1]}, "clip 'clip2': of 1 identities it has number 1"),
+    ({"identity": [0, 0, -2]}, "clip 'clip1': .* number -2"),
+    ({"face_start": [0, 5, 4]}, r"clip 'clip2': of 10 rows of face .* \[5 6\]"),
+    ({"face_start": [-1, 4, 4]}, "clip 'clip0'"),
+    ({"face_count": [4, 2**62, 0]}, "clip 'clip2'")])
+def test_opening_names_the_clip_that_cannot_be(store, tmp_path, columns, named):
+    rewrite_clips(tmp_path / "store", **columns)
+    with pytest.raises(ValueError, match=f"clips.parquet: {named}"):
+        ClipStore.open(tmp_path / "store")
+
+
+@pytest.mark.parametrize("name", ["store.json", "clips.parquet", "identities.parquet", "face/feature.npy",
+                                  "face/quality.npy"])
+def test_opening_names_a_missing_file(store, tmp_path, name):
+    (tmp_path / "store" / name).unlink()
+    with pytest.raises(ValueError, match=f"{name}: missing"):
+        ClipStore.open(tmp_path / "store")
+
+
+@pytest.mark.parametrize("name", ["clips.parquet", "face/feature.npy", "face/frame.npy", "store.json"])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_opening_names_a_truncated_file(store, tmp_path, name, kept):
+    path = tmp_path / "store" / name
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
+    with pytest.raises(ValueError, match=name):
+        ClipStore.open(tmp_path / "store")
+
+
+def test_opening_refuses_features_of_another_dtype(store, tmp_path):
+    np.save(tmp_path / "store/face/feature.npy", np.zeros((10, 8), np.float32))
+    with pytest.raises(ValueError, match=r"feature.npy: <f4 \(10, 8\), store.json says <f2"):
+        ClipStore.open(tmp_path / "store")
+
+
+def test_opening_refuses_another_schema(store, tmp_path):
+    path = tmp_path / "store/store.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
+    with pytest.raises(ValueError, match="store.json: schema 99"):
+        ClipStore.open(tmp_path / "store")
+
+
+def test_opening_refuses_a_repeated_identity(store, tmp_path):
+    pd.DataFrame({"identity": ["7", "7"]}).to_parquet(tmp_path / "store/identities.parquet")
+    with pytest.raises(ValueError, match="identities.parquet: '7' stands twice"):
+        ClipStore.open(tmp_path / "store")
+
+
+# Writing
+
+def append(writer, feature=np.ones((2, 3), np.float16), **columns):
+    return writer.append("face", feature, **columns)
+
+
+@pytest.mark.parametrize("feature, columns, named", [
+    (np.ones((2, 3), np.float32), {}, "must be float16"),
+    (np.ones(3, np.float16), {}, "must be float16"),
+    (np.array([[1, 2, 3], [1, np.nan, 3]], np.float16), {}, "infinite feature in row 3"),
+    (np.array([[np.inf, 2, 3]], np.float16), {}, "infinite feature in row 2"),
+    (np.ones((1, 4), np.float16), {}, r"expected rows of float16\[3\], got float16\[4\]"),
+    (np.ones((1, 3), np.float16), {"det": [0.5]}, r"columns \['det', 'feature'\]"),
+])
+def test_append_names_what_it_refuses_and_leaves_nothing(tmp_path, feature, columns, named):
+    with pytest.raises(ValueError, match=named), \
+            ClipStore.create(tmp_path / "s", simulated=False, provenance={}) as writer:
+        append(writer)
+        append(writer, feature, **columns)
+    assert_nothing_left(tmp_path)
+
+
+def test_append_returns_the_first_row(tmp_path):
+    with pytest.raises(RuntimeError, match="unfinished"), \
+            ClipStore.create(tmp_path / "s", simulated=False, provenance={}) as writer:
+        assert [append(writer), append(writer)] == [0, 2]
+    assert_nothing_left(tmp_path)
+
+
+def test_finish_refuses_spans_beyond_the_rows(tmp_path):
+    clips = pd.DataFrame({"clip": ["a"], "split": ["val"], "identity": [-1]})
+    with pytest.raises(ValueError, match="clip 'a': of 2 rows"), \
+            ClipStore.create(tmp_path / "s", simulated=False, provenance={}) as writer:
+        append(writer)
+        writer.finish(clips, [], {"face": ([0], [3])})
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("moment", ["append", "finish"])
+def test_an_interrupt_or_a_full_disk_leaves_nothing(tmp_path, monkeypatch, error, moment):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(arrays.ArrayStream, moment, fail)
+    with pytest.raises(type(error)):
+        make_store(tmp_path / "store")
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_a_failed_overwrite_keeps_the_old_store(store, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(arrays.ArrayStream, "finish", fail)
+    with pytest.raises(type(error)):
+        make_store(tmp_path / "store", seed=1, overwrite=True)
+    assert ClipStore.open(tmp_path / "store").meta["provenance"] == {"seed": 0}
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_an_existing_store_is_refused_unless_told(store, tmp_path):
+    with pytest.raises(FileExistsError, match="store: exists already"):
+        make_store(tmp_path / "store", seed=1)
+    assert make_store(tmp_path / "store", seed=1, overwrite=True).meta["provenance"] == {"seed": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_overwriting_spares_a_folder_that_is_no_store(tmp_path):
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers/thesis.tex").write_text("x")
+    with pytest.raises(FileExistsError, match="holds no store.json"):
+        make_store(tmp_path / "papers", overwrite=True)
+    assert (tmp_path / "papers/thesis.tex").exists()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_nonfinite_rows_finds_both_infinities_and_nan(dtype):
+    block = np.zeros((6, 3), dtype)
+    block[1, 0], block[3, 2], block[4, 1], block[5] = np.inf, -np.inf, np.nan, [65504, -65504, 6e-8]
+    assert nonfinite_rows(block).tolist() == [1, 3, 4]
