@@ -75,12 +75,14 @@ def measure_import(folder: str, store: str) -> None:
 
 
 def run_step(*arguments: str) -> str:
-    """Run one step in a process of its own: a child's peak starts at its parent's, so this one must stay small."""
-    return subprocess.run([sys.executable, __file__, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+    """Run one step in a process of its own; its peak starts at this one's, which therefore stays small."""
+    command = [sys.executable, __file__, *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=300_000)
     parser.add_argument("--folder", default=None, help="where temporary files go")
     args = parser.parse_args()

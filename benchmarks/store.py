@@ -25,7 +25,8 @@ def write_store(path: Path, clips: int, frames: int, dim: int = 512) -> None:
         for first in range(0, frames, len(block)):
             n = min(len(block), frames - first)
             score = rng.random(n)
-            writer.append("face", block[:n], quality=score, det=score, frame=np.zeros(n), box=np.zeros((n, 4)))
+            writer.append("face", block[:n], quality=score, det=score, frame=np.zeros(n),
+                          box=np.zeros((n, 4)))
         table = pd.DataFrame({"clip": [f"CLIP_{i:07d}" for i in range(clips)],
                               "split": np.where(np.arange(clips) < clips // 2, "train", "val"),
                               "identity": rng.integers(-1, 10_034, clips)})
@@ -33,7 +34,8 @@ def write_store(path: Path, clips: int, frames: int, dim: int = 512) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=137_000)
     parser.add_argument("--frames", type=int, default=4_000_000)
     parser.add_argument("--folder", default=None, help="where the temporary store goes")
@@ -48,8 +50,9 @@ def main() -> None:
             store = ClipStore.open(path)
             opening.append(time.perf_counter() - began)
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        features = store.modalities["face"].feature.nbytes
         print(f"open: first {opening[0] * 1e3:.0f} ms, median {np.median(opening) * 1e3:.0f} ms; "
-              f"peak memory grew by {grown / 1024:.0f} MiB for {args.frames * 1024 / 2**20:.0f} MiB of features")
+              f"peak memory grew by {grown / 1024:.0f} MiB for {features / 2**20:.0f} MiB of features")
         rng = np.random.default_rng(1)
         for sample in ("first", "random", "replace", "draw"):
             times = []
@@ -58,8 +61,8 @@ def main() -> None:
                 began = time.perf_counter()
                 store.batch(clips, sample=sample, frames=40, rng=rng)
                 times.append(time.perf_counter() - began)
-            print(f"batch 512 x 40, {sample:8s} first {times[0] * 1e3:.0f} ms, median {np.median(times) * 1e3:.0f} ms "
-                  f"on {torch.get_num_threads()} threads")
+            print(f"batch 512 x 40, {sample:8s} first {times[0] * 1e3:.0f} ms, "
+                  f"median {np.median(times) * 1e3:.0f} ms on {torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,10 @@ def nan_pool(x: Tensor, mask: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
     query: (D,), or (B, D) for one query a clip. Source: Yang et al., Neural Aggregation Network, CVPR 2017,
     eqs. 1-3.
     """
-    x = _present(x, mask)
+    return _attend(_present(x, mask), mask, query)
+
+
+def _attend(x: Tensor, mask: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
     logit = _einsum("btd,bd->bt" if query.dim() == 2 else "btd,d->bt", x, query.to(x.dtype))
     weight = _masked_softmax(logit, mask)
     return _einsum("bt,btd->bd", weight, x), weight
@@ -130,8 +133,9 @@ def nan_cascade(
     weight (D, D), bias (D,). Returns r (B, D) and the second block's attention (B, T). Source: NAN, CVPR
     2017, eq. 4.
     """
-    first, _ = nan_pool(x, mask, query)
-    return nan_pool(x, mask, torch.tanh(_einsum("bd,ed->be", first, weight) + bias))
+    x = _present(x, mask)
+    first, _ = _attend(x, mask, query)
+    return _attend(x, mask, torch.tanh(_einsum("bd,ed->be", first, weight) + bias))
 
 
 def channel_map(
@@ -155,11 +159,6 @@ def channel_attention(
     """Mix the frames of a clip, (B, T, D): x' = gamma A x + x, A from `channel_map`; zero where padded."""
     x = _present(x, mask)
     return gamma * _einsum("bij,bjd->bid", channel_map(x, mask, temperature, invert=invert), x) + x
-
-
-def coded_attention(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
-    """Mix three views (B, C, D) of the frames as the 2019 code does: softmax_j(theta phi^T) g, (B, C, D)."""
-    return _einsum("bij,bjd->bid", torch.softmax(_einsum("bid,bjd->bij", theta, phi), dim=-1), g)
 
 
 def append_scores(x: Tensor, quality: Tensor | None, det: Tensor | None) -> Tensor:
@@ -209,8 +208,8 @@ class ChannelAttention(nn.Module):
     """Mix frames by `channel_attention`, then pool them by one NAN block: the aggregation One Name describes.
 
     gamma and the query start at 0, so the untrained module is `norm_pool`. temperature: where the learned,
-    positive temperature starts. DANet has none (1), but on raw embeddings S is near 480 on the diagonal and A
-    would be one-hot with no gradient; 100 leaves logits of a few units. scores: as in `NAN`.
+    positive temperature starts. DANet has none (1), but on raw embeddings S is near 480 on the diagonal
+    and A would be one-hot with no gradient; 100 leaves logits of a few units. scores: as in `NAN`.
     """
 
     def __init__(self, dim: int, *, invert: bool = False, scores: bool = False, temperature: float = 100.0):
@@ -224,36 +223,39 @@ class ChannelAttention(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log())
         self.query = nn.Parameter(torch.zeros(self.out_dim))
 
-    def _frames(self, x, quality, det) -> Tensor:
-        return append_scores(x, quality, det) if self.scores else x
+    def _pool(self, x, mask, quality, det) -> tuple[Tensor, Tensor]:
+        """Pool without forming the mixed frames, which are (gamma A + 1) x: all is linear in x but A."""
+        x = _present(append_scores(x, quality, det) if self.scores else x, mask)
+        mixing = self.gamma * channel_map(x, mask, self.log_temperature.exp(), invert=self.invert)
+        own = _einsum("btd,d->bt", x, self.query.to(x.dtype))
+        attention = _masked_softmax(_einsum("bij,bj->bi", mixing, own) + own, mask)
+        weight = _einsum("bi,bij->bj", attention, mixing) + attention
+        return _einsum("bt,btd->bd", weight, x), weight
 
     def forward(
         self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None
     ) -> Tensor:
-        x, temperature = self._frames(x, quality, det), self.log_temperature.exp()
-        return nan_pool(
-            channel_attention(x, mask, self.gamma, temperature, invert=self.invert), mask, self.query
-        )[0]
+        return self._pool(x, mask, quality, det)[0]
 
     def weights(
         self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None
     ) -> Tensor:
         """Weight of each original frame (B, T): a_j + gamma sum_i a_i A_ij; sums to 1 + gamma."""
-        x = self._frames(x, quality, det)
-        attention = channel_map(x, mask, self.log_temperature.exp(), invert=self.invert)
-        mixed = self.gamma * _einsum("bij,bjd->bid", attention, _present(x, mask)) + x
-        pooled = nan_pool(mixed, mask, self.query)[1]
-        return pooled + self.gamma * _einsum("bi,bij->bj", pooled, attention)
+        return self._pool(x, mask, quality, det)[1]
 
 
 class CodedAttention(nn.Module):
     """Aggregate a fixed number of frames as the released One Name code does, frames being the channels.
 
-    1x1 convolutions T -> T/2 make theta and phi (each with batch norm) and g (without); `coded_attention`; a
-    1x1 convolution T/2 -> T with batch norm starting at 0; a residual sum; one NAN block with its query at 0.
-    Hence it depends on the order of the frames and needs exactly `frames` of them: draw with replacement from
-    shorter clips. Since its mixing is not linear in the frames, it has no per-frame weights. scores: as in
-    `NAN`.
+    1x1 convolutions T -> T/2 make theta and phi (each with batch norm) and g (without); A = softmax_j of the
+    T/2 x T/2 affinity theta phi^T; a 1x1 convolution T/2 -> T of A g, with batch norm starting at 0; a
+    residual sum; one NAN block with its query at 0. Hence it depends on the order of the frames and needs
+    exactly `frames` of them: draw with replacement from shorter clips. scores: as in `NAN`.
+
+    Every step up to the NAN block is, given A, a sum of frames plus a constant. So the steps are carried out
+    on matrices over frames, with a row of ones beside the frames for the constants, and the batch
+    statistics come from products of frames: the same numbers as layer by layer, without any tensor of the
+    size of the input.
     """
 
     def __init__(self, dim: int, *, frames: int = 40, scores: bool = True):
@@ -285,5 +287,46 @@ class CodedAttention(nn.Module):
                 f"CodedAttention needs {self.frames} frames in a clip, row {row} has {int(mask[row].sum())}"
             )
         x = append_scores(x, quality, det) if self.scores else x
-        mixed = self.expand(coded_attention(self.theta(x), self.phi(x), self.g(x))) + x
-        return nan_pool(mixed, mask, self.query)[0]
+        with torch.autocast(x.device.type, enabled=False):
+            mixing = self._mixing(x)  # (B, T, T + 1)
+            own = F.pad(x @ self.query, (0, 1)) + F.pad(self.query.sum()[None], (self.frames, 0))
+            weight = torch.softmax((mixing @ own[..., None])[..., 0], dim=1)[:, None] @ mixing
+            return (weight[..., :-1] @ x)[:, 0] + weight[:, 0, -1:]
+
+    def _mixing(self, x: Tensor) -> Tensor:
+        """Mix frames and a row of ones (B, T + 1, D) to what the NAN block sees: that matrix."""
+        dim = x.shape[2]
+        gram = F.pad(x @ x.mT, (0, 1, 0, 1))
+        gram[:, -1, :-1] = gram[:, :-1, -1] = x.sum(dim=2)
+        gram[:, -1, -1] = dim
+        count, average = len(x) * dim, gram.mean(dim=0) / dim
+        theta, phi = (
+            _normalised(norm, _rows(layer), average, count) for layer, norm in (self.theta, self.phi)
+        )
+        attention = torch.softmax(theta @ gram @ phi.T, dim=-1)
+        layer, norm = self.expand
+        out = layer.weight[..., 0] @ attention @ _rows(self.g)
+        out = out + F.pad(layer.bias[:, None], (self.frames, 0))
+        return _normalised(norm, out, gram / dim, count) + torch.eye(self.frames, self.frames + 1).to(x)
+
+
+def _rows(layer: nn.Conv1d) -> Tensor:
+    """Write a 1x1 convolution as a matrix on frames and ones: (out, in + 1)."""
+    return torch.cat([layer.weight[..., 0], layer.bias[:, None]], dim=1)
+
+
+def _normalised(norm: nn.BatchNorm1d, rows: Tensor, gram: Tensor, count: int) -> Tensor:
+    """Follow rows ([B,] C, n) of a mixing by batch norm; gram ([B,] n, n): mean products, ones last."""
+    mean, variance = norm.running_mean, norm.running_var
+    if norm.training:
+        mean, square = (rows @ gram[..., -1:])[..., 0], ((rows @ gram) * rows).sum(dim=-1)
+        if rows.dim() == 3:
+            mean, square = mean.mean(dim=0), square.mean(dim=0)
+        variance = (square - mean.square()).clamp_min(0)
+        with torch.no_grad():
+            norm.running_mean.lerp_(mean, norm.momentum)
+            norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
+            norm.num_batches_tracked += 1
+    scale = norm.weight * (variance + norm.eps).rsqrt()
+    shift = norm.bias - mean * scale
+    return scale[:, None] * rows + F.pad(shift[:, None], (rows.shape[-1] - 1, 0))

@@ -191,6 +191,22 @@ def score_ranking(
     return _score(hits[kept], relevant[kept], np.asarray(query_codes)[kept], k, left_out=int((~kept).sum()))
 
 
+def clip_precision(ranking: np.ndarray, hits: np.ndarray, gallery: int) -> np.ndarray:
+    """Return what each gallery clip adds to its identity's AP, before division by R: (gallery,), in [0, 1].
+
+    ranking (Q, K) gallery rows and hits (Q, K) as of `match_ranking`. A clip found at rank r by its identity has
+    precision P(r), one that is not found 0, so the AP of a query is the mean over its R relevant clips, and a mean
+    over a group of clips says how well that group is retrieved. A clip belongs to one identity at most.
+
+    >>> clip_precision(np.array([[1, 2, 0]]), np.array([[True, False, True]]), 4).round(3)
+    array([0.667, 1.   , 0.   , 0.   ])
+    """
+    precision = hits.cumsum(axis=1) / np.arange(1, hits.shape[1] + 1)
+    out = np.zeros(gallery)
+    out[np.asarray(ranking)[hits]] = precision[hits]
+    return out
+
+
 def standard_error(ap: np.ndarray) -> float:
     """Standard error of a mean AP over identities: sd / sqrt(Q), with Q - 1 in the variance."""
     return float(stats.sem(_finite(ap, "ap")))

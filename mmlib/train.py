@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mmlib import losses
-from mmlib.clips.store import Batch, ClipStore
+from mmlib.clips.store import ClipStore
 from mmlib.models import IdentityModel
 
 
@@ -110,8 +110,8 @@ def batches(store: ClipStore, groups: list[np.ndarray], modality: str, context: 
 
 
 @torch.no_grad()
-def pooled_features(model: IdentityModel, store: ClipStore, clips: np.ndarray, training: Training, *,
-                    modality: str = "face", context: str | None = None, seed: int = 0, block: int = 16_384) -> Tensor:
+def pooled_features(model: IdentityModel, store: ClipStore, clips: np.ndarray, modality: str = "face",
+                    context: str | None = None, *, seed: int = 0, block: int = 16_384) -> Tensor:
     """Return what enters the MLP, (n, dim), for clips that have the modality, from all of their frames.
 
     An aggregator with a fixed number of frames (``as coded``) gets that many drawn ones instead.  Clips are read in

@@ -359,6 +359,37 @@ def test_coded_attention_agrees_with_a_slow_loop(training):
     np.testing.assert_allclose(module(x, mask, quality, det).detach().numpy(), expected, rtol=1e-10)
 
 
+def layered(module, x, mask, quality, det):
+    """CodedAttention layer by layer, with torch's own convolutions and batch norms."""
+    frames = aggregate.append_scores(x, quality, det)
+    affinity = torch.softmax(module.theta(frames) @ module.phi(frames).mT, dim=-1)
+    return aggregate.nan_pool(module.expand(affinity @ module.g(frames)) + frames, mask, module.query)[0]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_coded_attention_has_the_gradients_and_statistics_of_its_layers(training):
+    batch = clips(lengths=(8, 8, 8))
+    found, expected = (trained(aggregate.CodedAttention(DIM, frames=8), spread=0.2) for _ in range(2))
+    found.train(training)(*batch).square().sum().backward()
+    layered(expected.train(training), *batch).square().sum().backward()
+    for one, other in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-9)
+    for one, other in zip(found.buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_coded_attention_in_float32_agrees_with_its_layers_on_raw_embeddings(device):
+    x, mask, quality, det = clips(device, torch.float32, lengths=(40,) * 16, dim=512)
+    batch = 22 / 512**0.5 * x, mask, quality, det
+    found, expected = (
+        trained(aggregate.CodedAttention(512), spread=0.05).float().to(device) for _ in range(2)
+    )
+    with torch.autocast(device, dtype=torch.bfloat16):
+        pooled = found(*batch)
+    # Two orders of float32 sums over 514 dimensions and 40 frames.
+    torch.testing.assert_close(pooled, layered(expected, *batch), rtol=1e-3, atol=1e-3)
+
+
 # Modules
 
 

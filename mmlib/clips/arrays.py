@@ -72,11 +72,11 @@ def map_array(path: Path) -> np.ndarray:
 
 def nonfinite_rows(block: np.ndarray) -> np.ndarray:
     """Find the rows of `block (n, ...)` that hold NaN or infinity: their numbers, ascending."""
-    block = block.reshape(len(block), -1)
+    within_row = tuple(range(1, block.ndim))
     if block.dtype == np.float16:  # on the bits: several times faster than isfinite in half precision
-        finite = (block.view(np.uint16) & 0x7C00).max(axis=1, initial=0) != 0x7C00
+        finite = (block.view(np.uint16) & 0x7C00).max(axis=within_row, initial=0) != 0x7C00
     else:
-        finite = np.isfinite(block).all(axis=1)
+        finite = np.isfinite(block).all(axis=within_row)
     return np.flatnonzero(~finite)
 
 

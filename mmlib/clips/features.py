@@ -97,7 +97,8 @@ def _read_table(path: Path) -> pd.DataFrame:
         raise ValueError(f"{path}: not a readable table ({error})") from None
     missing = [name for name in REQUIRED if name not in table]
     if missing:
-        raise ValueError(f"{path}: no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
+        raise ValueError(f"{path}: no column {', '.join(missing)}; "
+                         f"it has {', '.join(map(str, table.columns))}")
     if not len(table):
         raise ValueError(f"{path}: no rows")
     table = table[[*REQUIRED, *(name for name in SCORES if name in table)]].reset_index(drop=True)
@@ -108,7 +109,8 @@ def _read_table(path: Path) -> pd.DataFrame:
                           ("split", ~table["split"].isin(SPLITS))):
         if missing.any():
             row = int(np.argmax(missing))
-            raise ValueError(f"{path}, row {row + 1}: clip {table['clip'][row]!r}: {name} is {table[name][row]!r}")
+            raise ValueError(f"{path}, row {row + 1}: clip {table['clip'][row]!r}: "
+                             f"{name} is {table[name][row]!r}")
     for name in ("frame", *SCORES):
         if name in table:
             table[name] = _as_numbers(table, name, path)
@@ -129,7 +131,7 @@ def _as_numbers(table: pd.DataFrame, name: str, path: Path) -> pd.Series:
         wrong |= (numbers < 0) | (numbers >= 2**31) | (numbers % 1 != 0)
     if wrong.any():
         row = int(np.argmax(wrong))
-        raise ValueError(f"{path}, row {row + 1}: clip {table['clip'][row]}: {name} is {table[name][row]!r}")
+        raise ValueError(f"{path}, row {row + 1}: clip {table['clip'][row]}: {name} is {table[name][row]}")
     return numbers.astype(np.int64) if name == "frame" else numbers
 
 
@@ -159,8 +161,9 @@ def _check_rows(rows: pd.DataFrame, path: Path) -> None:
         wrong = same_clip & (equal if name == "frame" else ~equal)
         if wrong.any():
             at = int(np.argmax(wrong))
-            found = " and ".join(repr(rows[name].iloc[row]) for row in (at, at + 1))
-            raise ValueError(f"{path}, row {rows.index[at + 1] + 1}: clip {rows['clip'].iloc[at]} has {name} {found}")
+            found = " and ".join(str(rows[name].iloc[row]) for row in (at, at + 1))
+            raise ValueError(f"{path}, row {rows.index[at + 1] + 1}: "
+                             f"clip {rows['clip'].iloc[at]} has {name} {found}")
 
 
 def _to_half(block: np.ndarray, rows: pd.DataFrame, table: Path, array: Path) -> np.ndarray:

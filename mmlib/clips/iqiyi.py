@@ -78,8 +78,8 @@ def import_folder(folder: str | Path, store_path: str | Path, *, skip_bad_record
     report = ImportReport(absent=[] if (folder / "img").is_dir() else ["img/"])
     origin = _read_origin(folder)
     found: dict[str, list[pd.DataFrame]] = {}
-    columns = ("[progress.description]{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-               TimeRemainingColumn())
+    columns = ("[progress.description]{task.description}", BarColumn(), DownloadColumn(),
+               TransferSpeedColumn(), TimeRemainingColumn())
     with ClipStore.create(store_path, overwrite=overwrite, **origin) as writer, \
             Progress(*columns, disable=not progress, transient=True) as bar:
         for modality in LAYOUTS:
@@ -106,7 +106,8 @@ def import_folder(folder: str | Path, store_path: str | Path, *, skip_bad_record
         aligned = {modality: span.set_index("clip")[["start", "count"]].reindex(clips["clip"], fill_value=0)
                    for modality, span in spans.items()}
         writer.finish(clips, identities, {m: (span["start"], span["count"]) for m, span in aligned.items()})
-    report.clips = {split: int((clips["split"] == split).sum()) for split in SPLITS if split in set(clips["split"])}
+    found_in = clips["split"].value_counts()
+    report.clips = {split: int(found_in[split]) for split in SPLITS if split in found_in}
     report.frames = {modality: int(span["count"].sum()) for modality, span in spans.items()}
     faceless = aligned["face"]["count"].to_numpy() == 0
     report.faceless = {split: int(faceless[clips["split"] == split].sum()) for split in report.clips}
@@ -137,7 +138,8 @@ def export_folder(store: ClipStore, folder: str | Path, *, overwrite: bool = Fal
         order = np.argsort(code, kind="stable")
         lists = np.split(names[val[order]], np.searchsorted(code[order], np.arange(1, len(store.identities))))
         write_val_truth(partial / "val_gt.txt", store.identities, lists)
-        (partial / ORIGIN).write_text(json.dumps({key: store.meta[key] for key in ("simulated", "provenance")}) + "\n")
+        origin = {key: store.meta[key] for key in ("simulated", "provenance")}
+        (partial / ORIGIN).write_text(json.dumps(origin) + "\n")
 
 
 def _read_truth(folder: Path) -> tuple[pd.DataFrame, tuple[list[str], list[list[str]]]]:
@@ -184,7 +186,8 @@ def _stream(path: Path, modality: str, writer: StoreWriter, bar: Progress, skip:
         first = None
         for at in range(0, max(len(rows), 1), BLOCK):
             feature = spool.read(rows[at : at + BLOCK])
-            row = writer.append(modality, feature, **{name: c[at : at + BLOCK] for name, c in records.columns.items()})
+            columns = {name: column[at : at + BLOCK] for name, column in records.columns.items()}
+            row = writer.append(modality, feature, **columns)
             first = row if first is None else first
             bar.advance(task, feature.nbytes)
         bar.remove_task(task)
@@ -207,8 +210,8 @@ def _check_truth(folder: Path, clips: pd.DataFrame, train: pd.DataFrame, val: li
         for number, named in enumerate(lists, 1):
             for clip in named:
                 if clip not in known:
-                    raise ValueError(f"{folder / f'{split}_gt.txt'}, line {number}: clip {clip} has no features in "
-                                     f"any pickle of {split}")
+                    raise ValueError(f"{folder / f'{split}_gt.txt'}, line {number}: clip {clip} has no "
+                                     f"features in any pickle of {split}")
 
 
 def _check_exportable(store: ClipStore, modality: Modality) -> None:
@@ -220,7 +223,8 @@ def _check_exportable(store: ClipStore, modality: Modality) -> None:
                          f"the official files {layout.width}")
     missing = [name for name in layout.fields[:-1] if name not in modality.columns]
     if missing:
-        raise ValueError(f"{store.path}: {modality.name} has no {', '.join(missing)}, which the official files need")
+        raise ValueError(f"{store.path}: {modality.name} has no {', '.join(missing)}, "
+                         "which the official files need")
 
 
 def _export(store: ClipStore, modality: Modality, clips: np.ndarray, path: Path) -> None:
@@ -241,5 +245,5 @@ def _export(store: ClipStore, modality: Modality, clips: np.ndarray, path: Path)
                 frames = map(b"%d".__mod__, columns["frame"].tolist())
                 kinds = [name for name in layout.fields if name in ("det", "quality")]
                 scores = np.array([columns[name] for name in kinds]).reshape(len(kinds), len(features)).T
-                pickler.write_records(names[clip], zip(frames, pack_floats(columns["box"]), pack_floats(scores),
-                                                       features))
+                boxes = pack_floats(columns["box"])
+                pickler.write_records(names[clip], zip(frames, boxes, pack_floats(scores), features))

@@ -36,14 +36,16 @@ class Spool:
 
     def add(self, dtype: str, shape: tuple, payload: bytes) -> int:
         """Keep one feature and return its row, or -1 - n if it has the n-th flaw."""
-        if dtype == self.dtype.str and shape == (self.width,) and len(payload) == self.width * self.dtype.itemsize:
+        size = self.width * self.dtype.itemsize
+        if dtype == self.dtype.str and shape == (self.width,) and len(payload) == size:
             self._pending.append(payload)
             self.rows += 1
             if len(self._pending) * len(payload) >= BLOCK:
                 self.flush()
             return self.rows - 1
         got = np.dtype(dtype).name if dtype[1:] in ("f2", "f4", "f8") and dtype[0] == "<" else dtype
-        self.flaws.append(f"feature is {got} {shape} of {len(payload)} bytes, not {self.dtype.name} ({self.width},)")
+        self.flaws.append(f"feature is {got} {shape} of {len(payload)} bytes, "
+                          f"not {self.dtype.name} ({self.width},)")
         return -len(self.flaws)
 
     def flush(self) -> None:
@@ -68,7 +70,8 @@ class Spool:
             return np.empty((0, self.width), np.float16)
         # mapped anew each time, so that pages once read do not stay resident
         mapped = np.memmap(self._path, self.dtype, "r", shape=(self.rows, self.width))
-        return mapped[rows].astype(np.float16, copy=False)
+        with np.errstate(over="ignore"):
+            return mapped[rows].astype(np.float16, copy=False)
 
     def close(self) -> None:
         """Close and remove the file."""
@@ -86,7 +89,7 @@ class Feature:
 
 
 def read_pickle(path: Path, spool: Spool, progress: Callable[[int], None] = lambda _: None) -> dict:
-    """Load the dict in `path`, its arrays going to `spool`; `progress` hears of each portion of bytes read."""
+    """Load the dict in `path`, its arrays going to `spool`; `progress` hears of each portion of bytes."""
     with _ReportingFile(path, progress) as raw, io.BufferedReader(raw, 2**20) as file:
         size = path.stat().st_size
         unpickler = _Unpickler(file, spool)
@@ -95,13 +98,15 @@ def read_pickle(path: Path, spool: Spool, progress: Callable[[int], None] = lamb
         except OSError:  # of the spool's disk
             raise
         except Exception as error:
-            if isinstance(error, EOFError) or "truncated" in str(error):
+            message = " ".join(str(error).split())
+            if isinstance(error, EOFError) or message == "pickle data was truncated":
                 raise ValueError(f"{path}: cut short at byte {size}") from None
-            raise ValueError(f"{path}: not a pickle of features, near byte {file.tell()}: {error}") from None
+            where = f"near byte {file.tell()}"
+            raise ValueError(f"{path}: not a pickle of features, {where}: {message}") from None
         finally:
             unpickler.release()
-        if file.tell() != size:
-            raise ValueError(f"{path}: {size - file.tell()} bytes after the pickle's end at byte {file.tell()}")
+        if (end := file.tell()) != size:
+            raise ValueError(f"{path}: {size - end} bytes after the pickle's end at byte {end}")
     if type(loaded) is not dict:
         raise ValueError(f"{path}: holds a {type(loaded).__name__}, not a dict of clips")
     spool.finish()
@@ -110,7 +115,7 @@ def read_pickle(path: Path, spool: Spool, progress: Callable[[int], None] = lamb
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """Keep the garbage collector from visiting millions of lists again and again, in which it finds no cycle."""
+    """Keep the garbage collector from visiting millions of lists again and again to find no cycle."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -169,11 +174,12 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Memo(pickle.Unpickler):
-    """An unpickler made to own a given memo: setting `memo` from a dict empties it in CPython 3.11 to 3.13."""
+    """An unpickler made to own a given memo, for CPython loses a dict that `memo` is set to."""
 
     def __init__(self, memo: dict[int, object]):
         # for each place: push it, replace it by the object it names, memoise that there, pop
-        steps = np.zeros(len(memo), [("push", "S1"), ("id", "<i4"), ("load", "S2"), ("place", "<u4"), ("pop", "S1")])
+        steps = np.zeros(len(memo), [("push", "S1"), ("id", "<i4"), ("load", "S2"), ("place", "<u4"),
+                                     ("pop", "S1")])
         steps["push"], steps["load"], steps["pop"] = b"J", b"Qr", b"0"
         steps["id"] = steps["place"] = np.fromiter(memo, np.int64, len(memo))
         super().__init__(io.BytesIO(steps.tobytes() + b"N."))

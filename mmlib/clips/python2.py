@@ -1,7 +1,7 @@
 """Write pickles opcode for opcode as Python 2.7's cPickle does with protocol 2.
 
 The challenge's loaders expect raw byte strings, which no pickler of Python 3 writes. Departure: cPickle
-refers back to one-letter strings (frames 0 to 9), which are single objects in Python 2; here they are repeated.
+refers back to one-letter strings (frames 0 to 9), single objects in Python 2; here they are repeated.
 """
 
 from collections.abc import Iterable, Iterator
@@ -40,8 +40,7 @@ class DictPickler:
 
     def write_pairs(self, clip: str, pairs: Iterable[tuple[int, bytes]]) -> None:
         """Write a clip that has a list of tuples: image index, feature."""
-        self._write(clip, self._list(lambda pair: _int(pair[0]) + self._array(pair[1]) + b"\x86" + self._put(),
-                                     list(pairs)))
+        self._write(clip, self._list(self._pair, list(pairs)))
 
     def _write(self, clip: str, value: Iterable[bytes]) -> None:
         start = b"(" if self._clips > 1 and self._done % BATCH == 0 else b""
@@ -63,6 +62,9 @@ class DictPickler:
         box = b"".join((b"]", self._put(), b"(", box, b"e")) if box else b""
         return b"".join((start, box, scores, self._array(feature), b"e"))
 
+    def _pair(self, pair: tuple[int, bytes]) -> bytes:
+        return _int(pair[0]) + self._array(pair[1]) + b"\x86" + self._put()
+
     def _array(self, feature: bytes) -> bytes:
         length = b"T" + len(feature).to_bytes(4, "little") if len(feature) > 255 else b"U%c" % len(feature)
         if self._refer is not None:
@@ -72,11 +74,13 @@ class DictPickler:
         # the first array names what all others refer to by its place in the memo
         shape = b"(K\x01" + _int(self._width) + b"\x85"
         first = self._memo + 1
-        start = b"".join((b"cnumpy.core.multiarray\n_reconstruct\n", self._put(), b"cnumpy\nndarray\n", self._put(),
-                          b"K\x00\x85U\x01b\x87R", self._put(), shape, b"cnumpy\ndtype\n", self._put(),
-                          _string(self._dtype.str[1:].encode()), b"K\x00K\x01\x87R", self._put()))
+        start = b"".join((b"cnumpy.core.multiarray\n_reconstruct\n", self._put(),
+                          b"cnumpy\nndarray\n", self._put(), b"K\x00\x85U\x01b\x87R", self._put(), shape,
+                          b"cnumpy\ndtype\n", self._put(), _string(self._dtype.str[1:].encode()),
+                          b"K\x00K\x01\x87R", self._put(), b"(K\x03U\x01<NNN", b"J\xff\xff\xff\xff" * 2,
+                          b"K\x00tb"))
         self._refer = b"h%ch%c" % (first, first + 1), b"h%c" % (first + 4), shape
-        return b"".join((start, b"(K\x03U\x01<NNN", b"J\xff\xff\xff\xff" * 2, b"K\x00tb\x89", length, feature, b"tb"))
+        return b"".join((start, b"\x89", length, feature, b"tb"))
 
     def _put(self) -> bytes:
         self._memo += 1

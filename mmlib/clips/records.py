@@ -86,8 +86,9 @@ def gather_records(loaded: dict, modality: str, spool: Spool, path: Path, skip_b
                for name in ("row", *layout.fields[:-1])}
     count = np.array(counts, np.int64)
     if not used.all():
-        raise ValueError(f"{path}: {(~used).sum()} features belong to no clip, because a clip is named twice: "
-                         f"{_repeated_clip(clips, count, columns['row'], used)}")
+        clip = _repeated_clip(clips, count, columns["row"], used)
+        raise ValueError(f"{path}: {(~used).sum()} features belong to no clip, "
+                         f"because a clip is named twice: {clip}")
     return Records(clips, count, columns, refused)
 
 
@@ -97,9 +98,12 @@ def _clip_names(loaded: dict, path: Path) -> list[str]:
         if type(key) not in (bytes, str):
             raise ValueError(f"{path}: clip name {key!r} is a {type(key).__name__}")
         try:
-            names.append((key if type(key) is str else key.decode()).removesuffix(".mp4"))
+            name = key if type(key) is str else key.decode()
         except UnicodeDecodeError:
             raise ValueError(f"{path}: clip name {key!r} is not text") from None
+        if name.split() != [name]:  # the text files separate clips by spaces
+            raise ValueError(f"{path}: clip name {name!r} is empty or has spaces")
+        names.append(name.removesuffix(".mp4"))
     if len(set(names)) < len(names):
         seen = set()
         repeated = next(name for name in names if name in seen or seen.add(name))
@@ -149,8 +153,9 @@ def _parse_singly(names: list[str], values: list, layout: Layout, spool: Spool, 
                         raise BadRecord("frames out of order", f"{columns['frame'][0]} after {last}")
                     last = columns["frame"][0]
             except BadRecord as error:
-                shown = record[0] if "frame" in layout.fields and type(record) in (list, tuple) and record else None
-                refuse(error, clip, f", record {number}" + (f" (frame {reprlib.repr(shown)})" if shown is not None else ""))
+                has_frame = "frame" in layout.fields and type(record) in (list, tuple) and record
+                frame = f" (frame {reprlib.repr(record[0])})" if has_frame else ""
+                refuse(error, clip, f", record {number}{frame}")
             else:
                 counts[-1] += 1
                 kept.append(columns)
@@ -184,7 +189,8 @@ def _parse(records: list, layout: Layout, spool: Spool) -> dict[str, np.ndarray]
 
 def _parse_features(values: tuple, spool: Spool) -> np.ndarray:
     if not all(issubclass(kind, Feature) for kind in set(map(type, values))):
-        raise BadRecord("feature is not an array", reprlib.repr(next(v for v in values if not isinstance(v, Feature))))
+        other = next(value for value in values if not isinstance(value, Feature))
+        raise BadRecord("feature is not an array", reprlib.repr(other))
     try:
         rows = np.fromiter(map(attrgetter("row"), values), np.int64, len(values))
     except AttributeError:

@@ -7,7 +7,7 @@ SAMPLES = ("all", "first", "random", "replace", "draw")
 
 def sample_rows(start: np.ndarray, count: np.ndarray, sample: str = "all", frames: int | None = None,
                 rng: np.random.Generator | None = None) -> np.ndarray:
-    """Choose frames of B clips that lie at `start` (B,) and number `count` (B,): rows (B, T), -1 where padded.
+    """Choose frames of B clips that lie at `start` (B,) and number `count` (B,): rows (B, T), -1 as padding.
 
     - all: every frame in stored order; T is the longest clip, at least 1.
     - first: the first `frames` in stored order; T is `frames` here and below.
@@ -23,7 +23,7 @@ def sample_rows(start: np.ndarray, count: np.ndarray, sample: str = "all", frame
     if sample not in SAMPLES:
         raise ValueError(f"sample: {sample!r} is none of {', '.join(SAMPLES)}")
     if (frames is None) != (sample == "all") or (frames is not None and frames < 1):
-        raise ValueError(f"frames: {frames!r} with sample={sample!r}; 'all' takes none, the others at least 1")
+        raise ValueError(f"frames: {frames!r} with sample={sample!r}; 'all' takes none, others at least 1")
     if sample in ("all", "first"):
         within = np.arange(frames or max(1, count.max(initial=0)))
         return np.where(within < count[:, None], start[:, None] + within, -1)

@@ -23,6 +23,8 @@ from mmlib.clips.store import ClipStore
 DIM = 512
 SCENE_DIM = 2048
 NUISANCE_DIM = 64
+KINDS = 4  # nuisance bases, mixed by person
+GATE = 3.0
 WARP_DIM = 256
 CHUNK = 512  # clips drawn from one generator; part of the definition of a world
 SEGMENT = 8  # frames that share pose and light
@@ -30,8 +32,8 @@ PROFILES = {"tiny": 60, "quick": 500, "full": 10_034}  # identities
 
 # Noise amplitude by percentile of the latent quality, relative to the median clip; calibrated on the accuracy of one
 # trained system by clip quality.
-NOISE_KNOTS = [(.0003, 60), (.005, 14), (.015, 6), (.025, 4.2), (.035, 3.3), (.05, 2.7), (.07, 2.3), (.1, 1.9),
-               (.14, 1.65), (.18, 1.5), (.25, 1.3), (.5, 1.0), (.75, .85), (.9, .75), (.9999, .6)]
+NOISE_KNOTS = [(.0003, 250), (.005, 70), (.015, 22), (.025, 11), (.035, 8), (.05, 5.5), (.07, 4.2), (.1, 3), (.14, 2.4),
+               (.18, 2), (.25, 1.6), (.5, 1.0), (.75, .8), (.9, .7), (.9999, .55)]
 # Modality: weight of the show, exponent of quality, log-sd of clip difficulty, columns beside the feature.
 OTHER = {"head": (.3, .4, .7, ("frame", "box", "det")), "body": (.7, 0, .5, ("frame", "box")), "audio": (.2, 0, .5, ())}
 
@@ -164,13 +166,16 @@ class World:
               + np.sqrt((1 - weight) * .93) * own)
         self.mu = unit(mu - mu[: self.listed].mean(0)).astype(np.float32)
         variance = 1 / (1 + np.arange(NUISANCE_DIM) / 8)
-        axes = np.concatenate([rng.choice(120, NUISANCE_DIM // 2, replace=False),
-                               200 + rng.choice(DIM - 200, NUISANCE_DIM // 2, replace=False)])
-        basis = np.zeros((NUISANCE_DIM, DIM), np.float32)
-        # Half of the nuisance lives where identities live, half where they do not.
-        mix, _ = np.linalg.qr(rng.standard_normal((NUISANCE_DIM, NUISANCE_DIM)))
-        basis[:, axes] = mix
-        self.basis = basis * np.sqrt(variance / variance.sum())[:, None].astype(np.float32)
+        basis = np.zeros((KINDS, NUISANCE_DIM, DIM), np.float32)
+        for kind in basis:  # half of the nuisance lives where identities live, half where they do not
+            axes = np.concatenate([rng.choice(120, NUISANCE_DIM // 2, replace=False),
+                                   200 + rng.choice(DIM - 200, NUISANCE_DIM // 2, replace=False)])
+            kind[:, axes] = np.linalg.qr(rng.standard_normal((NUISANCE_DIM, NUISANCE_DIM)))[0]
+        basis *= np.sqrt(variance / variance.sum())[:, None].astype(np.float32)
+        self.basis = basis.reshape(KINDS * NUISANCE_DIM, DIM)
+        # How a face changes with pose and light depends on whose it is: each person mixes the kinds in their own way.
+        gate = np.exp(GATE * unit(self.mu @ rng.standard_normal((DIM, KINDS))))
+        self.gate = unit(gate).astype(np.float32)
         rotation, _ = np.linalg.qr(rng.standard_normal((DIM, DIM)))
         # The observed embedding is a fixed residual network of the latent one; [rotation, inner] is one product.
         inner = rng.standard_normal((DIM, WARP_DIM))
@@ -267,7 +272,8 @@ class World:
 
         latent = within(DIM)
         latent *= self.sd * np.float32(s.frame_noise)
-        latent += (within(NUISANCE_DIM) * np.float32(s.frame_nuisance) / np.sqrt(h)) @ self.basis
+        owner = np.concatenate([self.person[clips], self.other[clips]])[track]
+        latent += self._displace(within(NUISANCE_DIM) * np.float32(s.frame_nuisance) / np.sqrt(h), owner)
         latent += .25 * np.maximum(1 - 1 / h, 0) * self.unrecognisable
         latent *= h
         latent += base[track]
@@ -292,7 +298,12 @@ class World:
         nuisance = rng.standard_normal((n, NUISANCE_DIM)) * s.clip_nuisance * difficulty * np.sqrt(h)
         nuisance += s.role * self.role[person, slot]
         noise = rng.standard_normal((n, DIM)) * self.sd * s.clip_noise * difficulty * h
-        return (self.mu[person] + nuisance @ self.basis + noise).astype(np.float32)
+        return (self.mu[person] + self._displace(nuisance, person) + noise).astype(np.float32)
+
+    def _displace(self, nuisance: np.ndarray, person: np.ndarray) -> np.ndarray:
+        """Map nuisance (n, 64) of faces of ``person`` (n,) to latent embeddings (n, D)."""
+        gated = self.gate[person][:, :, None] * nuisance[:, None, :]
+        return gated.reshape(len(person), -1).astype(np.float32) @ self.basis
 
     def observe(self, latent: np.ndarray) -> np.ndarray:
         """Map latent embeddings (F, D) to observed ones of length 1: a rotation plus a fixed tanh layer."""

@@ -37,7 +37,11 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Modality:
-    """One ragged array: rows `start[i] : start[i] + count[i]` of `feature` (F, D) are the frames of clip i."""
+    """One ragged array: rows `start[i]` to `start[i] + count[i]` of `feature` (F, D) are clip i's frames.
+
+    `columns` are what else is known of each frame (F, ...), `start` and `count` are (N,) int64; a count of 0
+    is a clip without this modality.
+    """
 
     name: str
     feature: np.ndarray
@@ -81,7 +85,8 @@ class ClipStore:
         return cls(path, meta, clips, identities, modalities)
 
     @staticmethod
-    def create(path: str | Path, *, simulated: bool, provenance: dict, overwrite: bool = False) -> "StoreWriter":
+    def create(path: str | Path, *, simulated: bool, provenance: dict,
+               overwrite: bool = False) -> StoreWriter:
         """Start a store at `path`; see `StoreWriter`."""
         return StoreWriter(Path(path), simulated, provenance, overwrite)
 

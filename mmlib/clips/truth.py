@@ -16,7 +16,7 @@ RESULT_LIMIT = 100  # clips to a line of a submission
 
 
 def read_train_truth(path: str | Path) -> pd.DataFrame:
-    """Read `train_gt.txt`, one clip and its identity a line: columns clip and identity, row i is line i + 1."""
+    """Read `train_gt.txt`, a clip and its identity a line: columns clip and identity, row i is line i + 1."""
     rows, seen = [], {}
     for number, words in enumerate(_read_lines(Path(path)), 1):
         if len(words) != 2 or not _is_clip(words[0]) or _is_clip(words[1]):
@@ -69,7 +69,8 @@ def write_val_truth(path: str | Path, identities: Iterable[str], clips: Iterable
                         for identity, of in zip(identities, clips, strict=True)))
 
 
-def write_result(path: str | Path, identities: Sequence[str], ranking: np.ndarray, clips: Sequence[str]) -> None:
+def write_result(path: str | Path, identities: Sequence[str], ranking: np.ndarray,
+                 clips: Sequence[str]) -> None:
     """Write a submission: `ranking` (C, K) holds positions in `clips` (N,), best first, -1 for none."""
     if ranking.shape[1] > RESULT_LIMIT:
         raise ValueError(f"ranking: {ranking.shape[1]} clips a line, at most {RESULT_LIMIT} are allowed")
@@ -87,7 +88,8 @@ def _read_lines(path: Path) -> list[list[str]]:
     except FileNotFoundError:
         raise ValueError(f"{path}: missing") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not text, byte {error.start} is {error.object[error.start]:#04x}") from None
+        byte = error.object[error.start]
+        raise ValueError(f"{path}: not text, byte {error.start} is {byte:#04x}") from None
     return [line.split() for line in text.rstrip().split("\n")] if text.strip() else []
 
 
@@ -99,7 +101,8 @@ def _read_ranking(path: Path) -> tuple[list[str], list[list[str]]]:
             got = " ".join(words)
             raise ValueError(f"{path}, line {number}: expected 'IDENTITY CLIP.mp4 CLIP.mp4 ...', "
                              f"got {got if len(got) < 80 else got[:76] + ' ...'!r}")
-    return [words[0] for words in lines], [[word.removesuffix(".mp4") for word in words[1:]] for words in lines]
+    clips = [[word.removesuffix(".mp4") for word in words[1:]] for words in lines]
+    return [words[0] for words in lines], clips
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:

@@ -55,7 +55,8 @@ class StoreWriter:
         converted to the dtype given there.
         """
         if feature.dtype != np.float16 or feature.ndim != 2:
-            raise ValueError(f"{modality}: features must be float16 (n, D), got {feature.dtype} {feature.shape}")
+            raise ValueError(f"{modality}: features must be float16 (n, D), "
+                             f"got {feature.dtype} {feature.shape}")
         arrays = {"feature": feature}
         for name, values in columns.items():
             arrays[name] = np.asarray(values, COLUMNS[name][0] if name in COLUMNS else None)
@@ -63,7 +64,8 @@ class StoreWriter:
         if not streams:
             (self.partial / modality).mkdir()
             for name, array in arrays.items():
-                streams[name] = ArrayStream(self.partial / modality / f"{name}.npy", array.dtype, array.shape[1:])
+                path = self.partial / modality / f"{name}.npy"
+                streams[name] = ArrayStream(path, array.dtype, array.shape[1:])
         if arrays.keys() != streams.keys():
             raise ValueError(f"{modality}: columns {sorted(arrays)} after {sorted(streams)}")
         first = streams["feature"].rows
@@ -78,7 +80,7 @@ class StoreWriter:
 
     def finish(self, clips: pd.DataFrame, identities: list[str],
                spans: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-        """Write the tables: `clips` as in `ClipStore.clips`, in any order; `spans` start and count of each clip.
+        """Write the tables: `clips` as in `ClipStore.clips`, in any order, `spans` their starts and counts.
 
         Modalities to which nothing was appended are left out.
         """
@@ -95,7 +97,8 @@ class StoreWriter:
         for stream in (s for streams in self._streams.values() for s in streams.values()):
             stream.finish()
         _write_table(clips, self.partial / "clips.parquet")
-        _write_table(pd.DataFrame({"identity": pd.Series(names, dtype="str")}), self.partial / "identities.parquet")
+        names = pd.DataFrame({"identity": pd.Series(names, dtype="str")})
+        _write_table(names, self.partial / "identities.parquet")
         (self.partial / "store.json").write_text(json.dumps(self._meta, indent=1) + "\n")
         self._finished = True
 
@@ -118,10 +121,12 @@ def check_clips(path: Path, clips: pd.DataFrame, identities: np.ndarray,
     refuse((code < -1) | (code >= len(identities)), f"of {len(identities)} identities it has number", code)
     repeated = pd.Series(identities).duplicated().to_numpy()
     if repeated.any():
-        raise ValueError(f"{path.with_name('identities.parquet')}: {identities[np.argmax(repeated)]!r} stands twice")
+        raise ValueError(f"{path.with_name('identities.parquet')}: "
+                         f"{identities[np.argmax(repeated)]!r} stands twice")
     for name, (start, count, rows) in spans.items():
         if len(start) != len(clips) or len(count) != len(clips):
-            raise ValueError(f"{path}: {len(start)} starts and {len(count)} counts of {name} for {len(clips)} clips")
+            raise ValueError(f"{path}: {len(start)} starts and {len(count)} counts of {name} "
+                             f"for {len(clips)} clips")
         wrong = (count < 0) | (start < 0) | (start > rows - count)
         refuse(wrong, f"of {rows} rows of {name} it has start and count", np.stack([start, count], axis=1))
 
@@ -131,7 +136,8 @@ def _describe(streams: dict[str, ArrayStream]) -> dict:
     columns = {name: {"dtype": stream.dtype.str, "shape": list(stream.row_shape),
                       "meaning": COLUMNS[name][2] if name in COLUMNS else "truth of the simulator"}
                for name, stream in streams.items() if name != "feature"}
-    return {"frames": feature.rows, "dim": feature.row_shape[0], "dtype": feature.dtype.str, "columns": columns}
+    return {"frames": feature.rows, "dim": feature.row_shape[0], "dtype": feature.dtype.str,
+            "columns": columns}
 
 
 def _write_table(table: pd.DataFrame, path: Path) -> None:

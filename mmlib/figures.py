@@ -1,0 +1,224 @@
+"""How the book looks: one palette, one function per kind of figure, numbers and notices for the prose.
+
+A drawing function takes a tidy frame and an optional ``ax`` and returns the ``ax``.  Nothing here computes a result.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from IPython.display import display
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours: told apart by colour-blind readers, in grey by the markers beside them.
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#777777")
+COLOURS = {
+    "mean": GREY, "norm": SKY, "quality": BLUE, "best half": PURPLE,
+    "NAN": ORANGE, "NAN, two blocks": ORANGE, "NAN + scores": ORANGE,
+    "attention": GREEN, "attention + scores": GREEN, "DANet + scores": GREEN, "as coded": RED,
+    "nearest": GREY, "class means": SKY, "whitened means": PURPLE, "linear": ORANGE, "mlp": BLUE,
+    "one identity": BLUE, "two identities": ORANGE, "labelled person": BLUE, "another person": RED,
+    "paired": BLUE, "unpaired": ORANGE,
+}
+MARKERS = "osD^vP*X<>"
+
+
+def set_style() -> None:
+    """Set the style of every figure: quiet axes, no titles, a white ground that also stands on a dark page."""
+    sns.set_theme(context="notebook", style="whitegrid", rc={
+        "figure.figsize": (7, 4), "figure.dpi": 110, "savefig.bbox": "tight", "axes.edgecolor": "0.4",
+        "grid.color": "0.9", "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
+        "font.size": 10, "axes.labelsize": 10, "legend.fontsize": 9, "xtick.labelsize": 9, "ytick.labelsize": 9,
+        "legend.title_fontsize": 9})
+
+
+def panels(columns: int, *, width: float = 3.6, height: float = 3.4, **options) -> tuple[Figure, Sequence[Axes]]:
+    """Make ``columns`` axes side by side; inches each."""
+    figure, axes = plt.subplots(1, columns, figsize=(width * columns, height), layout="constrained", **options)
+    return figure, np.atleast_1d(axes)
+
+
+# -- prose ----------------------------------------------------------------------------------------------------------
+
+
+def glue(name: str, value: float | int | str) -> None:
+    """Make a value available to the prose as ``{glue:text}`` (numbers may carry a format there)."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    _record(name, {"text/plain": repr(value)})
+
+
+def notice(simulated: bool, detail: str = "") -> None:
+    """Say on the page, and in a plain notebook, whether its numbers are simulated; pasted as ``notice``."""
+    text = ("Every number and figure on this page comes from <b>simulated clips</b>, a stand-in calibrated on published "
+            "marginals. None of them is a result on iQIYI-VID-2019." if simulated else
+            "The numbers on this page come from a data set of the reader's own, not from the simulator.")
+    title = "Simulated data" if simulated else "Data of one's own"
+    body = (f'<div class="simulated admonition"><p class="admonition-title">{title}</p>'
+            f"<p>{text} {html.escape(detail)}</p></div>")
+    _record("notice", {"text/html": body, "text/plain": repr(title)})
+
+
+def _record(name: str, data: dict[str, str]) -> None:
+    prefix = "application/papermill.record/"
+    display({prefix + kind: text for kind, text in data.items()}, raw=True,
+            metadata={"scrapbook": {"name": name, "mime_prefix": prefix}})
+
+
+def signed(low: float, high: float, gain: str, loss: str, open_: str) -> str:
+    """Choose the verdict that an interval supports: above 0, below 0, or neither (also for NaN)."""
+    return gain if low > 0 else loss if high < 0 else open_
+
+
+# -- drawings -------------------------------------------------------------------------------------------------------
+
+
+def forest(frame: pd.DataFrame, *, label: str, value: str, xlabel: str, low: str = "low", high: str = "high",
+           reference: float | None = 0.0, ax: Axes | None = None) -> Axes:
+    """Draw one row a method, best on top: ``value`` with its interval, and a line at ``reference``."""
+    ax = ax or plt.gca()
+    frame = frame.sort_values(value)
+    for place, row in enumerate(frame.to_dict("records")):
+        error = [[max(0, row[value] - row[low])], [max(0, row[high] - row[value])]] if np.isfinite(row[low]) else None
+        ax.errorbar(row[value], place, xerr=error, fmt="o", capsize=3, color=COLOURS.get(row[label], "0.2"))
+    if reference is not None:
+        ax.axvline(reference, color="0.5", linewidth=.8)
+    ax.set(yticks=range(len(frame)), yticklabels=frame[label], xlabel=xlabel, ylim=(-.6, len(frame) - .4))
+    ax.grid(axis="y", visible=False)
+    return ax
+
+
+def lines(frame: pd.DataFrame, *, x: str, y: str, by: str, xlabel: str, ylabel: str, ax: Axes | None = None,
+          legend: str | None = None) -> Axes:
+    """Draw one line with markers a value of ``by``, over categories in the order of the frame."""
+    ax = ax or plt.gca()
+    places = {name: i for i, name in enumerate(frame[x].unique())}
+    for marker, (name, part) in zip(MARKERS, frame.groupby(by, sort=False)):
+        ax.plot(part[x].map(places), part[y], marker=marker, markersize=5, label=name, color=COLOURS.get(name))
+    ax.set(xticks=range(len(places)), xlabel=xlabel, ylabel=ylabel)
+    ax.set_xticklabels(places, rotation=45 if len(places) > 7 else 0)
+    ax.legend(title=legend)
+    return ax
+
+
+def against_target(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw how far each calibrated fact is from its target, in tolerances; columns fact, deviation, within."""
+    ax = ax or plt.gca()
+    place = np.arange(len(frame))[::-1]
+    ax.axvspan(-1, 1, color="0.93")
+    ax.axvline(0, color="0.5", linewidth=.8)
+    for within, marker, colour in ((True, "o", BLUE), (False, "X", RED)):
+        chosen = (frame["within"] == within).to_numpy()
+        ax.plot(frame["deviation"].clip(-3, 3)[chosen], place[chosen], marker, color=colour,
+                label="within" if within else "missed")
+    ax.set(yticks=place, yticklabels=frame["fact"], xlim=(-3.1, 3.1), xlabel="achieved − target (tolerances)")
+    ax.legend()
+    return ax
+
+
+def curves(drawn: pd.DataFrame, points: pd.DataFrame, *, x: str, y: str, xlabel: str, ylabel: str,
+           ax: Axes | None = None, log: bool = False) -> Axes:
+    """Draw a distribution of the store as a line and the published points on it."""
+    ax = ax or plt.gca()
+    ax.plot(drawn[x], drawn[y], color=BLUE, label="this store")
+    ax.plot(points[x], points[y], "o", color=ORANGE, markersize=5, label="published")
+    ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log else "linear")
+    ax.legend()
+    return ax
+
+
+def densities(frame: pd.DataFrame, *, value: str, by: str, xlabel: str, ax: Axes | None = None) -> Axes:
+    """Draw one outlined histogram, of area 1, a value of ``by``."""
+    ax = ax or plt.gca()
+    bins = np.linspace(frame[value].min(), frame[value].max(), 60)
+    for style, (name, part) in zip(("-", "--", ":"), frame.groupby(by, sort=False)):
+        ax.hist(part[value], bins, density=True, histtype="step", linewidth=1.6, linestyle=style, label=name,
+                color=COLOURS.get(name))
+    ax.set(xlabel=xlabel, ylabel="density")
+    ax.legend()
+    return ax
+
+
+def frame_weights(frame: pd.DataFrame, axes: Sequence[Axes]) -> Sequence[Axes]:
+    """Draw the weight of every frame of some clips, a clip a panel, a method a line, wrong frames shaded.
+
+    frame: columns clip, frame (position), method, weight (share of the clip), wrong (bool).
+    """
+    for ax, (clip, part) in zip(axes, frame.groupby("clip", sort=False)):
+        for marker, (method, line) in zip(MARKERS, part.groupby("method", sort=False)):
+            ax.plot(line["frame"], line["weight"], marker=marker, markersize=3, linewidth=1, label=method,
+                    color=COLOURS.get(method))
+        for position in part.loc[part["wrong"], "frame"].unique():
+            ax.axvspan(position - .5, position + .5, color=RED, alpha=.12, linewidth=0)
+        ax.set(xlabel="frame", ylabel="weight (share of the clip)" if ax is axes[0] else "")
+    axes[0].legend()
+    return axes
+
+
+def verdict_grid(frame: pd.DataFrame, *, x: str, y: str, xlabel: str, ylabel: str, limit: float,
+                 ax: Axes | None = None) -> Axes:
+    """Draw differences (points) on a grid: colour is the sign, a dot says that the interval excludes 0.
+
+    frame: columns ``x``, ``y``, difference, low, high; at most one row a cell.
+    """
+    ax = ax or plt.gca()
+    table = frame.pivot(index=y, columns=x, values="difference").sort_index(ascending=False)
+    sns.heatmap(table, ax=ax, cmap="RdBu", center=0, vmin=-limit, vmax=limit, annot=True, fmt="+.1f", cbar=False,
+                linewidths=1, annot_kws={"fontsize": 9})
+    sure = frame[(frame["low"] > 0) | (frame["high"] < 0)]
+    for _, row in sure.iterrows():
+        ax.plot(list(table.columns).index(row[x]) + .88, list(table.index).index(row[y]) + .16, "k.", markersize=5)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    return ax
+
+
+def late_hits(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw the AP that one irrelevant clip costs, by the rank where it stands.
+
+    frame: columns relevant (clips of the identity), rank (from 1), loss (AP, a fraction).
+    """
+    ax = ax or plt.gca()
+    for marker, (relevant, part) in zip(MARKERS, frame.groupby("relevant")):
+        ax.plot(part["rank"], part["loss"], marker=marker, markersize=4, label=f"{relevant}")
+    ax.set(xscale="log", xlabel="rank of the irrelevant clip", ylabel="AP lost (fraction)")
+    ax.legend(title="relevant clips")
+    return ax
+
+
+def interval_width(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw the width of a bootstrap interval against the number of identities, with its normal approximation.
+
+    frame: columns identities, width, normal (both MAP@100, a fraction); one row a draw of identities.
+    """
+    ax = ax or plt.gca()
+    ax.plot(frame["identities"], frame["width"], "o", color=BLUE, label="bootstrap")
+    line = frame.sort_values("identities")
+    ax.plot(line["identities"], line["normal"], color=ORANGE, label="normal approximation")
+    ax.set(xscale="log", yscale="log", xlabel="identities", ylabel="width of the interval (MAP@100)")
+    ax.legend()
+    return ax
+
+
+def paired_intervals(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw the difference of two runs seed by seed, with a paired and an unpaired interval.
+
+    frame: columns seed, kind ("paired" or "unpaired"), difference, low, high (MAP@100, fractions).
+    """
+    ax = ax or plt.gca()
+    places = {seed: place for place, seed in enumerate(sorted(frame["seed"].unique()))}
+    for shift, marker, (kind, part) in zip((-.12, .12), MARKERS, frame.groupby("kind"), strict=False):
+        error = [part["difference"] - part["low"], part["high"] - part["difference"]]
+        ax.errorbar(part["seed"].map(places) + shift, part["difference"], yerr=error, fmt=marker, capsize=3,
+                    label=kind, color=COLOURS[kind])
+    ax.axhline(0, color="0.5", linewidth=.8)
+    ax.set(xlabel="seed", ylabel="difference in MAP@100", xticks=list(places.values()))
+    ax.set_xticklabels([str(seed) for seed in places])
+    ax.legend()
+    return ax

@@ -1,0 +1,602 @@
+import base64
+import errno
+import json
+import pickle
+import struct
+import tracemalloc
+import warnings
+import zlib
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmlib.clips import pickles, python2, records
+from mmlib.clips.iqiyi import export_folder, import_folder, pickle_path
+from mmlib.clips.pickles import Spool, read_pickle
+from mmlib.clips.store import ClipStore
+from mmlib.clips.truth import (read_result, read_train_truth, read_val_truth, write_result, write_train_truth,
+                               write_val_truth)
+
+# Faces of three val clips as Python 2.7.18 with numpy 1.16.6 pickled them (cPickle, protocol 2):
+# 1 with frames 10 and 12, 3 with none, 11 with frame 11; feature, box and scores as in GENUINE.
+PYTHON2 = zlib.decompress(base64.b64decode(
+    "eNprYKotZNQIFfUM9Iz0jA/zdIkPc/SJNwADw9hCJo3YQmaNUCZDg0KW2EJWDXf7Hwxg4O7AAGPYOUAZLhCRVHf7N2dA4Ky7gx9E"
+    "KDmvNLegUi85vyhVL7c0pyQzsagosZIrvig1OT+vuKSoNLmEq5ANooorLwUiW8juzdAaypjUHlTIoeHN6MvA1ApVkVJSWZDKVcgZ"
+    "ypRm5M3gzQhUwaXhzRzKaOPn5+f1HwjAhDdDSVJnCAML0AGeo3AUjsKRCkuSUmMLuUHlmFEhT2whL8nlmD9EKIMtA1Eo8UELpQwu"
+    "aCHjNQpH4SgcqRBYyKRib0gZx2IVNwQ2sPhjCwVA5ZJhoWBsoZCGOwOsOIIzHMRgDAl4ufQCKnSAB0u5JIxeLlmMwlE4CkcqBJZL"
+    "iaV6ADrUEIU="))
+GENUINE = {
+    "IQIYI_VID_VAL_0000001": [(10, [1.5, 2.0, 30.25, 40.0], 0.9, 60.0, 10),
+                              (12, [1.5, 2.0, 30.25, 40.0], 0.9, 62.0, 12)],
+    "IQIYI_VID_VAL_0000003": [],
+    "IQIYI_VID_VAL_0000011": [(11, [0.0, 0.0, 5.5, 6.0], 0.75, -3.5, 0.5)],
+}
+VAL_TRUTH = "1 VAL_1.mp4 VAL_3.mp4 \n2 \n3 VAL_2.mp4 \n"
+TRAIN_TRUTH = "TRAIN_1.mp4 3\nTRAIN_2.mp4 9\n"
+
+
+def feature(value=1.0, width=512, dtype=np.float16):
+    return np.full(width, value, dtype)
+
+
+def face(frame=10, box=(1.0, 2.0, 3.0, 4.0), det=0.9, quality=50.0, feat=None):
+    return [b"%d" % frame, list(box), det, quality, feature(frame) if feat is None else feat]
+
+
+def dump(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(value, protocol=2))
+
+
+@pytest.fixture
+def spool(tmp_path):
+    spool = Spool(tmp_path / "spool", "<f2", 512)
+    yield spool
+    spool.close()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three clips of train, one unlabelled, and five of val, two of them distractors, one without a face."""
+    folder = tmp_path / "official"
+    dump(pickle_path(folder, "face", "train"),
+         {b"TRAIN_1": [face(1), face(1), face(7)], b"TRAIN_2": [face(2)], b"TRAIN_3": [face(3)]})
+    dump(pickle_path(folder, "face", "val"), {b"VAL_%d" % i: [face(i), face(i + 10)] for i in range(1, 5)}
+         | {b"VAL_5": []})
+    (folder / "train_gt.txt").write_text(TRAIN_TRUTH)
+    (folder / "val_gt.txt").write_text(VAL_TRUTH)
+    return folder
+
+
+def run(folder, **options):
+    """Import `folder` to the store beside it."""
+    return import_folder(folder, folder.parent / "store", progress=False, **options)
+
+
+def assert_refused(folder, message, **options):
+    """The import stops with one line that matches `message`, and leaves nothing."""
+    with pytest.raises(ValueError, match=message) as caught:
+        run(folder, **options)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def put_val(folder, clip, value):
+    """Replace one clip's value in the val faces."""
+    path = pickle_path(folder, "face", "val")
+    dump(path, pickle.loads(path.read_bytes()) | {clip: value})
+
+
+def load_as_published(path):
+    """Load as the published loaders do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy has moved the functions that old pickles name
+        with open(path, "rb") as file:
+            return pickle.load(file, encoding="bytes")
+
+
+# What is read
+
+def test_identities_are_those_of_val_in_order_then_those_of_train(folder):
+    run(folder)
+    assert ClipStore.open(folder.parent / "store").identities.tolist() == ["1", "2", "3", "9"]
+
+
+def test_clips_get_split_identity_and_frames(folder):
+    run(folder)
+    store = ClipStore.open(folder.parent / "store")
+    assert store.clips["clip"].tolist() == ["TRAIN_1", "TRAIN_2", "TRAIN_3",
+                                            "VAL_1", "VAL_2", "VAL_3", "VAL_4", "VAL_5"]
+    assert store.clips["identity"].tolist() == [2, 3, -1, 0, 2, 0, -1, -1]
+    faces = store.modalities["face"]
+    assert faces.count.tolist() == [3, 1, 1, 2, 2, 2, 2, 0]
+    batch = store.batch([0, 4])
+    assert batch.feature[0, :, 0].tolist() == [1, 1, 7] and batch.feature[1, :2, 511].tolist() == [2, 12]
+    assert faces.columns["frame"][batch.rows[0]].tolist() == [1, 1, 7]
+    assert faces.columns["box"][0].tolist() == [1, 2, 3, 4]
+    assert store.meta["simulated"] is False
+
+
+def test_report_counts_what_was_found(folder):
+    report = run(folder)
+    assert report.clips == {"train": 3, "val": 5} and report.faceless == {"train": 0, "val": 1}
+    assert report.frames == {"face": 13}
+    assert (report.distractors, report.unlabelled, report.refused) == (2, 1, {})
+    assert report.absent[:3] == ["img/", "feat/face_test.pickle", "feat/head_train.pickle"]
+    assert "val: 5 clips, 1 without a face" in report.lines()
+
+
+def test_a_pickle_of_python2_is_read(folder):
+    pickle_path(folder, "face", "val").write_bytes(PYTHON2)
+    (folder / "val_gt.txt").write_text("1 IQIYI_VID_VAL_0000011.mp4 \n3\n")
+    run(folder)
+    store = ClipStore.open(folder.parent / "store")
+    val = store.select("val")
+    assert store.clips["clip"].iloc[val].tolist() == list(GENUINE)
+    faces = store.modalities["face"]
+    for clip, expected in zip(val, GENUINE.values()):
+        rows = slice(faces.start[clip], faces.start[clip] + faces.count[clip])
+        read = [faces.columns[name][rows].tolist() for name in ("frame", "box", "det", "quality")]
+        assert list(zip(*read)) == [record[:4] for record in expected]
+        assert (faces.feature[rows] == np.array([record[4] for record in expected]).reshape(-1, 1)).all()
+
+
+def test_other_modalities_and_the_test_split_are_taken_where_present(folder):
+    dump(pickle_path(folder, "head", "train"), {b"TRAIN_1": [face(5)[:3] + [feature(5)]]})
+    dump(pickle_path(folder, "body", "val"), {b"VAL_5": [face(6)[:2] + [feature(6)]]})
+    dump(pickle_path(folder, "audio", "val"), {b"VAL_5": feature(7)})
+    dump(pickle_path(folder, "scene", "val"), {b"VAL_6": [(3, feature(0.1, 2048, np.float32))]})
+    dump(pickle_path(folder, "face", "test"), {b"TEST_1": [face(9)]})
+    report = run(folder)
+    store = ClipStore.open(folder.parent / "store")
+    assert report.frames == {"face": 14, "head": 1, "body": 1, "audio": 1, "scene": 1}
+    assert report.clips == {"train": 3, "val": 6, "test": 1}
+    names = store.clips["clip"].to_numpy(object)
+    assert {m: names[store.select(having=m)].tolist() for m in ("head", "body", "audio", "scene")} == {
+        "head": ["TRAIN_1"], "body": ["VAL_5"], "audio": ["VAL_5"], "scene": ["VAL_6"]}
+    assert store.modalities["scene"].feature[0, 0] == np.float16(0.1)
+    assert store.modalities["scene"].columns["frame"].tolist() == [3]
+    assert list(store.modalities["audio"].columns) == []
+
+
+def test_clip_names_may_carry_mp4(folder):
+    dump(pickle_path(folder, "face", "train"), {b"TRAIN_1.mp4": [face(1)], "TRAIN_2": [face(1)]})
+    run(folder)
+    assert ClipStore.open(folder.parent / "store").clips["clip"].tolist()[:2] == ["TRAIN_1", "TRAIN_2"]
+
+
+@pytest.mark.parametrize("prune", [1, 2, 1000])
+def test_a_pickle_that_memoises_every_object_reads_the_same(tmp_path, spool, monkeypatch, prune):
+    monkeypatch.setattr(pickles, "PRUNE", prune)
+    shared = b"7"  # an object that later records refer back to
+    value = {b"VAL_%d" % i: [[shared, [1.0, 2.0, 3.0, 4.0], 0.5, float(j), feature(10 * i + j)]
+                             for j in range(3)] for i in range(5)}
+    dump(tmp_path / "memo.pickle", value)
+    loaded = read_pickle(tmp_path / "memo.pickle", spool)
+    read, written = ({clip: [r[:4] for r in of] for clip, of in dumped.items()} for dumped in (loaded, value))
+    assert read == written
+    rows = np.array([record[4].row for clip in loaded.values() for record in clip])
+    np.testing.assert_array_equal(spool.read(rows)[:, 0], [10 * i + j for i in range(5) for j in range(3)])
+
+
+@pytest.mark.parametrize("memoised", [False, True])
+def test_reading_holds_no_features_in_memory(tmp_path, spool, monkeypatch, memoised):
+    clips, frames = 200, 20
+    path = tmp_path / "faces.pickle"
+    if memoised:
+        monkeypatch.setattr(pickles, "PRUNE", 100)
+        dump(path, {b"VAL_%d" % i: [face(10 + j) for j in range(frames)] for i in range(clips)})
+    else:
+        [box], [scores] = (python2.pack_floats(np.ones((1, k))) for k in (4, 2))
+        with open(path, "wb") as file, python2.DictPickler(file, clips, "<f2", 512) as writer:
+            for i in range(clips):
+                writer.write_records(f"VAL_{i}", [(b"%d" % (10 + j), box, scores, feature(j).tobytes())
+                                                  for j in range(frames)])
+    monkeypatch.setattr(pickles, "BLOCK", 2**16)
+    tracemalloc.start()
+    try:
+        loaded = read_pickle(path, spool)
+        peak = tracemalloc.get_traced_memory()[1] - 2 * 2**20  # the file's own buffers
+    finally:
+        tracemalloc.stop()
+    assert len(loaded) == clips and spool.rows == clips * frames
+    assert peak / spool.rows < (1800 if memoised else 1000)  # the feature alone takes 1024
+
+
+# What is refused: pickles as programs
+
+def short(text):
+    return b"\x8c%c" % len(text) + text
+
+
+def attacks(canary):
+    command = f"touch {canary}".encode()
+    argument = b"U%c" % len(command) + command
+    return {
+        "os.system": b"\x80\x02cos\nsystem\n" + argument + b"\x85R.",
+        "posix.system": b"\x80\x04" + short(b"posix") + short(b"system") + b"\x93" + argument + b"\x85R.",
+        "builtins.eval": b"\x80\x04" + short(b"builtins") + short(b"eval") + b"\x93" + short(
+            b"open('" + str(canary).encode() + b"', 'w')") + b"\x85R.",
+        "__builtin__.eval": b"\x80\x02c__builtin__\neval\n" + argument + b"\x85R.",
+        "subprocess.Popen": b"(" + argument + b"isubprocess\nPopen\n.",
+        "numpy.load": b"\x80\x02cnumpy\nload\n" + argument + b"\x85R.",
+        "numpy.core.multiarray.scalar": b"\x80\x02cnumpy.core.multiarray\nscalar\n.",
+        "numpy.core.multiarray._reconstruct.__globals__":
+            b"\x80\x04" + short(b"numpy.core.multiarray") + short(b"_reconstruct.__globals__") + b"\x93.",
+        "copyreg._reconstructor": b"\x80\x02ccopyreg\n_reconstructor\n.",
+    }
+
+
+@pytest.mark.parametrize("name", attacks("x"))
+def test_names_outside_the_allow_list_are_refused_and_nothing_runs(folder, tmp_path, name):
+    canary = tmp_path / "official/canary"
+    pickle_path(folder, "face", "val").write_bytes(attacks(canary)[name])
+    assert_refused(folder, rf"face_val_v2.pickle: .*it calls {name}, which is refused")
+    assert not canary.exists()
+
+
+def test_the_attack_would_run_if_it_were_let(tmp_path):
+    canary = tmp_path / "canary"
+    pickle.loads(attacks(canary)["os.system"], encoding="bytes")
+    assert canary.exists()
+
+
+@pytest.mark.parametrize("program", [
+    b"\x80\x02\x82\x01.",                                    # extension registry
+    b"\x80\x02U\x01aQ.", b"Pname\n.",                        # persistent ids
+    b"\x80\x02cnumpy\nndarray\n)R.",                         # the stand-ins called in unexpected ways
+    b"\x80\x02cnumpy\nndarray\n)\x81.",
+    b"\x80\x02cnumpy\nndarray\n}U\x01aK\x01sb.",
+    b"\x80\x02cnumpy\ndtype\n)R.",
+    b"\x80\x02cnumpy\ndtype\nU\x02f2\x85R}b.",
+    b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\ndtype\nK\x00U\x01b\x87R.",
+    b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00U\x01b\x87RK\x01b.",
+    b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00rot\x86R.",
+    b"\x80\x02h\x05.", b"\x80\x02}K\x01s.", b"\x80\x02]]s.", b"\xff\xff", b"", b"\x80\x63.", b"not a pickle",
+])
+def test_a_pickle_that_makes_no_sense_is_one_clear_error(folder, program):
+    pickle_path(folder, "face", "val").write_bytes(program)
+    assert_refused(folder, "face_val_v2.pickle: ")
+
+
+@pytest.mark.parametrize("value, named", [
+    ([], "holds a list, not a dict"), ({1: []}, "clip name 1 is a int"), ({b"\xff": []}, "is not text"),
+    ({b"A\nB": []}, r"clip name 'A\\nB' is empty or has spaces"),
+    ({b"VAL_1": [], b"VAL_1.mp4": []}, "clip VAL_1 is named twice")])
+def test_a_pickle_of_something_else_is_refused(folder, value, named):
+    dump(pickle_path(folder, "face", "val"), value)
+    assert_refused(folder, f"face_val_v2.pickle: .*{named}")
+
+
+@pytest.mark.parametrize("kept", [1, 2, 40, 300, -1025, -1])
+def test_a_truncated_pickle_is_refused_with_its_length(folder, kept):
+    path = pickle_path(folder, "face", "val")
+    path.write_bytes(PYTHON2[:kept])
+    assert_refused(folder, rf"face_val_v2.pickle: cut short at byte {len(PYTHON2[:kept])}")
+
+
+def test_bytes_after_the_pickle_are_refused(folder):
+    pickle_path(folder, "face", "val").write_bytes(PYTHON2 + b"xyz")
+    assert_refused(folder, f"3 bytes after the pickle's end at byte {len(PYTHON2)}")
+
+
+@pytest.mark.parametrize("between", [[], [(b"B", 3)]])
+def test_a_clip_named_twice_in_one_pickle_is_refused(folder, between):
+    path = pickle_path(folder, "face", "val")
+    clips = [("X", 1), ("A", 2), *((c.decode(), n) for c, n in between), ("A", 1), ("Z", 1)]
+    with open(path, "wb") as file, python2.DictPickler(file, len(clips), "<f2", 512) as writer:
+        for clip, frames in clips:
+            box, score = python2.pack_floats(np.ones((1, 4)))[0], python2.pack_floats(np.ones((1, 2)))[0]
+            writer.write_records(clip, [(b"12", box, score, feature().tobytes())] * frames)
+    assert_refused(folder, "val_v2.pickle: 2 features belong to no clip, because a clip is named twice: A$")
+
+
+# What is refused: records
+
+NAN, INF = float("nan"), float("inf")
+BAD_RECORDS = {
+    "dtype": (face(feat=feature(dtype=np.float32)), r"is float32 \(512,\) of 2048 bytes, not float16"),
+    "big-endian": (face(feat=feature(dtype=">f2")), "feature is >f2"),
+    "width": (face(feat=feature(width=256)), r"feature is float16 \(256,\)"),
+    "matrix": (face(feat=feature().reshape(1, 512)), r"feature is float16 \(1, 512\)"),
+    "objects": (face(feat=np.array([None])), "feature is .O"),
+    "no array": (face(feat=[1.0]), r"feature is not an array: \[1.0\]"),
+    "nan": (face(feat=np.array([0] * 7 + [NAN] + [0] * 504, np.float16)), "nan at position 7"),
+    "infinite": (face(feat=feature(-INF)), "-inf at position 0"),
+    "negative box": (face(box=(-1.5, 2.0, 3.0, 4.0)), r"box is not 0 <= x1 .*\[-1.5, 2.0, 3.0, 4.0\]"),
+    "reversed box": (face(box=(1.0, 5.0, 3.0, 4.0)), r"\[1.0, 5.0, 3.0, 4.0\]"),
+    "nan box": (face(box=(NAN, 2.0, 3.0, 4.0)), r"\[nan, 2.0"),
+    "endless box": (face(box=(1.0, 2.0, INF, 4.0)), r"inf, 4.0\]"),
+    "huge box": (face(box=(1.0, 2.0, 10**400, 4.0)), "box is not"),
+    "short box": (face(box=(1.0, 2.0, 3.0)), r"\[1.0, 2.0, 3.0\]"),
+    "text box": (face(box=(1.0, 2.0, 3.0, b"4")), "b'4'"),
+    "integer score": (face(det=1), "det score is not a finite float: 1"),
+    "nan score": (face(quality=NAN), "quality score is not a finite float: nan"),
+    "infinite score": (face(det=INF), "det score is not a finite float: inf"),
+    "no score": (face(det=None), "det score is not a finite float: None"),
+    "frame": ([b"ten", *face()[1:]], "frame is not a number from 0: b'ten'"),
+    "negative frame": (face(-3), "frame is not a number from 0: b'-3'"),
+    "float frame": ([10.5, *face()[1:]], "frame is not a number from 0: 10.5"),
+    "short record": (face()[:4], "record without its 5 fields: a list of 4"),
+    "no record": (b"face", "record without its 5 fields: a bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_RECORDS)
+def test_a_bad_record_is_refused_with_file_clip_and_value(folder, kind):
+    record, value = BAD_RECORDS[kind]
+    put_val(folder, b"VAL_2", [face(2), record, face(99)])
+    assert_refused(folder, rf"face_val_v2.pickle: clip VAL_2, record 2.*: .*{value}")
+
+
+@pytest.mark.parametrize("kind", BAD_RECORDS)
+def test_bad_records_can_be_skipped_and_are_counted(folder, kind):
+    record, value = BAD_RECORDS[kind]
+    put_val(folder, b"VAL_2", [face(2), record, face(99)])
+    report = run(folder, skip_bad_records=True)
+    [(number, first)] = report.refused.values()
+    assert number == 1 and "clip VAL_2, record 2" in first
+    store = ClipStore.open(folder.parent / "store")
+    clip = store.clips["clip"].tolist().index("VAL_2")
+    assert store.batch([clip]).feature[0, :, 0].tolist() == [2, 99]
+    assert sum(line.startswith("refused: 1 records") for line in report.lines()) == 1
+
+
+def test_frames_out_of_order_are_refused(folder):
+    put_val(folder, b"VAL_2", [face(5), face(12), face(5)])
+    assert_refused(folder, r"val_v2.pickle: clip VAL_2, record 3 \(frame b'5'\): frames out of order: "
+                           "5 after 12")
+
+
+def test_a_clip_that_is_no_list_is_refused(folder):
+    put_val(folder, b"VAL_2", None)
+    assert_refused(folder, "clip VAL_2: clip without a list of records: its value is a NoneType")
+
+
+def test_checks_hold_across_chunks(folder, monkeypatch):
+    monkeypatch.setattr(records, "CHUNK", 1)
+    put_val(folder, b"VAL_3", [face(9), face(box=(-1.0, 0.0, 1.0, 1.0))])
+    report = run(folder, skip_bad_records=True)
+    assert report.frames == {"face": 12}
+    faces = ClipStore.open(folder.parent / "store").modalities["face"]
+    assert faces.count.tolist() == [3, 1, 1, 2, 2, 1, 2, 0]
+
+
+def test_a_scene_feature_beyond_float16_is_refused(folder):
+    dump(pickle_path(folder, "scene", "val"), {b"VAL_1": [(3, feature(70000, 2048, np.float32))]})
+    assert_refused(folder, "scene_val.pickle: clip VAL_1, record 1 .*inf at position 0")
+
+
+def test_an_audio_clip_must_be_one_array(folder):
+    dump(pickle_path(folder, "audio", "val"), {b"VAL_1": [feature()]})
+    assert_refused(folder, "audio_val.pickle: clip VAL_1, record 1: feature is not an array")
+
+
+# What is refused: files against each other
+
+@pytest.mark.parametrize("name", ["feat/face_train_v2.pickle", "feat/face_val_v2.pickle", "train_gt.txt",
+                                  "val_gt.txt"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    assert_refused(folder, f"{name}: missing")
+
+
+def test_a_clip_in_two_splits_is_refused(folder):
+    dump(pickle_path(folder, "head", "val"), {b"TRAIN_2": []})
+    assert_refused(folder, "clip TRAIN_2 is named twice, in the pickles of train and val")
+
+
+@pytest.mark.parametrize("name, text, named", [
+    ("train_gt.txt", TRAIN_TRUTH + "TRAIN_8.mp4 1\n", "train_gt.txt, line 3: clip TRAIN_8 has no features"),
+    ("val_gt.txt", "1 VAL_1.mp4\n2 VAL_9.mp4\n", "val_gt.txt, line 2: clip VAL_9 has no features"),
+    ("val_gt.txt", "1 TRAIN_1.mp4\n", "line 1: clip TRAIN_1 has no features in any pickle of val"),
+    ("val_gt.txt", "1 VAL_1.mp4\n2 VAL_1.mp4\n", "line 2: clip VAL_1 is named twice, first on line 1"),
+    ("val_gt.txt", "1 VAL_1.mp4 VAL_1.mp4\n", "line 1: clip VAL_1 is named twice, first on line 1"),
+    ("val_gt.txt", "1 VAL_1.mp4\n1 VAL_2.mp4\n", "line 2: identity 1 is named twice, first on line 1"),
+])
+def test_truth_that_does_not_fit_is_refused(folder, name, text, named):
+    (folder / name).write_text(text)
+    assert_refused(folder, named)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("target, moment", [(Spool, "add"), (Spool, "flush"), (ClipStore, "create")])
+def test_an_interrupt_or_a_full_disk_leaves_nothing(folder, monkeypatch, error, target, moment):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(target, moment, fail)
+    with pytest.raises(type(error), match="No space left" if error.args else None):
+        run(folder)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+# Back to the official files
+
+def random_store(path, seed, clips=12):
+    rng = np.random.default_rng(seed)
+    table = pd.DataFrame({"clip": [f"CLIP_{i:03d}" for i in range(clips)],
+                          "split": np.array(["train", "val", "test"])[np.arange(clips) % 3],
+                          "identity": [-1 if i % 3 == 2 else int(rng.integers(-1, 3)) for i in range(clips)]})
+    spans = {}
+    with ClipStore.create(path, simulated=True, provenance={"seed": seed}) as writer:
+        for modality, layout in records.LAYOUTS.items():
+            audio = modality == "audio"
+            count = rng.integers(0, 2 if audio else 5, clips)
+            frames = int(count.sum())
+            low = rng.random((frames, 2)) * 50
+            columns = {"frame": 10 + np.arange(frames),
+                       "box": np.hstack([low, low + rng.random((frames, 2))]),
+                       "det": rng.random(frames), "quality": rng.normal(60, 40, frames)}
+            writer.append(modality, rng.standard_normal((frames, layout.width)).astype(np.float16),
+                          **{name: columns[name] for name in layout.fields[:-1]})
+            spans[modality] = np.cumsum(count) - count, count
+        writer.finish(table, ["4", "8", "15"], spans)
+    return ClipStore.open(path)
+
+
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 999))
+def test_store_to_official_files_to_store_changes_nothing(tmp_path_factory, seed):
+    folder = tmp_path_factory.mktemp("round")
+    store = random_store(folder / "first", seed)
+    export_folder(store, folder / "official")
+    run(folder / "official")
+    again = ClipStore.open(folder / "store")
+    pd.testing.assert_frame_equal(again.clips, store.clips)
+    assert again.identities.tolist() == store.identities.tolist()
+    assert again.meta == store.meta
+    for name, modality in store.modalities.items():
+        np.testing.assert_array_equal(again.modalities[name].count, modality.count)
+        other = again.modalities[name]
+        assert other.columns.keys() == modality.columns.keys()
+        for start, there, count in zip(modality.start, other.start, modality.count):
+            here, there = slice(start, start + count), slice(there, there + count)
+            np.testing.assert_array_equal(other.feature[there], modality.feature[here])
+            for column, values in modality.columns.items():
+                np.testing.assert_array_equal(other.columns[column][there], values[here])
+
+
+def test_exported_pickles_are_byte_for_byte_those_of_python2(folder):
+    pickle_path(folder, "face", "val").write_bytes(PYTHON2)
+    (folder / "val_gt.txt").write_text("3 \n9 \n")
+    run(folder)
+    export_folder(ClipStore.open(folder.parent / "store"), folder.parent / "again")
+    assert pickle_path(folder.parent / "again", "face", "val").read_bytes() == PYTHON2
+
+
+def test_exported_files_load_as_the_published_loaders_expect(tmp_path):
+    store = random_store(tmp_path / "store", 1)
+    export_folder(store, tmp_path / "official")
+    faces = load_as_published(tmp_path / "official/feat/face_val_v2.pickle")
+    assert list(faces) == [name.encode() for name in store.clips["clip"].iloc[store.select("val")]]
+    for frame, box, det, quality, feat in (record for clip in faces.values() for record in clip):
+        assert type(frame) is bytes and type(det) is float and type(quality) is float and len(box) == 4
+        assert feat.dtype == np.float16 and feat.shape == (512,)
+    audio = load_as_published(tmp_path / "official/feat/audio_train.pickle")
+    assert all(feat.dtype == np.float16 and feat.shape == (512,) for feat in audio.values()) and audio
+    scene = load_as_published(tmp_path / "official/feat/scene_test.pickle")
+    [(index, feat), *_] = next(filter(None, scene.values()))
+    assert type(index) is int and feat.dtype == np.float32 and feat.shape == (2048,)
+
+
+@pytest.mark.parametrize("clips, frames", [(1, 1), (1, 3), (2, 1001), (1000, 0), (1001, 1), (300, 2)])
+def test_batches_of_the_python2_pickler_load(tmp_path, clips, frames):
+    box, score = python2.pack_floats(np.ones((1, 4)))[0], python2.pack_floats(np.ones((1, 1)))[0]
+    with open(tmp_path / "p", "wb") as file, python2.DictPickler(file, clips, "<f2", 4) as writer:
+        for clip in range(clips):
+            writer.write_records(f"{clip}", [(b"%d" % i, box, score, struct.pack("<4e", 1, 2, 3, i % 100))
+                                             for i in range(frames)])
+    loaded = load_as_published(tmp_path / "p")
+    assert list(loaded) == [b"%d" % clip for clip in range(clips)]
+    for clip in loaded.values():
+        assert [int(record[0]) for record in clip] == list(range(frames))
+        assert [record[3].tolist() for record in clip] == [[1, 2, 3, i % 100] for i in range(frames)]
+
+
+def test_export_refuses_a_store_without_boxes(tmp_path):
+    with ClipStore.create(tmp_path / "store", simulated=False, provenance={}) as writer:
+        writer.append("face", np.ones((1, 512), np.float16), frame=[0], det=[0.5], quality=[1.0])
+        clips = pd.DataFrame({"clip": ["a"], "split": ["val"], "identity": [-1]})
+        writer.finish(clips, [], {"face": ([0], [1])})
+    with pytest.raises(ValueError, match="face has no box"):
+        export_folder(ClipStore.open(tmp_path / "store"), tmp_path / "official")
+    assert not (tmp_path / "official").exists()
+
+
+def test_export_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    store = random_store(tmp_path / "store", 1)
+    monkeypatch.setattr(python2.DictPickler, "write_array", fail)
+    with pytest.raises(KeyboardInterrupt):
+        export_folder(store, tmp_path / "official")
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_exported_simulation_says_so_when_imported(tmp_path):
+    export_folder(random_store(tmp_path / "first", 1), tmp_path / "official")
+    assert json.loads((tmp_path / "official/origin.json").read_text())["simulated"] is True
+
+
+# Text files
+
+def write(tmp_path, text):
+    (tmp_path / "file.txt").write_bytes(text.encode())
+    return tmp_path / "file.txt"
+
+
+def test_train_truth_is_read(tmp_path):
+    truth = read_train_truth(write(tmp_path, "A.mp4 191\nB.mp4 7\n"))
+    assert truth["clip"].tolist() == ["A", "B"] and truth["identity"].tolist() == ["191", "7"]
+
+
+def test_val_truth_keeps_order_and_empty_lines(tmp_path):
+    truth = read_val_truth(write(tmp_path, "2 A.mp4 B.mp4 \n1 \n3 C.mp4\n"))
+    assert truth == (["2", "1", "3"], [["A", "B"], [], ["C"]])
+
+
+@pytest.mark.parametrize("text", ["1 A.mp4 B.mp4\r\n2\r\n", "1  A.mp4 B.mp4  \n2\t\n\n\n",
+                                  "\ufeff1 A.mp4 B.mp4\n2", "1 A.mp4 B.mp4\n2\n \r\n\r\n"])
+def test_line_ends_spaces_and_empty_lines_at_the_end_are_read(tmp_path, text):
+    for read in (read_val_truth, read_result):
+        assert read(write(tmp_path, text)) == (["1", "2"], [["A", "B"], []])
+
+
+@pytest.mark.parametrize("read, text, named", [
+    (read_train_truth, "A.mp4 1\nB.mp4\n", "line 2: expected 'CLIP.mp4 IDENTITY', got 'B.mp4'"),
+    (read_train_truth, "A.mp4 1 2\n", "line 1: .* got 'A.mp4 1 2'"),
+    (read_train_truth, "1 A.mp4\n", "line 1"),
+    (read_train_truth, "A.mp4 1\nA.mp4 2\n", "line 2: clip A is named twice, first on line 1"),
+    (read_train_truth, "\n", "empty"),
+    (read_val_truth, "", "empty"),
+    (read_val_truth, "1 A.mp4\n\n2 B.mp4\n", "line 2: expected 'IDENTITY CLIP.mp4"),
+    (read_val_truth, "1 A.mp4\nB.mp4 C.mp4\n", "line 2: .* got 'B.mp4 C.mp4'"),
+    (read_result, "1 A.mp4 B\n", "line 1: .* got '1 A.mp4 B'"),
+])
+def test_a_malformed_line_is_refused_with_its_number_and_text(tmp_path, read, text, named):
+    with pytest.raises(ValueError, match=f"file.txt.*{named}"):
+        read(write(tmp_path, text))
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "file.txt").write_bytes(b"1 \xff.mp4")
+    with pytest.raises(ValueError, match="byte 2 is 0xff"):
+        read_result(tmp_path / "file.txt")
+
+
+def test_a_result_line_over_a_hundred_clips_is_refused(tmp_path):
+    clips = " ".join(f"{i}.mp4" for i in range(101))
+    with pytest.raises(ValueError, match="line 2: 101 clips, at most 100"):
+        read_result(write(tmp_path, f"1 A.mp4\n2 {clips}\n"))
+
+
+def test_repeats_do_not_count_towards_the_hundred(tmp_path):
+    clips = [f"{i}" for i in range(100)] * 2
+    assert read_result(write(tmp_path, "1 " + " ".join(f"{c}.mp4" for c in clips))) == (["1"], [clips])
+
+
+def test_a_result_with_more_lines_than_the_truth_is_refused(tmp_path):
+    path = write(tmp_path, "1 A.mp4\n2 A.mp4\n")
+    assert len(read_result(path, id_num=2)[0]) == 2
+    with pytest.raises(ValueError, match="2 lines, the ground truth has 1"):
+        read_result(path, id_num=1)
+
+
+def test_written_truth_and_result_have_the_official_form(tmp_path):
+    write_train_truth(tmp_path / "t", ["A", "B"], ["191", "2"])
+    assert (tmp_path / "t").read_bytes() == b"A.mp4 191\nB.mp4 2\n"
+    write_val_truth(tmp_path / "v", ["1", "2"], [["A", "B"], []])
+    assert (tmp_path / "v").read_bytes() == b"1 A.mp4 B.mp4 \n2 \n"
+    write_result(tmp_path / "r", ["1", "2"], np.array([[2, 0], [1, -1]]), ["A", "B", "C"])
+    assert read_result(tmp_path / "r") == (["1", "2"], [["C", "A"], ["B"]])
+
+
+def test_a_result_of_more_than_a_hundred_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="ranking: 101 clips"):
+        write_result(tmp_path / "r", ["1"], np.zeros((1, 101), int), ["A"])
+    assert not (tmp_path / "r").exists()
