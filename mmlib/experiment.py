@@ -239,39 +239,79 @@ _ANY = dict(modality="face", aggregator="mean", classifier="mlp", concat="none",
             scale=1.0, training=Training())
 
 
-def run(experiment: Experiment, store: ClipStore, *, device: str = "auto", progress: bool = False) -> Record:
-    """Train if there is something to train, rank the val clips for every identity, and score."""
-    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+@dataclass(frozen=True)
+class Retrieval:
+    """What a system retrieves: gallery (N,) positions of the val clips in the store, queries (Q,) identity codes,
+    ranking (Q, K) gallery rows with -1 beyond the end, hits (Q, K) bool, relevant (Q,) labelled val clips of each query,
+    predicted (N,) the best identity of each clip.
+
+    Clips that lack the modality are not in the gallery but count as relevant: the official denominator.
+    """
+
+    gallery: np.ndarray
+    queries: np.ndarray
+    ranking: np.ndarray
+    hits: np.ndarray
+    relevant: np.ndarray
+    predicted: np.ndarray
+    model: IdentityModel
+    train_clips: np.ndarray
+    losses: list[float]
+    seconds: dict[str, float]
+
+    @property
+    def ap(self) -> np.ndarray:
+        return metrics.average_precision(self.hits, self.relevant)
+
+
+def retrieve(experiment: Experiment, store: ClipStore, *, device: str = "auto", progress: bool = False) -> Retrieval:
+    """Train if there is something to train, and rank the val clips for every identity."""
     began = time.perf_counter()
-    model, train_clips, history = fit(experiment, store, device=chosen, progress=progress)
+    model, train_clips, history = fit(experiment, store, device=torch_device(device), progress=progress)
     trained = time.perf_counter()
     gallery = store.select("val", having=experiment.modality)
-    blocks = list_scores(experiment, store, model, train_clips, gallery)
-    best = torch.full((len(gallery),), -1)
-    ranking = rank.top_k(_note_best(blocks, best)).clip.cpu().numpy()
     identity = store.identity_of(gallery)
-    queries = np.unique(store.identity_of(store.select("val", labelled=True)))
     relevant = np.bincount(store.identity_of(store.select("val", labelled=True)), minlength=len(store.identities))
-    # Clips that lack the modality cannot be found, but count: the official denominator is all relevant clips.
-    hits, _ = metrics.match_ranking(ranking[queries], identity, queries)
-    ap = metrics.average_precision(hits, relevant[queries])
-    right = best.numpy() == identity
-    precision = metrics.clip_precision(ranking[queries], hits, len(gallery))
+    queries = np.flatnonzero(relevant)
+    if not len(queries) or not len(gallery):
+        raise ValueError(f"{store.path}: no labelled val clip, or none with {experiment.modality!r}: nothing to rank")
+    predicted = torch.full((len(gallery),), -1)
+    blocks = _note_best(list_scores(experiment, store, model, train_clips, gallery), predicted)
+    ranking = rank.top_k(blocks).clip.cpu().numpy()[queries]
+    hits, _ = metrics.match_ranking(ranking, identity, queries)
+    seconds = {"fit": round(trained - began, 3), "rank": round(time.perf_counter() - trained, 3)}
+    return Retrieval(gallery, queries, ranking, hits, relevant[queries], predicted.numpy(), model, train_clips, history,
+                     seconds)
+
+
+def run(experiment: Experiment, store: ClipStore, *, device: str = "auto", progress: bool = False) -> Record:
+    """Retrieve, score, and make the record."""
+    found = retrieve(experiment, store, device=device, progress=progress)
+    identity, ap = store.identity_of(found.gallery), found.ap
     labelled = identity >= 0
-    measures = {"map_at_100": float(ap.mean()), "top1": float(hits[:, 0].mean()),
-                "clip_top1": float(right[labelled].mean()), "train_clips": len(train_clips),
-                "gallery_clips": len(gallery), "queries": len(queries), "identities": len(store.identities),
-                "parameters": sum(p.numel() for p in model.parameters()) if history else 0}
-    done = time.perf_counter()
+    right = found.predicted == identity
+    precision = metrics.clip_precision(found.ranking, found.hits, len(found.gallery))
+    measures = {"map_at_100": float(ap.mean()), "top1": float(found.hits[:, 0].mean()),
+                "clip_top1": float(right[labelled].mean()), "train_clips": len(found.train_clips),
+                "gallery_clips": len(found.gallery), "queries": len(found.queries),
+                "identities": len(store.identities),
+                "parameters": sum(p.numel() for p in found.model.parameters()) if found.losses else 0}
+    clips = found.gallery[labelled]
     return Record(
         key=experiment.key(), library=library_hash(), experiment=asdict(experiment), simulated=store.meta["simulated"],
         measures=measures, ap=[round(float(a), 6) for a in ap],
-        breakdown=_breakdown(store, experiment.modality, gallery[labelled], right[labelled], precision[labelled]),
-        losses=[round(x, 5) for x in history],
-        seconds={"fit": round(trained - began, 3), "rank": round(done - trained, 3)},
+        breakdown=_breakdown(store, experiment.modality, clips, right[labelled], precision[labelled]),
+        losses=[round(x, 5) for x in found.losses], seconds=found.seconds,
         versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        device=torch.cuda.get_device_name() if chosen.type == "cuda" else "CPU",
+        device=torch.cuda.get_device_name() if torch_device(device).type == "cuda" else "CPU",
         made=datetime.now(UTC).isoformat(timespec="seconds"), commit=_commit())
+
+
+def torch_device(name: str) -> torch.device:
+    """Return the device of a chapter's ``device`` parameter: ``auto`` is a GPU where there is one."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def fit(experiment: Experiment, store: ClipStore, *, device: torch.device,

@@ -25,14 +25,14 @@ class Training:
     weight_decay; margin in radians; scale of the cosines; gamma of the focal term, ``focal`` "clip" or "batch".
     """
 
-    epochs: int = 8
+    epochs: int = 12
     batch: int = 256
     frames: int = 16
     sample: str = "random"
-    lr: float = 2e-3
+    lr: float = 5e-3
     aggregator_lr: float = 2e-2
     weight_decay: float = 1e-4
-    margin: float = .3
+    margin: float = .5
     scale: float = 30.0
     gamma: float = 0.0
     focal: str = "clip"
@@ -54,6 +54,9 @@ def train(model: IdentityModel, store: ClipStore, clips: np.ndarray, training: T
     see the same data.
     """
     device = model.prototype.device
+    # An aggregator with a fixed number of frames draws as the 2019 code does, with replacement from short clips.
+    fixed = getattr(model.aggregator, "frames", None)
+    sample, frames = ("draw", fixed) if fixed else (training.sample, training.frames)
     rng = np.random.default_rng([seed, 2])
     torch.manual_seed(seed)  # dropout
     slow = list(model.aggregator.parameters())
@@ -70,7 +73,7 @@ def train(model: IdentityModel, store: ClipStore, clips: np.ndarray, training: T
     for _ in bar:
         total = torch.zeros((), device=device)
         order = np.array_split(rng.permutation(clips), steps)
-        for members, inputs in batches(store, order, modality, context, training.sample, training.frames, rng, device):
+        for members, inputs in batches(store, order, modality, context, sample, frames, rng, device):
             label = torch.from_numpy(store.identity_of(members)).long().to(device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
                 cosine = model(*inputs)

@@ -25,6 +25,7 @@ QUALITY_KNOTS = [(.0002, -20), (.01, 1), (.05, 11), (.1, 17), (.25, 32), (.5, 59
                  (.99, 185), (.9999, 260)]
 # Top-1 accuracy (share) of faces by percentile of clip quality, from the slides; the edges are read as percentiles.
 QUALITY_EDGES = [0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 20]
+QUALITY_GROUPS = ("worst fifth", "middle", "best fifth")
 TOP1_BY_QUALITY = [.057, .249, .422, .543, .647, .633, .687, .787, .789, .808, .867]
 
 
@@ -33,13 +34,23 @@ def clips_per_identity(identities: int, rng: np.random.Generator) -> np.ndarray:
 
     With fewer than all 10,034 identities, one is drawn from each of ``identities`` equal strata of the sorted table.
     """
-    table = pd.read_csv(files("mmlib.clips") / "clips_per_identity_joint.csv")
-    rows = np.repeat(table[["train_clips", "val_labelled_clips"]].to_numpy(), table["identities"], axis=0)
+    rows = _every_identity()
     if identities > len(rows):
         raise ValueError(f"identities must be at most {len(rows)}, got {identities}")
     rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
     stratum = (np.arange(identities) + rng.random(identities)) * len(rows) / identities
     return rng.permutation(rows[stratum.astype(int)] if identities < len(rows) else rows)
+
+
+def clips_survival() -> list[tuple[int, float]]:
+    """Return (n, share of identities with at least n train clips) at some n, from the exact table."""
+    train = _every_identity()[:, 0]
+    return [(n, float(np.mean(train >= n))) for n in (1, 2, 3, 5, 10, 20, 40, 80)]
+
+
+def _every_identity() -> np.ndarray:
+    table = pd.read_csv(files("mmlib.clips") / "clips_per_identity_joint.csv")
+    return np.repeat(table[["train_clips", "val_labelled_clips"]].to_numpy(), table["identities"], axis=0)
 
 
 @dataclass(frozen=True)
@@ -84,30 +95,28 @@ TARGETS = [
 
 
 def calibration_table(store: ClipStore) -> pd.DataFrame:
-    """Compare a store with every target: fact, target, tolerance, achieved, within (bool), source."""
+    """Compare a store with every target it can be held against.
+
+    Columns: fact, target, tolerance, achieved, within (bool), source.  A store without a score lacks its facts.
+    """
     measured = marginals(store)
     rows = [(t.fact, t.value, t.tolerance, measured[t.fact], abs(measured[t.fact] - t.value) <= t.tolerance, t.source)
-            for t in TARGETS]
+            for t in TARGETS if t.fact in measured]
     return pd.DataFrame(rows, columns=["fact", "target", "tolerance", "achieved", "within", "source"])
 
 
 def marginals(store: ClipStore, pairs: int = 20_000, seed: int = 0) -> dict[str, float]:
-    """Measure every fact of ``TARGETS`` on a store that has faces with both scores.
-
-    Cosines are between means of normalised embeddings of clips with a face, over at most ``pairs`` random pairs.
-    """
+    """Measure the facts of ``TARGETS`` on a store, those of a score only where it has that score."""
     clips, face = store.clips, store.modalities["face"]
-    for column in ("quality", "det"):
-        if column not in face.columns:
-            raise ValueError(f"{store.path}: the faces have no {column!r} score, so it cannot be compared")
-    quality, det = face.columns["quality"], face.columns["det"]
     identity = clips["identity"].to_numpy()
     train, val = ((clips["split"] == name).to_numpy() for name in ("train", "val"))
     per_train, per_val = (np.bincount(identity[rows & (identity >= 0)], minlength=len(store.identities))
                           for rows in (train, val))
     count = face.count[face.count > 0]
-    norms, centre = _clip_norm_and_mean(store)
-    genuine, impostor = _pair_cosines(centre, identity[face.count > 0], pairs, np.random.default_rng(seed))
+    norm, mean = _norms_and_means(store)
+    having = np.flatnonzero(face.count > 0)
+    one, two = _pairs(identity[having], pairs, np.random.default_rng(seed))
+    genuine, impostor = _cosines(mean[having], *one), _cosines(mean[having], *two)
     out = {
         "train clips an identity, mean": per_train.mean(),
         "train clips an identity, median": np.median(per_train),
@@ -119,49 +128,83 @@ def marginals(store: ClipStore, pairs: int = 20_000, seed: int = 0) -> dict[str,
         "faces a clip, mean": count.mean(),
         "faces a clip, median": np.median(count),
         "clips with at least 40 faces": np.mean(count >= 40),
-        "quality score, mean": quality.mean(),
-        "quality score, standard deviation": quality.std(),
-        "det score at least .8": np.mean(det >= .8),
-        "det score above .9": np.mean(det > .9),
         "cosine of two clips of one identity, mean": genuine.mean(),
         "cosine of two clips of two identities, mean": impostor.mean(),
         "cosine of two clips of two identities, standard deviation": impostor.std(),
     }
-    shares = {"5 %": .05, "25 %": .25, "median": .5, "75 %": .75, "95 %": .95}
-    out |= {f"quality score, {name}": value
-            for name, value in zip(shares, np.quantile(quality, list(shares.values())), strict=True)}
     shares = {"1 %": .01, "2 %": .02, "4 %": .04, "median": .5}
-    out |= {f"mean norm of a clip, {name}": value
-            for name, value in zip(shares, np.quantile(norms, list(shares.values())), strict=True)}
+    out |= _quantiles("mean norm of a clip", norm[having], shares)
+    if "quality" in face.columns:
+        quality = face.columns["quality"]
+        out |= {"quality score, mean": quality.mean(), "quality score, standard deviation": quality.std()}
+        out |= _quantiles("quality score", quality, {"5 %": .05, "25 %": .25, "median": .5, "75 %": .75, "95 %": .95})
+    if "det" in face.columns:
+        det = face.columns["det"]
+        out |= {"det score at least .8": np.mean(det >= .8), "det score above .9": np.mean(det > .9)}
     return {name: float(value) for name, value in out.items()}
 
 
-def _clip_norm_and_mean(store: ClipStore, block: int = 1024) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean norm (n,) and the unit mean embedding (n, D) of every clip with a face."""
-    norms, means = [], []
+def clip_norms(store: ClipStore) -> np.ndarray:
+    """Return the mean norm of the face embeddings of every clip with a face, (n,)."""
+    norm, _ = _norms_and_means(store)
+    return norm[np.isfinite(norm)]
+
+
+def cosines_by_quality(store: ClipStore, pairs: int = 20_000, seed: int = 0) -> pd.DataFrame:
+    """Draw pairs of labelled clips of one identity and of two, grouped by the lower of their two mean norms.
+
+    Columns: pair (``one identity`` or ``two identities``), quality (three groups by percentile), cosine of the means
+    of their normalised embeddings.
+    """
+    norm, mean = _norms_and_means(store)
+    having = np.flatnonzero(np.isfinite(norm))
+    percentile = norm[having].argsort().argsort() / len(having)
+    drawn = _pairs(store.clips["identity"].to_numpy()[having], pairs, np.random.default_rng(seed))
+    parts = []
+    for name, (left, right) in zip(("one identity", "two identities"), drawn, strict=True):
+        worse = np.minimum(percentile[left], percentile[right])
+        group = np.array(QUALITY_GROUPS)[np.digitize(worse, [.2, .8])]
+        parts.append(pd.DataFrame({"pair": name, "quality": group, "cosine": _cosines(mean[having], left, right)}))
+    out = pd.concat(parts)
+    return pd.concat([out[out["quality"] == name] for name in QUALITY_GROUPS], ignore_index=True)
+
+
+def _quantiles(fact: str, values: np.ndarray, shares: dict[str, float]) -> dict[str, float]:
+    found = np.quantile(values, list(shares.values()))
+    return {f"{fact}, {name}": value for name, value in zip(shares, found, strict=True)}
+
+
+def _norms_and_means(store: ClipStore, block: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+    """Return of every clip the mean norm (N,) and the unit mean (N, D) of its first 40 faces; NaN without a face."""
     having = store.select(having="face")
+    norms = np.full(len(store), np.nan)
+    means = np.full((len(store), store.modalities["face"].feature.shape[1]), np.nan, np.float32)
     for first in range(0, len(having), block):
-        batch = store.batch(having[first:first + block], sample="first", frames=40)
+        clips = having[first:first + block]
+        batch = store.batch(clips, sample="first", frames=40)
         length = batch.feature.norm(dim=2)  # (B, T)
-        norms.append((length.sum(1) / batch.mask.sum(1)).numpy())
+        norms[clips] = (length.sum(1) / batch.mask.sum(1)).numpy()
         mean = (batch.feature / length.clamp(min=1e-6)[..., None]).sum(1)
-        means.append((mean / mean.norm(dim=1, keepdim=True)).numpy())
-    return np.concatenate(norms), np.concatenate(means)
+        means[clips] = (mean / mean.norm(dim=1, keepdim=True)).numpy()
+    return norms, means
 
 
-def _pair_cosines(centre: np.ndarray, identity: np.ndarray, pairs: int, rng: np.random.Generator):
-    """Return cosines of random pairs of clips of one identity and of two identities."""
+def _pairs(identity: np.ndarray, pairs: int, rng: np.random.Generator):
+    """Draw (left, right) positions of random pairs of labelled clips: of one identity, and of two."""
     order = np.argsort(identity, kind="stable")
     order = order[identity[order] >= 0]
     _, first, size = np.unique(identity[order], return_index=True, return_counts=True)
-    many = size > 1
     # Every pair of clips is as likely as any other: identities in proportion to their number of pairs.
-    weight = (size * (size - 1.0))[many]
-    chosen = rng.choice(np.flatnonzero(many), pairs, p=weight / weight.sum())
+    weight = size * (size - 1.0)
+    if not weight.any():
+        raise ValueError("no identity has two clips with a face, so there is no pair to compare")
+    chosen = rng.choice(len(size), pairs, p=weight / weight.sum())
     a = (rng.random(pairs) * size[chosen]).astype(int)
     b = (a + 1 + (rng.random(pairs) * (size[chosen] - 1)).astype(int)) % size[chosen]
-    one, two = order[first[chosen] + a], order[first[chosen] + b]
     left, right = rng.choice(order, pairs), rng.choice(order, pairs)
     differ = identity[left] != identity[right]
-    cosine = lambda i, j: np.einsum("nd,nd->n", centre[i], centre[j])  # noqa: E731
-    return cosine(one, two), cosine(left[differ], right[differ])
+    return (order[first[chosen] + a], order[first[chosen] + b]), (left[differ], right[differ])
+
+
+def _cosines(mean: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return np.einsum("nd,nd->n", mean[left], mean[right])

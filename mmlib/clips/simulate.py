@@ -24,7 +24,7 @@ DIM = 512
 SCENE_DIM = 2048
 NUISANCE_DIM = 64
 KINDS = 4  # nuisance bases, mixed by person
-GATE = 3.0
+GATE = 3.0  # how far a person's mixture is from an even one
 WARP_DIM = 256
 CHUNK = 512  # clips drawn from one generator; part of the definition of a world
 SEGMENT = 8  # frames that share pose and light
@@ -32,8 +32,8 @@ PROFILES = {"tiny": 60, "quick": 500, "full": 10_034}  # identities
 
 # Noise amplitude by percentile of the latent quality, relative to the median clip; calibrated on the accuracy of one
 # trained system by clip quality.
-NOISE_KNOTS = [(.0003, 250), (.005, 70), (.015, 22), (.025, 11), (.035, 8), (.05, 5.5), (.07, 4.2), (.1, 3), (.14, 2.4),
-               (.18, 2), (.25, 1.6), (.5, 1.0), (.75, .8), (.9, .7), (.9999, .55)]
+NOISE_KNOTS = [(.0003, 900), (.005, 350), (.015, 80), (.025, 27), (.035, 14), (.05, 8), (.07, 5.5), (.1, 3.6),
+               (.14, 2.7), (.18, 2.1), (.25, 1.6), (.5, 1.0), (.75, .8), (.9, .7), (.9999, .55)]
 # Modality: weight of the show, exponent of quality, log-sd of clip difficulty, columns beside the feature.
 OTHER = {"head": (.3, .4, .7, ("frame", "box", "det")), "body": (.7, 0, .5, ("frame", "box")), "audio": (.2, 0, .5, ())}
 
@@ -50,23 +50,23 @@ class Settings:
 
     identities: int = PROFILES["quick"]
     contaminated: float = .15
-    mostly_wrong: float = .035
+    mostly_wrong: float = .025
     wrong_quality: float = -1.0
     reliability: float = .95
     lookalikes: float = .25  # share of persons in a lookalike group
-    lookalike_weight: float = .38  # share of variance that a group has in common
+    lookalike_weight: float = .45  # share of variance that a group has in common
     identities_per_show: float = 3.0
     no_face: float = .044
-    role: float = .45  # make-up and age, shared by all clips of a person in one show
+    role: float = .30  # make-up and age, shared by all clips of a person in one show
     clip_nuisance: float = .50
-    clip_noise: float = .55
-    clip_spread: float = 1.0  # log-sd of clip difficulty
-    frame_nuisance: float = 1.0
-    frame_noise: float = 1.2
-    warp: float = .6  # weight of the nonlinear part of the embedding
+    clip_noise: float = .15
+    clip_spread: float = 1.5  # log-sd of clip difficulty
+    frame_nuisance: float = .7
+    frame_noise: float = .6
+    warp: float = .8  # weight of the nonlinear part of the embedding
     head_noise: float = 2.15
-    audio_noise: float = 3.8
-    body_noise: float = 5.2
+    audio_noise: float = 4.0
+    body_noise: float = 6.0
     scene_noise: float = 1.5
 
     def __post_init__(self):
