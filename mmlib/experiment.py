@@ -23,7 +23,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from platformdirs import user_cache_dir
 from torch import Tensor
@@ -409,42 +408,6 @@ def clip_means(store: ClipStore, modality: str, column: str) -> np.ndarray:
 # -- records --------------------------------------------------------------------------------------------------------
 
 
-def as_frame(records: Iterable[Record]) -> pd.DataFrame:
-    """Return one row a record: the fields of its experiment and its measures."""
-    return pd.DataFrame([record.row() for record in records])
-
-
-def compare(records: Iterable[Record], by: str, baseline: str) -> pd.DataFrame:
-    """Compare every value of field ``by`` with ``baseline``, pair by pair, in points of MAP@100.
-
-    Records that differ in ``by`` and the seed only.  Returns, sorted by MAP: map_at_100 (mean over seeds), difference,
-    low and high (95 %), sd (of the difference over worlds), n, and ``interval``: over worlds by a t interval where
-    each seed is a world of its own, else over identities by a bootstrap of APs averaged over seeds.
-    """
-    groups: dict[str, dict[int, Record]] = {}
-    for record in records:
-        groups.setdefault(record.experiment[by], {})[record.experiment["seed"]] = record
-    if baseline not in groups:
-        raise ValueError(f"no record has {by} = {baseline!r}, only {', '.join(map(str, groups))}")
-    rows = []
-    for name, members in groups.items():
-        seeds = sorted(members.keys() & groups[baseline].keys())
-        if len(seeds) < len(groups[baseline]) or len(members) > len(seeds):
-            raise ValueError(f"{by} = {name!r} has seeds {sorted(members)}, the baseline {sorted(groups[baseline])}")
-        here, there = ([np.array(group[s].ap) for s in seeds] for group in (members, groups[baseline]))
-        worlds = members[seeds[0]].experiment["data"] == "simulated" and len(seeds) > 1
-        if worlds:
-            over = metrics.over_worlds(np.array([(a - b).mean() for a, b in zip(here, there)]))
-            found = (over.mean, over.low, over.high, over.sd, over.n)
-        else:
-            pair = metrics.paired_test(np.mean(here, 0), np.mean(there, 0))
-            found = (pair.difference, pair.low, pair.high, np.nan, pair.n)
-        rows.append((name, np.mean([a.mean() for a in here]), *(100 * x for x in found[:4]), found[4],
-                     "worlds" if worlds else "identities"))
-    columns = [by, "map_at_100", "difference", "low", "high", "sd", "n", "interval"]
-    return pd.DataFrame(rows, columns=columns).sort_values("map_at_100", ascending=False, ignore_index=True)
-
-
 def write_results(path: str | Path, records: Iterable[Record]) -> None:
     """Write records for committing: gzipped JSON, one record a line, the same bytes for the same records."""
     lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
@@ -460,21 +423,6 @@ def read_results(name: str) -> list[Record]:
         return [Record(**json.loads(line)) for line in gzip.decompress(path.read_bytes()).splitlines()]
     except (OSError, EOFError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: not a file of records ({error})") from None
-
-
-def provenance(records: list[Record]) -> str:
-    """Say in a sentence where records come from, and whether this library would make the same."""
-    if not records:
-        return "There are no such records."
-    days = sorted({record.made[:10] for record in records})
-    commits = sorted({record.commit for record in records})
-    fresh = all(record.library == library_hash() for record in records)
-    kind = "simulated" if all(record.simulated for record in records) else "real"
-    if kind == "real" and any(record.simulated for record in records):
-        kind = "partly simulated"
-    return (f"{len(records)} records on {kind} clips, made {' to '.join(dict.fromkeys((days[0], days[-1])))} on "
-            f"{', '.join(sorted({record.device for record in records}))}, commit {', '.join(commits)}, "
-            + ("by the code that built this page." if fresh else "by an earlier version of the code than this page."))
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -179,6 +179,20 @@ def verdict_grid(frame: pd.DataFrame, *, x: str, y: str, xlabel: str, ylabel: st
     return ax
 
 
+def verdict_grids(frame: pd.DataFrame) -> Figure:
+    """Draw ``verdict_grid`` for every learned arm (rows) and reliability (columns) of ``reading.grid_frame``."""
+    arms, reliabilities = frame["aggregator"].unique(), sorted(frame["reliability"].unique())
+    figure, axes = plt.subplots(max(1, len(arms)), max(1, len(reliabilities)), squeeze=False, layout="constrained",
+                                figsize=(2.9 * max(1, len(reliabilities)), 2.5 * max(1, len(arms))))
+    limit = max(.5, frame["difference"].abs().max()) if len(frame) else 1.0
+    for row, arm in zip(axes, sorted(arms, reverse=True)):
+        for ax, reliability in zip(row, reliabilities):
+            part = frame[(frame["aggregator"] == arm) & (frame["reliability"] == reliability)]
+            verdict_grid(part, x="share", y="wrong quality", limit=limit, ax=ax,
+                         xlabel=f"share (factor), reliability {reliability:g}", ylabel=f"wrong quality, {arm}")
+    return figure
+
+
 def late_hits(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Draw the AP that one irrelevant clip costs, by the rank where it stands.
 

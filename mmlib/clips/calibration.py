@@ -94,6 +94,23 @@ TARGETS = [
 ]
 
 
+def published_top1() -> pd.DataFrame:
+    """Return the published top-1 accuracy by percentile of clip quality: range, top1, kind."""
+    ranges = [f"{low}–{high}" for low, high in zip(QUALITY_EDGES, QUALITY_EDGES[1:])]
+    return pd.DataFrame({"range": ranges, "top1": TOP1_BY_QUALITY, "kind": "published"})
+
+
+def published_systems() -> pd.DataFrame:
+    """Return published scores of single systems: modality, measure, low, high, source."""
+    return pd.DataFrame([
+        ("face", "map_at_100", .8293, .8447, "seefun 2019, with quality weights, trained on train only"),
+        ("head", "map_at_100", .52, .54, "stated by a team and from memory"),
+        ("scene", "clip_top1", .45, .45, "a team of 2018"),
+        ("audio", "map_at_100", .12, .12, "from memory"),
+        ("body", "map_at_100", .05, .05, "from memory"),
+    ], columns=["modality", "measure", "low", "high", "source"])
+
+
 def calibration_table(store: ClipStore) -> pd.DataFrame:
     """Compare a store with every target it can be held against.
 

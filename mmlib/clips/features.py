@@ -1,8 +1,9 @@
 """Features of one's own, a table beside an array, to a ClipStore."""
 
 import hashlib
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,11 @@ from mmlib.clips.store import SPLITS, ClipStore
 REQUIRED = ("clip", "frame", "identity", "split")
 SCORES = ("quality", "det")
 BLOCK = 2**22  # numbers copied at once
+# oss_data/ of github.com/huyhoang17/128D-Facenet-LFW-Embedding-Visualisation at 75ca7f43ce15; other names they go by
+LFW_ARRAY = ("f4ed45ab485beab6a4345a3f86001a7bedbacdd35aaf80298895352329315edb",
+             ("LFW_tensor.bytes", "lfw-facenet-128.bytes"))
+LFW_LABELS = ("63e115d1d791ed3d1e48e430e8ebb546357cbf7e97a37cce6ae023558e748ed2",
+              ("LFW_labels.tsv", "lfw-facenet-128-labels.tsv"))
 
 
 @dataclass
@@ -79,6 +85,59 @@ def import_features(table: str | Path, array: str | Path, store_path: str | Path
             report.nameless[split] = int((inside & (clips["identity"] < 0)).sum())
     report.seconds = time.perf_counter() - began
     return report
+
+
+def import_lfw(folder: str | Path, store_path: str | Path, *, seed: int = 0, overwrite: bool = False) -> FeatureReport:
+    """Turn public embeddings of photographs of Labeled Faces in the Wild into a store, by `group_photographs`.
+
+    2,921 FaceNet embeddings of 128 dimensions, raw float32, and beside them the names, one a line; spaces in a name
+    become underscores, as ground truth and result files want them. The two files must be the published ones. The
+    photographs are for research.
+    """
+    array, labels = (_find_published(Path(folder), *file) for file in (LFW_ARRAY, LFW_LABELS))
+    names = labels.read_text(encoding="utf-8").replace(" ", "_").splitlines()
+    with tempfile.TemporaryDirectory() as scratch:
+        table = Path(scratch) / f"grouped-{seed}.csv"
+        group_photographs(names, seed).to_csv(table, index=False)
+        return import_features(table, array, store_path, width=128, overwrite=overwrite)
+
+
+def group_photographs(names: Sequence[str], seed: int) -> pd.DataFrame:
+    """Make clips of photographs: a table for `import_features`, row i for the photograph of `names[i]` (F,).
+
+    The photographs of a person are shuffled. Of 4 or more, half go to train (and the odd one) and half to val, each
+    half cut into clips of 2 to 5, as even as a random number of clips allows. 2 or 3 make one val clip, and 1 a val
+    clip of one frame: distractors, without identity. Clips are numbered in random order, so that a name tells nothing.
+
+    >>> group_photographs(["ann", "bob", "ann", "ann", "bob", "ann"], seed=0)["split"].value_counts().to_dict()
+    {'val': 4, 'train': 2}
+    """
+    rng = np.random.default_rng(seed)
+    clips = []
+    for name, rows in pd.Series(names, dtype=object).groupby(np.asarray(names, object)).indices.items():
+        rows = rng.permutation(rows)
+        if len(rows) < 4:
+            clips.append(("val", None, rows))
+            continue
+        for split, half in zip(("train", "val"), np.array_split(rows, 2)):
+            number = rng.integers(-(-len(half) // 5), len(half) // 2, endpoint=True)
+            clips += [(split, name, part) for part in np.array_split(half, number)]
+    table = pd.DataFrame(clips, columns=["split", "identity", "row"])
+    numbers = rng.permutation(len(table))
+    table["clip"] = [f"{split}_{number:05d}" for split, number in zip(table["split"], numbers)]
+    table = table.explode("row")
+    table["frame"] = table.groupby("clip").cumcount()
+    return table.set_index(table.pop("row").astype(np.int64)).sort_index()
+
+
+def _find_published(folder: Path, digest: str, names: Sequence[str]) -> Path:
+    path = next((folder / name for name in names if (folder / name).exists()), folder / names[0])
+    if not path.exists():
+        raise ValueError(f"{path}: missing")
+    found = _fingerprint(path)["sha256"]
+    if found != digest:
+        raise ValueError(f"{path}: not the published file, its sha256 is {found}, not {digest}")
+    return path
 
 
 def _read_table(path: Path) -> pd.DataFrame:

@@ -1,0 +1,391 @@
+"""The command line: `mmlib --help`. Commands read arguments and print; the library does the work.
+
+Modules that take long to import are imported where they are needed, so that help comes at once.
+"""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer.core import TyperGroup
+
+import mmlib
+
+if TYPE_CHECKING:
+    from mmlib.clips.simulate import Settings
+    from mmlib.clips.store import ClipStore
+
+CHAPTERS = Path(mmlib.__file__).parents[1] / "book" / "chapters"
+Profile = StrEnum("Profile", ["tiny", "quick", "full"])
+
+
+class OneLineErrors(TyperGroup):
+    """Say what went wrong in one line: status 1, or 130 for an interrupt. Wrong usage is typer's, status 2."""
+
+    def invoke(self, ctx: typer.Context) -> None:
+        """Run the command that was asked for."""
+        try:
+            super().invoke(ctx)
+            print(end="", flush=True)
+        except BrokenPipeError:  # whoever read the output has seen enough
+            _discard_output()
+        except KeyboardInterrupt:
+            _stop("interrupted", 130)
+        except MemoryError as error:
+            _stop(f"out of memory {error}")
+        except (ValueError, OSError) as error:
+            _discard_output()
+            _stop(_reason(error))
+
+
+app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+                  pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there once the new is complete.")]
+Store = Annotated[Path, typer.Argument(metavar="STORE", help="Clip store to write, a folder.", show_default=False)]
+
+
+@app.callback()
+def describe() -> None:
+    """Simulate or import clips, score a submission, rerun a chapter."""
+
+
+@app.command(epilog="""\b
+Examples:
+  mmlib simulate store/ --profile tiny
+  mmlib simulate store/ --profile quick --seed 3 --set contaminated=0.3
+  mmlib simulate official/ --profile quick --as-official""")
+def simulate(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
+    profile: Annotated[Profile, typer.Option(help="How many identities.")] = Profile.quick,
+    seed: Annotated[int, typer.Option(min=0, help="Which world; the same seed gives the same bytes.")] = 0,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help=(
+        "Change a setting of the simulator; repeat for more. A wrong name lists them."))] = None,
+    as_official: Annotated[bool, typer.Option("--as-official", help=(
+        "Write the challenge's own files instead of a clip store."))] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Draw a simulated world of clips.
+
+    It becomes a clip store, or the challenge's own files.
+    """
+    from mmlib.clips.simulate import settings_for
+    from mmlib.clips.simulate import simulate as draw
+
+    chosen = settings_for(profile.value, **_read_settings(settings or []))
+    with _writing(out):
+        if as_official:
+            lines = _draw_official(out, chosen, seed, overwrite)
+        else:
+            lines = _summary(draw(out, chosen, seed, overwrite=overwrite, progress=sys.stderr.isatty()))
+    print(*lines, sep="\n")
+    print(f"simulated: profile {profile.value}, seed {seed}; no score on it is a result on the challenge")
+
+
+@app.command("import-iqiyi", epilog="""\b
+Example:
+  mmlib import-iqiyi official/ store/""")
+def import_iqiyi(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", show_default=False, help=(
+        "The challenge's folder: feat/*.pickle, train_gt.txt, val_gt.txt."))],
+    store: Store,
+    skip_bad_records: Annotated[bool, typer.Option("--skip-bad-records", help=(
+        "Leave bad records out and count them, instead of stopping at the first."))] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Import the challenge's own files.
+
+    They become a clip store. Nothing in a pickle is executed: what is not an array or a plain container is refused.
+    """
+    import rich
+
+    from mmlib.clips.iqiyi import import_folder
+
+    rich.reconfigure(stderr=True)  # standard output is for the report
+    with _writing(store):
+        report = import_folder(folder, store, skip_bad_records=skip_bad_records, overwrite=overwrite,
+                               progress=sys.stderr.isatty())
+    print(*report.lines(), sep="\n")
+
+
+@app.command("import-features", epilog="""\b
+Examples:
+  mmlib import-features frames.csv features.npy store/
+  mmlib import-features frames.parquet features.bin store/ --width 128""")
+def import_features(
+    table: Annotated[Path, typer.Argument(metavar="TABLE", show_default=False, help=(
+        "Parquet or CSV: clip, frame, identity (or empty), split, and quality and det where known."))],
+    array: Annotated[Path, typer.Argument(metavar="ARRAY", show_default=False, help=(
+        "A row for each row of TABLE: .npy, or raw little-endian float32 with --width."))],
+    store: Store,
+    width: Annotated[int | None, typer.Option(min=1, help="Dimensions of a raw ARRAY.", show_default=False)] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Import embeddings of your own.
+
+    A table of frames and an array beside it become a clip store.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from mmlib.clips import features
+
+    with _writing(store), Progress(console=Console(stderr=True), transient=True,
+                                   disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(f"store {array.name}", total=1.0)
+        report = features.import_features(table, array, store, width=width, overwrite=overwrite,
+                                          progress=lambda share: bar.update(task, completed=share))
+    print(*report.lines(), sep="\n")
+
+
+@app.command("import-lfw", epilog="""\b
+The two files are LFW_tensor.bytes and LFW_labels.tsv, from oss_data/ at
+https://github.com/huyhoang17/128D-Facenet-LFW-Embedding-Visualisation
+
+\b
+Example:
+  mmlib import-lfw oss_data/ store/""")
+def import_lfw(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", show_default=False, help=(
+        "Folder with the two published files; their sha256 is checked."))],
+    store: Store,
+    seed: Annotated[int, typer.Option(min=0, help="Which photographs go together.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Import public embeddings of real faces.
+
+    FaceNet embeddings of photographs of Labeled Faces in the Wild become a clip store: each person's photographs are
+    grouped into short clips, those of persons with fewer than four into distractors.
+    """
+    from mmlib.clips import features
+
+    with _writing(store):
+        report = features.import_lfw(folder, store, seed=seed, overwrite=overwrite)
+    print(*report.lines(), sep="\n")
+
+
+@app.command(epilog="""\b
+Examples:
+  mmlib evaluate val_gt.txt result.txt
+  mmlib evaluate val_gt.txt result.txt --json""")
+def evaluate(
+    truth: Annotated[Path, typer.Argument(metavar="GT", show_default=False, help=(
+        "Ground truth, in the format of val_gt.txt."))],
+    result: Annotated[Path, typer.Argument(metavar="RESULT", show_default=False, help=(
+        "Submission: an identity and its clips a line, best first."))],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with the AP of each identity.")]
+    = False,
+) -> None:
+    """Print the official score of a submission.
+
+    MAP@100, a fraction in [0, 1], with its interval, and how many identities have a right clip in the first place.
+    """
+    from mmlib.clips.truth import read_result, read_val_truth
+    from mmlib.metrics import bootstrap_interval, official_score
+
+    wanted = read_val_truth(truth)
+    ranked = read_result(result, id_num=len(wanted[0]))
+    try:
+        score = official_score(wanted, ranked)
+    except ValueError as error:
+        raise ValueError(f"{result}: {error}") from None
+    low, high = bootstrap_interval(score.ap)
+    if as_json:
+        # Of an identity that the ground truth repeats, the last line holds.
+        print(json.dumps({"map_at_100": score.map_at_k, "top1": score.top1, "low": low, "high": high,
+                          "queries": len(score.ap), "ap": dict(zip(wanted[0], score.ap.tolist()))}))
+        return
+    print(f"MAP@100 {score.map_at_k:.6f}")
+    print(f"95% interval {low:.6f} to {high:.6f}, a bootstrap over identities")
+    print(f"top-1 {score.top1:.6f}")
+    print(f"queries {len(score.ap)}")
+
+
+@app.command(epilog="""\b
+Examples:
+  mmlib rerun 04_aggregation -p profile=tiny
+  mmlib rerun 04 -p 'seeds=[3, 4]' -p data=store/ --out out.ipynb""")
+def rerun(
+    chapter: Annotated[str, typer.Argument(metavar="CHAPTER", show_default=False, help=(
+        "Name or number of a chapter, such as 04_aggregation or 04."))],
+    parameters: Annotated[list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help=(
+        "Change a parameter; repeat for more. Values are YAML, lists too. A wrong name lists them."))] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.ipynb", show_default=False, help=(
+        "Notebook to write, replaced if it exists; else CHAPTER-rerun.ipynb, here."))] = None,
+) -> None:
+    """Run a chapter with other parameters.
+
+    The executed notebook is kept; that of a run that failed is kept as FILE.failed.ipynb.
+    """
+    try:
+        import papermill
+        from nbclient.exceptions import DeadKernelError
+    except ImportError as error:
+        raise ValueError(f"rerun needs papermill ({error}): pip install -e '.[book]' in the checkout") from None
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it would log is raised too
+    notebook = _find_chapter(chapter)
+    values = _read_parameters(notebook, parameters or [])
+    out = Path(f"{notebook.stem}-rerun.ipynb") if out is None else out
+    if out.suffix != ".ipynb":
+        raise ValueError(f"--out {out}: the name of a notebook ends in .ipynb")
+    if out.resolve().is_relative_to(CHAPTERS.resolve()):
+        raise ValueError(f"--out {out}: lies among the chapters, which stay as they are")
+    if out.is_dir():
+        raise ValueError(f"--out {out}: is a folder")
+    partial = out.with_name(f".{out.stem}.partial-{os.getpid()}.ipynb")
+    failed = out.with_name(f"{out.stem}.failed.ipynb")
+    with _writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            papermill.execute_notebook(notebook, partial, values, progress_bar=sys.stderr.isatty(),
+                                       extra_arguments=["--log-level=CRITICAL"])
+            partial.replace(out)
+        except papermill.PapermillExecutionError as error:
+            partial.replace(failed)
+            raise ValueError(f"{notebook.stem}, cell {error.cell_index + 1}: {error.ename}: {error.evalue}; "
+                             f"{failed} shows where") from None
+        except DeadKernelError:
+            partial.replace(failed)
+            raise ValueError(f"{notebook.stem}: the kernel died, perhaps out of memory; "
+                             f"{failed} shows where") from None
+        finally:
+            partial.unlink(missing_ok=True)
+    print(f"wrote {out}")
+
+
+def main() -> None:
+    """Run the command line."""
+    # how a batch system stops a run: unwind, so that nothing half-made stays
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    app(prog_name="mmlib")
+
+
+def _draw_official(out: Path, settings: "Settings", seed: int, overwrite: bool) -> list[str]:
+    """Draw a world, write it as the challenge's files, and describe it."""
+    from mmlib.clips.arrays import partial_folder
+    from mmlib.clips.iqiyi import export_folder
+    from mmlib.clips.simulate import simulate as draw
+
+    with partial_folder(out, "feat", overwrite) as partial:
+        store = draw(partial / "store", settings, seed, progress=sys.stderr.isatty())
+        export_folder(store, partial / "files")
+        lines = _summary(store)
+        del store  # not every system removes a file that is mapped
+        shutil.rmtree(partial / "store")
+        for path in sorted((partial / "files").iterdir()):
+            path.rename(partial / path.name)
+        (partial / "files").rmdir()
+    return lines
+
+
+def _summary(store: "ClipStore") -> list[str]:
+    train, val = store.select("train"), store.select("val")
+    distractors = store.select("val", labelled=False)
+    frames = ", ".join(f"{len(modality.feature)} {name}" for name, modality in store.modalities.items())
+    return [f"clips: {len(store)}, {len(train)} train and {len(val)} val", f"frames: {frames}",
+            f"identities: {len(store.identities)}", f"distractors: {len(distractors)}"]
+
+
+def _read_settings(texts: list[str]) -> dict[str, float]:
+    """Read NAME=VALUE texts as settings of the simulator."""
+    from dataclasses import fields
+
+    from mmlib.clips.simulate import Settings
+
+    kinds = {field.name: type(field.default) for field in fields(Settings)}
+    values = {}
+    for name, text in _split_pairs("--set", texts).items():
+        if name not in kinds:
+            raise ValueError(f"--set {name}: no such setting; there are {', '.join(kinds)}")
+        try:
+            values[name] = kinds[name](text)
+        except ValueError:
+            kind = "a whole number" if kinds[name] is int else "a number"
+            raise ValueError(f"--set {name}: expected {kind}, got {text!r}") from None
+        if not abs(values[name]) < float("inf"):
+            raise ValueError(f"--set {name}: expected a finite number, got {text!r}")
+    return values
+
+
+def _read_parameters(notebook: Path, texts: list[str]) -> dict[str, object]:
+    """Read NAME=VALUE texts as parameters that the notebook has."""
+    import papermill
+    import yaml
+
+    known = papermill.inspect_notebook(notebook)
+    values = {}
+    for name, text in _split_pairs("-p", texts).items():
+        if name not in known:
+            raise ValueError(f"-p {name}: {notebook.stem} has no such parameter; it has {', '.join(known) or 'none'}")
+        try:
+            values[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"-p {name}: {text!r} is not YAML") from None
+        if isinstance(values[name], str):  # YAML takes 1e-3 for text, papermill for a number
+            try:
+                values[name] = float(values[name])
+            except ValueError:
+                pass
+    return values
+
+
+def _split_pairs(option: str, texts: list[str]) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ValueError(f"{option} {text}: expected NAME=VALUE")
+        if name in pairs:
+            raise ValueError(f"{option} {name}: given twice, {pairs[name]!r} and {value!r}")
+        pairs[name] = value
+    return pairs
+
+
+def _find_chapter(name: str) -> Path:
+    chapters = sorted(CHAPTERS.glob("*.ipynb"))
+    if not chapters:
+        raise ValueError(f"{CHAPTERS}: no chapters there; rerun works from a checkout of the repository")
+    stem = name.removesuffix(".ipynb")
+    found = [path for path in chapters if path.stem == stem or path.stem.startswith(f"{stem}_")]
+    if len(found) != 1:
+        listed = ", ".join(path.stem for path in found or chapters)
+        raise ValueError(f"{name}: {'more than one' if found else 'no'} chapter has that name; there are {listed}")
+    return found[0]
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Have an error of the system that names no file, such as a full disk, name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def _stop(reason: str, status: int = 1) -> None:
+    print("mmlib: error:", " ".join(line.strip() for line in reason.splitlines()), file=sys.stderr)
+    raise typer.Exit(status) from None
+
+
+def _discard_output() -> None:
+    """Drop printed text that cannot be written, or Python would try once more at exit and complain."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,242 @@
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from mmlib.clips.store import ClipStore
+from mmlib.losses import batch_focal_loss, focal_loss, margin_logits
+from mmlib.models import AGGREGATORS, IdentityModel, make_aggregator
+from mmlib.train import Training, pooled_features, train
+
+DIM, CONTEXT, IDENTITIES = 12, 32, 4
+SHORT = Training(epochs=4, batch=8, frames=6, lr=1e-2)
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")),
+    ]
+)
+def device(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Clips of four far apart identities, from 1 to 150 frames long, with a context vector each."""
+    rng = np.random.default_rng(0)
+    count = rng.permutation([1, 1, 1, 2, 150, 70, *rng.integers(3, 12, 26)])
+    identity = np.arange(len(count)) % IDENTITIES
+    centre = rng.normal(size=(IDENTITIES, DIM))
+    feature = 5 * (centre[identity].repeat(count, axis=0) + .3 * rng.normal(size=(count.sum(), DIM)))
+    scores = {"quality": rng.uniform(10, 150, count.sum()), "det": rng.uniform(.8, 1, count.sum())}
+    clips = pd.DataFrame({"clip": [f"c{i:02d}" for i in range(len(count))], "split": "train", "identity": identity})
+    path, one = tmp_path_factory.mktemp("easy") / "store", np.ones(len(count), int)
+    with ClipStore.create(path, simulated=True, provenance={}) as writer:
+        writer.append("face", feature.astype(np.float16), **scores)
+        writer.append("scene", rng.normal(size=(len(count), CONTEXT)).astype(np.float16))
+        writer.finish(clips, [str(i) for i in range(IDENTITIES)],
+                      {"face": (count.cumsum() - count, count), "scene": (np.arange(len(count)), one)})
+    return ClipStore.open(path)
+
+
+def model(aggregator="norm", device="cpu", **options):
+    torch.manual_seed(0)
+    return IdentityModel(make_aggregator(aggregator, DIM), IDENTITIES, **{"hidden": 16} | options).to(device)
+
+
+def trained(store, aggregator="norm", training=SHORT, seed=0, **options):
+    made = model(aggregator, **options)
+    return made, train(made, store, store.select(), training, seed=seed)
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Write down (clips, modality, rows) of every batch that is read."""
+    calls, batch = [], ClipStore.batch
+
+    def spy(self, clips, modality="face", **options):
+        made = batch(self, clips, modality, **options)
+        calls.append((np.asarray(clips).tolist(), modality, made.rows.tolist()))
+        return made
+
+    monkeypatch.setattr(ClipStore, "batch", spy)
+    return calls
+
+
+# -- training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("aggregator", ["mean", "NAN + scores"])
+def test_loss_falls_on_clips_that_are_easy_to_tell_apart(store, device, aggregator):
+    made = model(aggregator, device)
+    history = train(made, store, store.select(), replace(SHORT, epochs=15), seed=0)
+    assert history[-1] < .2 * history[0]
+
+
+def test_trained_model_knows_the_clips_it_was_trained_on(store):
+    made, _ = trained(store, training=replace(SHORT, epochs=15))
+    predicted = (made.embed(pooled_features(made, store, store.select())) @ made.prototype.T).argmax(dim=1)
+    assert np.mean(predicted.numpy() == store.identity_of(store.select())) > .9
+
+
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
+def test_every_aggregator_trains(store, aggregator):
+    made, history = trained(store, aggregator)
+    assert len(history) == SHORT.epochs and np.isfinite(history).all()
+    assert all(torch.isfinite(parameter).all() for parameter in made.parameters())
+
+
+@pytest.mark.parametrize("aggregator", ["norm", "attention + scores", "as coded"])
+def test_same_seed_gives_the_same_parameters(store, aggregator):
+    (one, first), (two, second) = (trained(store, aggregator, seed=5) for _ in range(2))
+    assert first == second
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+               if a is not None)
+
+
+def test_another_seed_gives_other_parameters(store):
+    one, two = (trained(store, seed=seed)[0] for seed in (5, 6))
+    assert not torch.equal(one.prototype, two.prototype)
+
+
+def test_two_aggregators_see_the_same_clips_and_frames(store, read):
+    trained(store, "norm")
+    plain = list(read)
+    read.clear()
+    trained(store, "NAN + scores", hidden=0)
+    assert read == plain
+
+
+def test_every_epoch_shows_every_clip_once(store, read):
+    trained(store)
+    shown = [clip for clips, _, _ in read for clip in clips]
+    for first in range(0, len(shown), len(store)):
+        assert sorted(shown[first:first + len(store)]) == list(range(len(store)))
+    assert len(shown) == SHORT.epochs * len(store)
+
+
+def test_epochs_have_their_own_order_and_frames(store, read):
+    trained(store, training=replace(SHORT, epochs=2, batch=len(store)))
+    (first, _, rows), (second, _, others) = read
+    assert first != second
+    assert [set(rows[first.index(clip)]) for clip in range(len(store))] != [
+        set(others[second.index(clip)]) for clip in range(len(store))]
+
+
+def test_remainder_joins_the_other_batches(store, read):
+    clips = store.select()[:17]
+    train(model(), store, clips, replace(SHORT, epochs=1, batch=8), seed=0)
+    assert sorted(len(members) for members, _, _ in read) == [8, 9]
+
+
+def test_frames_are_sampled_as_the_training_says(store, read):
+    trained(store, training=replace(SHORT, epochs=1, frames=6, sample="first"))
+    start, count = store.modalities["face"].start, store.modalities["face"].count
+    for clips, _, rows in read:
+        for clip, found in zip(clips, rows, strict=True):
+            assert [row for row in found if row >= 0] == list(range(start[clip], start[clip] + min(6, count[clip])))
+
+
+def test_aggregator_of_a_fixed_number_of_frames_gets_that_number(store, read):
+    trained(store, "as coded", training=replace(SHORT, epochs=1, frames=6))
+    assert all(len(found) == 40 and min(found) >= 0 for _, _, rows in read for found in rows)
+
+
+def test_aggregator_has_its_own_learning_rate(store):
+    made, _ = trained(store, "NAN", replace(SHORT, aggregator_lr=0.0))
+    assert not made.aggregator.query.any()
+    moved, _ = trained(store, "NAN", replace(SHORT, aggregator_lr=1e-2))
+    assert moved.aggregator.query.any()
+
+
+def test_other_parameters_do_not_follow_the_aggregators_learning_rate(store):
+    made, _ = trained(store, "NAN", replace(SHORT, lr=0.0, weight_decay=0.0))
+    assert torch.equal(made.prototype, model("NAN").prototype)
+
+
+def test_context_is_trained_with_the_faces(store):
+    made = model(context=CONTEXT)
+    before = made.branch[0].weight.clone()
+    train(made, store, store.select(), SHORT, seed=0, context="scene")
+    assert not torch.equal(made.branch[0].weight, before)
+
+
+def test_training_leaves_the_model_ready_for_evaluation(store):
+    assert not trained(store)[0].training
+
+
+def test_diverging_loss_is_refused_with_its_epoch(store):
+    with pytest.raises(ValueError, match=r"training diverged: loss nan in epoch 1 of Training\(.*lr=1e\+38"):
+        trained(store, training=replace(SHORT, lr=1e38))
+
+
+@pytest.mark.parametrize("focal, expected", [("clip", focal_loss), ("batch", batch_focal_loss)])
+def test_loss_is_the_focal_loss_of_the_margin_logits(focal, expected):
+    cosine, label = torch.rand(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 1, 0])
+    training = Training(margin=.2, scale=12.0, gamma=2.0, focal=focal)
+    logits = margin_logits(cosine, label, margin=.2, scale=12.0)
+    assert torch.equal(training.loss(cosine, label), expected(logits, label, gamma=2.0))
+
+
+def test_unknown_focal_loss_is_refused():
+    with pytest.raises(ValueError, match="focal must be clip or batch, got 'frame'"):
+        Training(focal="frame").loss(torch.zeros(2, 2), torch.tensor([0, 1]))
+
+
+# -- features -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [1, 64, 16_384])
+@pytest.mark.parametrize("aggregator", ["mean", "quality", "best half", "NAN, two blocks", "attention + scores"])
+def test_pooled_features_are_those_of_every_clip_alone(store, device, aggregator, block):
+    made = model(aggregator, device).eval()
+    for parameter in made.aggregator.parameters():
+        torch.nn.init.normal_(parameter, std=.1)
+    clips = np.random.default_rng(1).permutation(store.select())
+    found = pooled_features(made, store, clips, block=block)
+    face = store.modalities["face"]
+    for row, clip in enumerate(clips):
+        rows = slice(face.start[clip], face.start[clip] + face.count[clip])
+        x, quality, det = (torch.tensor(np.array(part[rows], np.float32))[None].to(device)
+                           for part in (face.feature, face.columns["quality"], face.columns["det"]))
+        with torch.no_grad():
+            alone = made.pool(x, torch.ones_like(quality, dtype=torch.bool), quality, det)[0]
+        assert torch.allclose(found[row], alone, atol=2e-4), clip  # sums of up to 150 frames in another order
+
+
+def test_pooled_features_carry_each_clips_own_context(store):
+    made = model(context=CONTEXT).eval()
+    clips = np.random.default_rng(1).permutation(store.select())
+    found = pooled_features(made, store, clips, context="scene")
+    scene = torch.tensor(np.array(store.modalities["scene"].feature, np.float32))
+    with torch.no_grad():
+        expected = torch.stack([made.branch(scene[clip][None])[0] for clip in clips])
+    assert torch.allclose(found[:, DIM:], expected, atol=1e-5)
+
+
+def test_batches_of_frames_stay_within_the_block(store, read):
+    pooled_features(model(), store, store.select(), block=100)
+    sizes = [(len(clips), len(rows[0])) for clips, _, rows in read]
+    assert sum(clips for clips, _ in sizes) == len(store)
+    assert all(clips * frames <= 100 or clips == 1 for clips, frames in sizes)
+
+
+def test_no_clip_gives_no_feature(store):
+    assert pooled_features(model(), store, np.array([], int)).shape == (0, DIM)
+
+
+def test_drawn_frames_follow_the_seed(store):
+    made = model("as coded").eval()
+    torch.nn.init.normal_(made.aggregator.query, std=.1)
+    one, again, other = (pooled_features(made, store, store.select(), seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+
+
+def test_features_of_a_trained_model_do_not_depend_on_dropout(store):
+    made, _ = trained(store)
+    one, two = (made.embed(pooled_features(made, store, store.select())) for _ in range(2))
+    assert torch.equal(one, two)
