@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 QUALITY_UNIT = 100.0  # the 2019 system divides quality by this before appending it
+NORM_UNIT = 20.0  # about the norm of an embedding
 
 
 def _present(x: Tensor, mask: Tensor) -> Tensor:
@@ -165,6 +166,28 @@ def append_scores(x: Tensor, quality: Tensor | None, det: Tensor | None) -> Tens
     """Append quality / 100 and det to each raw embedding, (B, T, D + 2), as the 2019 code does."""
     _require("scores=True", quality=quality, det=det)
     return torch.cat([x, torch.stack([quality / QUALITY_UNIT, det], dim=-1).to(x.dtype)], dim=-1)
+
+
+class ScoreAttention(nn.Module):
+    """Learn weights from the scores alone: softmax over a clip's frames of w . (quality / 100, det, norm / 20).
+
+    The learned counterpart of a hand-made quality weight, three numbers that start at 0, which is `norm_pool`. It
+    cannot see whose face a frame shows.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.out_dim = dim
+        self.weight = nn.Parameter(torch.zeros(3))
+
+    def weights(self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None) -> Tensor:
+        """Attention of each frame (B, T), summing to 1 over a clip's frames."""
+        _require("learned score weights", quality=quality, det=det)
+        scores = torch.stack([quality / QUALITY_UNIT, det, _present(x, mask).norm(dim=-1) / NORM_UNIT], dim=-1)
+        return _masked_softmax(_einsum("btk,k->bt", scores.to(x.dtype), self.weight.to(x.dtype)), mask)
+
+    def forward(self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None) -> Tensor:
+        return _einsum("bt,btd->bd", self.weights(x, mask, quality, det), _present(x, mask))
 
 
 class NAN(nn.Module):

@@ -29,7 +29,7 @@ Profile = StrEnum("Profile", ["tiny", "quick", "full"])
 
 
 class OneLineErrors(TyperGroup):
-    """Say what went wrong in one line: status 1, or 130 for an interrupt. Wrong usage is typer's, status 2."""
+    """Say what went wrong in one line: status 1, or 130 for an interrupt; typer answers wrong usage, 2."""
 
     def invoke(self, ctx: typer.Context) -> None:
         """Run the command that was asked for."""
@@ -49,8 +49,10 @@ class OneLineErrors(TyperGroup):
 
 app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
                   pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there once the new is complete.")]
-Store = Annotated[Path, typer.Argument(metavar="STORE", help="Clip store to write, a folder.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help=(
+    "Replace what is there once the new is complete."))]
+Store = Annotated[Path, typer.Argument(metavar="STORE", show_default=False, help=(
+    "Clip store to write, a folder."))]
 
 
 @app.callback()
@@ -103,7 +105,8 @@ def import_iqiyi(
 ) -> None:
     """Import the challenge's own files.
 
-    They become a clip store. Nothing in a pickle is executed: what is not an array or a plain container is refused.
+    They become a clip store. Nothing in a pickle is executed: what is not an array or a plain container is
+    refused.
     """
     import rich
 
@@ -126,7 +129,8 @@ def import_features(
     array: Annotated[Path, typer.Argument(metavar="ARRAY", show_default=False, help=(
         "A row for each row of TABLE: .npy, or raw little-endian float32 with --width."))],
     store: Store,
-    width: Annotated[int | None, typer.Option(min=1, help="Dimensions of a raw ARRAY.", show_default=False)] = None,
+    width: Annotated[int | None, typer.Option(min=1, show_default=False, help=(
+        "Dimensions of a raw ARRAY."))] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Import embeddings of your own.
@@ -162,8 +166,8 @@ def import_lfw(
 ) -> None:
     """Import public embeddings of real faces.
 
-    FaceNet embeddings of photographs of Labeled Faces in the Wild become a clip store: each person's photographs are
-    grouped into short clips, those of persons with fewer than four into distractors.
+    FaceNet embeddings of photographs of Labeled Faces in the Wild become a clip store: each person's
+    photographs are grouped into short clips, those of persons with fewer than four into distractors.
     """
     from mmlib.clips import features
 
@@ -181,12 +185,12 @@ def evaluate(
         "Ground truth, in the format of val_gt.txt."))],
     result: Annotated[Path, typer.Argument(metavar="RESULT", show_default=False, help=(
         "Submission: an identity and its clips a line, best first."))],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with the AP of each identity.")]
-    = False,
+    as_json: Annotated[bool, typer.Option("--json", help=(
+        "Print one JSON object, with the AP of each identity."))] = False,
 ) -> None:
     """Print the official score of a submission.
 
-    MAP@100, a fraction in [0, 1], with its interval, and how many identities have a right clip in the first place.
+    MAP@100 is a fraction in [0, 1], as is top-1, the share of identities whose first clip is right.
     """
     from mmlib.clips.truth import read_result, read_val_truth
     from mmlib.metrics import bootstrap_interval, official_score
@@ -229,7 +233,8 @@ def rerun(
         import papermill
         from nbclient.exceptions import DeadKernelError
     except ImportError as error:
-        raise ValueError(f"rerun needs papermill ({error}): pip install -e '.[book]' in the checkout") from None
+        raise ValueError(f"rerun needs papermill ({error}): pip install -e '.[book]' in the checkout"
+                         ) from None
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it would log is raised too
     notebook = _find_chapter(chapter)
     values = _read_parameters(notebook, parameters or [])
@@ -324,7 +329,8 @@ def _read_parameters(notebook: Path, texts: list[str]) -> dict[str, object]:
     values = {}
     for name, text in _split_pairs("-p", texts).items():
         if name not in known:
-            raise ValueError(f"-p {name}: {notebook.stem} has no such parameter; it has {', '.join(known) or 'none'}")
+            raise ValueError(f"-p {name}: {notebook.stem} has no such parameter; "
+                             f"it has {', '.join(known) or 'none'}")
         try:
             values[name] = yaml.safe_load(text)
         except yaml.YAMLError:
@@ -357,7 +363,8 @@ def _find_chapter(name: str) -> Path:
     found = [path for path in chapters if path.stem == stem or path.stem.startswith(f"{stem}_")]
     if len(found) != 1:
         listed = ", ".join(path.stem for path in found or chapters)
-        raise ValueError(f"{name}: {'more than one' if found else 'no'} chapter has that name; there are {listed}")
+        number = "more than one" if found else "no"
+        raise ValueError(f"{name}: {number} chapter has that name; there are {listed}")
     return found[0]
 
 

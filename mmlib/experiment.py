@@ -93,7 +93,7 @@ class Experiment:
         """Hash what decides the number; a store counts by its content, not by where it lies."""
         said = asdict(self)
         if self.classifier not in TRAINED:  # what has no meaning must not make two records of one number
-            for name in ("training", "hidden", "dropout", "concat"):
+            for name in ("training", "hidden", "dropout"):
                 said.pop(name)
         if self.simulated:
             said["settings"] = asdict(self.world()[0])
@@ -184,8 +184,8 @@ def as_seeds(seeds: str | int | Iterable[int]) -> list[int]:
             seeds = json.loads(seeds)
         except ValueError:
             raise ValueError(f"seeds must be a list of integers such as [0, 1], got {seeds!r}") from None
-    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
-    if not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds) or len(set(seeds)) < len(seeds):
+    seeds = list(seeds) if isinstance(seeds, Iterable) else [seeds]
+    if not seeds or not all(type(s) is int and s >= 0 for s in seeds) or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be different integers >= 0, at least one, got {seeds!r}")
     return seeds
 
@@ -212,8 +212,9 @@ def fetch_or_run(experiments: Iterable[Experiment], *, device: str = "auto", pro
     experiments = list(experiments)
     folder = cache_folder() / "records" / library_hash()
     paths = {experiment: folder / f"{experiment.key()}.json" for experiment in experiments}
-    missing = [experiment for experiment in paths if not paths[experiment].exists()]
-    passing = sorted({e for e in missing if e.settings}, key=lambda e: (e.settings, e.seed))
+    # By path, because experiments that differ in what has no meaning share a record.
+    missing = list({path: experiment for experiment, path in paths.items() if not path.exists()}.values())
+    passing = sorted((e for e in missing if e.simulated and e.settings), key=lambda e: (e.settings, e.seed))
     bar = tqdm(total=len(missing), desc="run", unit="arm", disable=not progress, mininterval=1)
 
     def make(experiment: Experiment, store: ClipStore) -> None:
@@ -221,7 +222,7 @@ def fetch_or_run(experiments: Iterable[Experiment], *, device: str = "auto", pro
         bar.update()
 
     for experiment in missing:
-        if not experiment.settings:
+        if experiment not in passing:
             make(experiment, open_store(experiment))
     for world in dict.fromkeys(replace(e, **_ANY) for e in passing):
         with tempfile.TemporaryDirectory(prefix="mmlib-") as scratch:
@@ -366,7 +367,8 @@ def missing_scores(experiment: Experiment, store: ClipStore) -> list[str]:
     """Name the scores that the experiment's arm needs and the store lacks."""
     if experiment.aggregator not in NEEDS_SCORES and experiment.concat == "none":
         return []
-    wanted = ["quality"] if experiment.aggregator == "best half" else ["quality", "det"]
+    ordering = experiment.aggregator == "best half" and experiment.concat == "none"
+    wanted = ["quality"] if ordering else ["quality", "det"]
     return [name for name in wanted if name not in store.modalities[experiment.modality].columns]
 
 
@@ -419,8 +421,11 @@ def read_results(name: str) -> list[Record]:
     path = RESULTS / name
     if not path.exists():
         return []
+    content = path.read_bytes()
+    if not content:
+        raise ValueError(f"{path}: not a file of records (it is empty)")
     try:
-        return [Record(**json.loads(line)) for line in gzip.decompress(path.read_bytes()).splitlines()]
+        return [Record(**json.loads(line)) for line in gzip.decompress(content).splitlines()]
     except (OSError, EOFError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: not a file of records ({error})") from None
 

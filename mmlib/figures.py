@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#777777")
 COLOURS = {
-    "mean": GREY, "norm": SKY, "quality": BLUE, "best half": PURPLE,
+    "mean": GREY, "norm": SKY, "quality": BLUE, "best half": PURPLE, "learned scores": "#000000",
     "NAN": ORANGE, "NAN, two blocks": ORANGE, "NAN + scores": ORANGE,
     "attention": GREEN, "attention + scores": GREEN, "DANet + scores": GREEN, "as coded": RED,
     "nearest": GREY, "class means": SKY, "whitened means": PURPLE, "linear": ORANGE, "mlp": BLUE,
@@ -96,15 +97,16 @@ def forest(frame: pd.DataFrame, *, label: str, value: str, xlabel: str, low: str
 
 
 def lines(frame: pd.DataFrame, *, x: str, y: str, by: str, xlabel: str, ylabel: str, ax: Axes | None = None,
-          legend: str | None = None) -> Axes:
-    """Draw one line with markers a value of ``by``, over categories in the order of the frame."""
+          connect: bool = True) -> Axes:
+    """Draw markers for every value of ``by``, over categories in the order of the frame, joined if that has a sense."""
     ax = ax or plt.gca()
     places = {name: i for i, name in enumerate(frame[x].unique())}
-    for marker, (name, part) in zip(MARKERS, frame.groupby(by, sort=False)):
-        ax.plot(part[x].map(places), part[y], marker=marker, markersize=5, label=name, color=COLOURS.get(name))
+    for marker, (name, part) in zip(cycle(MARKERS), frame.groupby(by, sort=False)):
+        ax.plot(part[x].map(places), part[y], marker=marker, markersize=5, label=name, color=COLOURS.get(name),
+                linestyle="-" if connect else "none")
     ax.set(xticks=range(len(places)), xlabel=xlabel, ylabel=ylabel)
     ax.set_xticklabels(places, rotation=45 if len(places) > 7 else 0)
-    ax.legend(title=legend)
+    ax.legend()
     return ax
 
 
@@ -138,7 +140,7 @@ def densities(frame: pd.DataFrame, *, value: str, by: str, xlabel: str, ax: Axes
     """Draw one outlined histogram, of area 1, a value of ``by``."""
     ax = ax or plt.gca()
     bins = np.linspace(frame[value].min(), frame[value].max(), 60)
-    for style, (name, part) in zip(("-", "--", ":"), frame.groupby(by, sort=False)):
+    for style, (name, part) in zip(cycle(("-", "--", ":")), frame.groupby(by, sort=False)):
         ax.hist(part[value], bins, density=True, histtype="step", linewidth=1.6, linestyle=style, label=name,
                 color=COLOURS.get(name))
     ax.set(xlabel=xlabel, ylabel="density")
@@ -152,7 +154,7 @@ def frame_weights(frame: pd.DataFrame, axes: Sequence[Axes]) -> Sequence[Axes]:
     frame: columns clip, frame (position), method, weight (share of the clip), wrong (bool).
     """
     for ax, (clip, part) in zip(axes, frame.groupby("clip", sort=False)):
-        for marker, (method, line) in zip(MARKERS, part.groupby("method", sort=False)):
+        for marker, (method, line) in zip(cycle(MARKERS), part.groupby("method", sort=False)):
             ax.plot(line["frame"], line["weight"], marker=marker, markersize=3, linewidth=1, label=method,
                     color=COLOURS.get(method))
         for position in part.loc[part["wrong"], "frame"].unique():
@@ -163,13 +165,15 @@ def frame_weights(frame: pd.DataFrame, axes: Sequence[Axes]) -> Sequence[Axes]:
 
 
 def verdict_grid(frame: pd.DataFrame, *, x: str, y: str, xlabel: str, ylabel: str, limit: float,
-                 ax: Axes | None = None) -> Axes:
+                 columns: Sequence[float], rows: Sequence[float], ax: Axes | None = None) -> Axes:
     """Draw differences (points) on a grid: colour is the sign, a dot says that the interval excludes 0.
 
-    frame: columns ``x``, ``y``, difference, low, high; at most one row a cell.
+    frame: columns ``x``, ``y``, difference, low, high; at most one row a cell.  columns, rows: the values of ``x`` and
+    ``y`` to draw; a cell without a row of the frame stays empty.
     """
     ax = ax or plt.gca()
-    table = frame.pivot(index=y, columns=x, values="difference").sort_index(ascending=False)
+    table = frame.pivot(index=y, columns=x, values="difference")
+    table = table.reindex(index=sorted(rows, reverse=True), columns=sorted(columns))
     sns.heatmap(table, ax=ax, cmap="RdBu", center=0, vmin=-limit, vmax=limit, annot=True, fmt="+.1f", cbar=False,
                 linewidths=1, annot_kws={"fontsize": 9})
     sure = frame[(frame["low"] > 0) | (frame["high"] < 0)]
@@ -183,13 +187,16 @@ def verdict_grids(frame: pd.DataFrame) -> Figure:
     """Draw ``verdict_grid`` for every learned arm (rows) and reliability (columns) of ``reading.grid_frame``."""
     arms, reliabilities = frame["aggregator"].unique(), sorted(frame["reliability"].unique())
     figure, axes = plt.subplots(max(1, len(arms)), max(1, len(reliabilities)), squeeze=False, layout="constrained",
-                                figsize=(2.9 * max(1, len(reliabilities)), 2.5 * max(1, len(arms))))
+                                figsize=(3.0 * max(1, len(reliabilities)), 2.3 * max(1, len(arms))))
     limit = max(.5, frame["difference"].abs().max()) if len(frame) else 1.0
     for row, arm in zip(axes, sorted(arms, reverse=True)):
         for ax, reliability in zip(row, reliabilities):
             part = frame[(frame["aggregator"] == arm) & (frame["reliability"] == reliability)]
-            verdict_grid(part, x="share", y="wrong quality", limit=limit, ax=ax,
-                         xlabel=f"share (factor), reliability {reliability:g}", ylabel=f"wrong quality, {arm}")
+            verdict_grid(part, x="share", y="wrong quality", limit=limit, ax=ax, columns=frame["share"].unique(),
+                         rows=frame["wrong quality"].unique(), xlabel="share of wrong frames (factor)",
+                         ylabel=f"{arm}:\nquality of wrong faces" if ax is row[0] else "")
+            if row is axes[0]:
+                ax.text(0, 1.03, f"reliability {reliability:g}", transform=ax.transAxes, fontsize=9)
     return figure
 
 
@@ -199,7 +206,7 @@ def late_hits(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     frame: columns relevant (clips of the identity), rank (from 1), loss (AP, a fraction).
     """
     ax = ax or plt.gca()
-    for marker, (relevant, part) in zip(MARKERS, frame.groupby("relevant")):
+    for marker, (relevant, part) in zip(cycle(MARKERS), frame.groupby("relevant")):
         ax.plot(part["rank"], part["loss"], marker=marker, markersize=4, label=f"{relevant}")
     ax.set(xscale="log", xlabel="rank of the irrelevant clip", ylabel="AP lost (fraction)")
     ax.legend(title="relevant clips")
@@ -232,7 +239,7 @@ def paired_intervals(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.errorbar(part["seed"].map(places) + shift, part["difference"], yerr=error, fmt=marker, capsize=3,
                     label=kind, color=COLOURS[kind])
     ax.axhline(0, color="0.5", linewidth=.8)
-    ax.set(xlabel="seed", ylabel="difference in MAP@100", xticks=list(places.values()))
+    ax.set(xlabel="seed", ylabel="difference in MAP@100", xticks=list(places.values()), xlim=(-.5, len(places) - .5))
     ax.set_xticklabels([str(seed) for seed in places])
     ax.legend()
     return ax

@@ -40,6 +40,7 @@ AGGREGATORS: dict[str, Callable[[int], nn.Module]] = {
     "norm": lambda dim: FixedPool(dim, lambda x, mask, q, d: aggregate.norm_pool(x, mask)),
     "quality": lambda dim: FixedPool(dim, aggregate.quality_pool),
     "best half": lambda dim: FixedPool(dim, lambda x, mask, q, d: aggregate.best_k_pool(x, mask, q, .5)),
+    "learned scores": aggregate.ScoreAttention,
     "NAN": aggregate.NAN,
     "NAN, two blocks": lambda dim: aggregate.NAN(dim, blocks=2),
     "NAN + scores": lambda dim: aggregate.NAN(dim, scores=True),
@@ -48,7 +49,7 @@ AGGREGATORS: dict[str, Callable[[int], nn.Module]] = {
     "DANet + scores": lambda dim: aggregate.ChannelAttention(dim, scores=True, invert=True),
     "as coded": aggregate.CodedAttention,
 }
-NEEDS_SCORES = {"quality", "best half", "NAN + scores", "attention + scores", "DANet + scores", "as coded"}
+NEEDS_SCORES = {"quality", "best half", "learned scores", "NAN + scores", "attention + scores", "DANet + scores", "as coded"}
 LEARNED = {name for name in AGGREGATORS if name not in ("mean", "norm", "quality", "best half")}
 
 

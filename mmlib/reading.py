@@ -6,6 +6,7 @@ Nothing here decides a number of a record, so an edit here makes no record stale
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -16,8 +17,8 @@ from mmlib import metrics
 from mmlib.clips.simulate import Settings
 from mmlib.clips.store import ClipStore
 from mmlib.experiment import LENGTH_EDGES, WRONG_EDGES, Record, clip_means, library_hash
-from mmlib.models import IdentityModel
-from mmlib.train import batches
+from mmlib.models import LEARNED, IdentityModel
+from mmlib.train import Training
 
 def as_frame(records: Iterable[Record]) -> pd.DataFrame:
     """Return one row a record: the fields of its experiment and its measures."""
@@ -37,7 +38,7 @@ def breakdown_frame(records: Iterable[Record], by: str) -> pd.DataFrame:
 def _range(group: str, low: float, high: float) -> str:
     if group == "frames":
         return f"{low:g}" if high == low + 1 else f"{low:g}+" if high == LENGTH_EDGES[-1] else f"{low:g}–{high - 1:g}"
-    return "none" if high == WRONG_EDGES[1] else f"{low:.1g}–{min(high, 1):.2g}"
+    return "none" if high == WRONG_EDGES[1] else f"{low:.2g}–{min(high, 1):.2g}" if low > 1e-6 else f"to {high:.2g}"
 
 
 def compare(records: Iterable[Record], by: str, baseline: str) -> pd.DataFrame:
@@ -49,7 +50,9 @@ def compare(records: Iterable[Record], by: str, baseline: str) -> pd.DataFrame:
     """
     groups: dict[str, dict[int, Record]] = {}
     for record in records:
-        groups.setdefault(record.experiment[by], {})[record.experiment["seed"]] = record
+        seed = record.experiment["seed"]
+        if groups.setdefault(record.experiment[by], {}).setdefault(seed, record).key != record.key:
+            raise ValueError(f"two different experiments have {by} = {record.experiment[by]!r} and seed {seed}")
     if baseline not in groups:
         raise ValueError(f"no record has {by} = {baseline!r}, only {', '.join(map(str, groups))}")
     rows = []
@@ -133,6 +136,43 @@ def _weights(model: IdentityModel, store: ClipStore, clips: np.ndarray) -> tuple
     return (weight / weight.sum(1, keepdim=True)).numpy(), batch.mask.numpy(), batch.rows.numpy()
 
 
+# -- the search for learning rates ----------------------------------------------------------------------------------
+
+TUNING_SEEDS = (100, 101)  # worlds that no comparison uses
+# Chosen for each arm by its mean MAP@100 over ``tuning_grid`` on those worlds; ``tuning_frame`` shows the search.
+TUNED: dict[str, dict] = {}
+
+
+def tuned(aggregator: str) -> Training:
+    """Return the training chosen for an arm."""
+    return Training(**TUNED.get(aggregator, {}))
+
+
+def tuning_grid(aggregator: str) -> list[Training]:
+    """List the trainings tried for an arm, sixteen for every arm: two lengths times eight choices of learning rates.
+
+    An arm without parameters tries eight rates, one with parameters four rates of its own times two of the rest.
+    """
+    if aggregator not in LEARNED:
+        rates = [{"lr": rate} for rate in (5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2)]
+    else:  # three weights of scores need longer steps than a query over hundreds of dimensions
+        own = (3e-2, 1e-1, 3e-1, 1.0) if aggregator == "learned scores" else (1e-4, 3e-4, 1e-3, 3e-3)
+        rates = [{"lr": rate, "aggregator_lr": its} for rate in (1e-3, 1e-2) for its in own]
+    return [Training(epochs=epochs, **rate) for epochs in (8, 16) for rate in rates]
+
+
+def tuning_frame(records: Iterable[Record]) -> pd.DataFrame:
+    """Return the search, best first within an arm: aggregator, epochs, lr, aggregator_lr, map_at_100 (mean), chosen."""
+    frame = as_frame(records).rename(columns=lambda name: name.removeprefix("training."))
+    keys = ["aggregator", "epochs", "lr", "aggregator_lr"]
+    if frame.empty:
+        return pd.DataFrame(columns=[*keys, "map_at_100", "chosen"])
+    mean = frame.groupby(keys, sort=False)["map_at_100"].mean().reset_index()
+    mean["chosen"] = [tuned(row["aggregator"]) == replace(Training(), **{key: row[key] for key in keys[1:]})
+                      for row in mean.to_dict("records")]
+    return mean.sort_values(["aggregator", "map_at_100"], ascending=[True, False], ignore_index=True)
+
+
 # -- the sensitivity grid -------------------------------------------------------------------------------------------
 
 GRID_AXES = ("share", "wrong quality", "reliability")
@@ -142,7 +182,7 @@ GRIDS = {  # (factor on the shares of contaminated clips, mean latent quality of
     "fine": list(product((.5, 1.0, 2.0), (-2.0, -1.0, 0.0), (.6, .8, .95))),
 }
 GRID_REFERENCE = "quality"
-GRID_LEARNED = ("NAN + scores", "attention + scores")
+GRID_LEARNED = ("learned scores", "NAN + scores", "attention + scores")
 GRID_ARMS = (GRID_REFERENCE, *GRID_LEARNED)
 
 

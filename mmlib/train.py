@@ -25,12 +25,12 @@ class Training:
     weight_decay; margin in radians; scale of the cosines; gamma of the focal term, ``focal`` "clip" or "batch".
     """
 
-    epochs: int = 12
+    epochs: int = 8
     batch: int = 256
     frames: int = 16
     sample: str = "random"
-    lr: float = 5e-3
-    aggregator_lr: float = 2e-2
+    lr: float = 2e-3
+    aggregator_lr: float = 3e-3
     weight_decay: float = 1e-4
     margin: float = .5
     scale: float = 30.0

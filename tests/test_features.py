@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from mmlib.clips import features as module
-from mmlib.clips.features import import_features
+from mmlib.clips.features import group_photographs, import_features
 from mmlib.clips.store import ClipStore
 
 
@@ -170,3 +170,44 @@ def test_an_interrupt_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, progress=interrupt)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["array.npy", "table.csv"]
+
+
+@pytest.mark.parametrize("number", [4, 5, 6, 7, 9, 11, 12, 20, 23, 41])
+def test_half_the_photographs_go_to_train_in_clips_of_two_to_five(number):
+    for seed in range(20):
+        table = group_photographs(["ann"] * number, seed)
+        assert (table["split"] == "train").sum() == (number + 1) // 2
+        assert table.groupby("clip").size().between(2, 5).all()
+        assert (table.groupby("clip")["split"].nunique() == 1).all() and (table["identity"] == "ann").all()
+        for _, frame in table.groupby("clip")["frame"]:
+            assert sorted(frame) == list(range(len(frame)))
+
+
+def test_the_number_of_clips_varies_and_photographs_are_shuffled():
+    tables = [group_photographs(["ann"] * 20, seed) for seed in range(20)]
+    assert {table["clip"].nunique() for table in tables} > {5, 6, 7}
+    assert len({tuple(table["split"]) for table in tables}) == 20
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_too_few_photographs_make_one_distractor(number):
+    table = group_photographs(["ann"] * 4 + ["bob"] * number, 0)[4:]
+    assert table["clip"].nunique() == 1 and set(table["split"]) == {"val"} and table["identity"].isna().all()
+
+
+def test_rows_of_the_grouping_are_those_of_the_names():
+    names = np.random.default_rng(0).permutation(["ann"] * 7 + ["bob"] * 4 + ["eve"] * 4)
+    table = group_photographs(names, 0)
+    assert table["identity"].tolist() == names.tolist() and table.index.tolist() == list(range(15))
+
+
+def test_the_same_seed_groups_alike():
+    names = ["ann"] * 9 + ["bob"] * 8
+    pd.testing.assert_frame_equal(group_photographs(names, 3), group_photographs(names, 3))
+    assert not group_photographs(names, 3).equals(group_photographs(names, 4))
+
+
+def test_the_number_of_a_clip_tells_nothing_of_its_identity():
+    table = group_photographs(np.repeat([f"{person:03d}" for person in range(300)], 4), 0)
+    number = table["clip"].str[-5:].astype(int)
+    assert abs(np.corrcoef(number, table["identity"].astype(int))[0, 1]) < 0.15  # sd 0.04 over 600 clips

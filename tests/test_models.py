@@ -290,3 +290,12 @@ def test_model_compares_clips_after_whitening():
     mean = F.normalize(aggregate.mean_pool(x, mask), dim=1)
     expected = F.normalize((mean - made.centre) @ made.whitening, dim=1)
     assert torch.allclose(made.embed(made.pool(x, mask, quality, det)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["norm", "quality", "best half"])
+def test_weights_of_a_fixed_pool_rebuild_its_feature(name):
+    x, mask, quality, det = clips()
+    pool = make_aggregator(name, DIM)
+    weight = pool.weights(x, mask, quality, det)
+    assert torch.allclose(torch.einsum("bt,btd->bd", weight, x), pool(x, mask, quality, det), atol=1e-5)
+    assert not weight[~mask].any()

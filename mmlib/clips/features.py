@@ -16,7 +16,8 @@ from mmlib.clips.store import SPLITS, ClipStore
 REQUIRED = ("clip", "frame", "identity", "split")
 SCORES = ("quality", "det")
 BLOCK = 2**22  # numbers copied at once
-# oss_data/ of github.com/huyhoang17/128D-Facenet-LFW-Embedding-Visualisation at 75ca7f43ce15; other names they go by
+# The files of import_lfw: sha256, and the names they go by. The first is theirs in oss_data/ of
+# github.com/huyhoang17/128D-Facenet-LFW-Embedding-Visualisation at 75ca7f43ce1576a2240de24077016f17d3b52b10.
 LFW_ARRAY = ("f4ed45ab485beab6a4345a3f86001a7bedbacdd35aaf80298895352329315edb",
              ("LFW_tensor.bytes", "lfw-facenet-128.bytes"))
 LFW_LABELS = ("63e115d1d791ed3d1e48e430e8ebb546357cbf7e97a37cce6ae023558e748ed2",
@@ -87,12 +88,13 @@ def import_features(table: str | Path, array: str | Path, store_path: str | Path
     return report
 
 
-def import_lfw(folder: str | Path, store_path: str | Path, *, seed: int = 0, overwrite: bool = False) -> FeatureReport:
-    """Turn public embeddings of photographs of Labeled Faces in the Wild into a store, by `group_photographs`.
+def import_lfw(folder: str | Path, store_path: str | Path, *, seed: int = 0,
+               overwrite: bool = False) -> FeatureReport:
+    """Turn public embeddings of photographs of Labeled Faces in the Wild into a store.
 
-    2,921 FaceNet embeddings of 128 dimensions, raw float32, and beside them the names, one a line; spaces in a name
-    become underscores, as ground truth and result files want them. The two files must be the published ones. The
-    photographs are for research.
+    `folder` holds `LFW_ARRAY`, 2,921 FaceNet embeddings of 128 dimensions as raw float32, and `LFW_LABELS`, a
+    name a line; their sha256 is checked. `group_photographs` makes clips of them. Spaces in a name become
+    underscores, because the challenge's text files divide words at spaces. The photographs are for research.
     """
     array, labels = (_find_published(Path(folder), *file) for file in (LFW_ARRAY, LFW_LABELS))
     names = labels.read_text(encoding="utf-8").replace(" ", "_").splitlines()
@@ -105,11 +107,13 @@ def import_lfw(folder: str | Path, store_path: str | Path, *, seed: int = 0, ove
 def group_photographs(names: Sequence[str], seed: int) -> pd.DataFrame:
     """Make clips of photographs: a table for `import_features`, row i for the photograph of `names[i]` (F,).
 
-    The photographs of a person are shuffled. Of 4 or more, half go to train (and the odd one) and half to val, each
-    half cut into clips of 2 to 5, as even as a random number of clips allows. 2 or 3 make one val clip, and 1 a val
-    clip of one frame: distractors, without identity. Clips are numbered in random order, so that a name tells nothing.
+    The photographs of a person are shuffled. Of 4 or more, half (and the odd one) go to train and half to
+    val, each half cut into clips of 2 to 5, as even as a random number of clips allows. 2 or 3 make one val
+    clip, and 1 a val clip of one frame: distractors, without identity. Clips are numbered in random order, so
+    that a name tells nothing.
 
-    >>> group_photographs(["ann", "bob", "ann", "ann", "bob", "ann"], seed=0)["split"].value_counts().to_dict()
+    >>> table = group_photographs(["ann", "bob", "ann", "ann", "bob", "ann"], seed=0)
+    >>> table["split"].value_counts().to_dict()
     {'val': 4, 'train': 2}
     """
     rng = np.random.default_rng(seed)

@@ -75,6 +75,10 @@ class Settings:
         for name in ("contaminated", "mostly_wrong", "reliability", "lookalikes", "no_face"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        for name, value in asdict(self).items():
+            if not np.isfinite(value) or (value < 0 and name != "wrong_quality") or (
+                    value == 0 and name == "identities_per_show"):
+                raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def settings_for(profile: str, **overrides: float) -> Settings:

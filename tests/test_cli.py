@@ -1,0 +1,485 @@
+import errno
+import hashlib
+import json
+import os
+import pickle
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from mmlib import cli
+from mmlib.clips import arrays, features
+from mmlib.clips.iqiyi import pickle_path
+from mmlib.clips.simulate import PROFILES
+from mmlib.clips.store import ClipStore
+
+SMALL = ["--profile", "tiny", "--set", "identities=12"]
+COMMANDS = typer.main.get_command(cli.app).commands
+# A shell may start its background jobs with interrupts ignored, and Python keeps that.
+MAIN = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from mmlib.cli import main; main()")
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def succeed(*arguments):
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout.splitlines()
+
+
+def assert_refused(message, *arguments, status=1):
+    """The command says one line that matches `message` on standard error, and nothing else."""
+    result = run(*arguments)
+    assert result.exit_code == status
+    assert re.fullmatch(f"mmlib: error: .*{message}.*\n", result.stderr), result.stderr
+    assert result.stdout == ""
+
+
+def start(folder, *arguments, **options):
+    """Start the command line in a process of its own, its output buffered."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
+    return subprocess.Popen([sys.executable, "-c", MAIN, *arguments], cwd=folder, text=True, env=environment,
+                            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options)
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# Help and usage
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example_that_parses(name):
+    examples = [shlex.split(line) for line in succeed(name, "--help") if line.lstrip().startswith("mmlib ")]
+    assert examples
+    for _, command, *arguments in examples:
+        assert command == name
+        COMMANDS[name].make_context(name, arguments)
+
+
+def test_help_imports_no_large_library(tmp_path):
+    large = {"torch", "pandas", "numpy", "rich.console", "papermill"}
+    code = f"import sys, mmlib.cli; print({large} & {{*sys.modules}})"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True) == "set()\n"
+
+
+def test_profiles_are_those_of_the_simulator():
+    assert [*cli.Profile] == [*PROFILES]
+
+
+@pytest.mark.parametrize("arguments", [
+    ["simulate", "store", "--profile", "huge"], ["simulate", "store", "--seed", "-1"], ["simulate"],
+    ["simulat"], ["import-features", "table.csv", "array.bin", "store", "--width", "0"],
+    ["evaluate", "val_gt.txt"]])
+def test_wrong_usage_has_status_2(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments).exit_code == 2
+    assert names_in(tmp_path) == []
+
+
+# Simulate and import the challenge's files
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    """A small world as a store, `direct`, and as the challenge's files, `official`, with what was printed."""
+    folder = tmp_path_factory.mktemp("simulated")
+    printed = [succeed("simulate", folder / name, *SMALL, "--seed", 5, *option)
+               for name, option in (("direct", []), ("official", ["--as-official"]))]
+    assert names_in(folder) == ["direct", "official"]
+    assert names_in(folder / "official") == ["feat", "origin.json", "train_gt.txt", "val_gt.txt"]
+    return folder, *printed
+
+
+def test_simulate_prints_counts_and_that_it_is_simulated(simulated):
+    folder, printed, _ = simulated
+    store = ClipStore.open(folder / "direct")
+    val = store.clips[store.clips["split"] == "val"]
+    assert printed[0] == f"clips: {len(store.clips)}, {len(store.clips) - len(val)} train and {len(val)} val"
+    assert printed[1].startswith(f"frames: {store.modalities['face'].count.sum()} face, ")
+    assert printed[2:4] == ["identities: 12", f"distractors: {(val['identity'] < 0).sum()}"]
+    assert printed[4].startswith("simulated: profile tiny, seed 5;")
+    assert store.meta["provenance"]["seed"] == 5 and store.meta["provenance"]["settings"]["identities"] == 12
+
+
+def test_official_files_hold_what_the_store_holds(simulated, tmp_path):
+    folder, printed, printed_official = simulated
+    assert printed_official == printed
+    report = succeed("import-iqiyi", folder / "official", tmp_path / "store")
+    direct, imported = ClipStore.open(folder / "direct"), ClipStore.open(tmp_path / "store")
+    assert imported.meta == direct.meta | {"modalities": imported.meta["modalities"]}
+    assert imported.identities.tolist() == direct.identities.tolist()
+    columns = ["clip", "split", "identity"]
+    pd.testing.assert_frame_equal(imported.clips[columns], direct.clips[columns])
+    assert imported.modalities.keys() == direct.modalities.keys()
+    for name, mine in imported.modalities.items():
+        theirs = direct.modalities[name]
+        assert f"{name}: {len(theirs.feature)} frames" in report
+        np.testing.assert_array_equal(mine.count, theirs.count)
+        assert mine.columns.keys() == theirs.columns.keys() - {"wrong"}
+        for clip, count in enumerate(mine.count):
+            here, there = (slice(m.start[clip], m.start[clip] + count) for m in (mine, theirs))
+            np.testing.assert_array_equal(mine.feature[here], theirs.feature[there])
+            for column, values in mine.columns.items():
+                np.testing.assert_array_equal(values[here], theirs.columns[column][there])
+
+
+@pytest.mark.parametrize("option", [[], ["--as-official"]])
+def test_what_exists_is_replaced_only_when_told(tmp_path, option):
+    target = tmp_path / "out"
+    succeed("simulate", target, *SMALL, *option)
+    before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    assert_refused("out: exists already", "simulate", target, *SMALL, "--seed", 1, *option)
+    assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
+    succeed("simulate", target, *SMALL, "--seed", 1, "--overwrite", *option)
+    assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} != before
+    assert names_in(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("setting, message", [
+    ("contamined=0.3", "--set contamined: no such setting; there are identities, contaminated, .*, warp, "),
+    ("contaminated=many", "--set contaminated: expected a number, got 'many'"),
+    ("contaminated=nan", "--set contaminated: expected a finite number, got 'nan'"),
+    ("contaminated=2", "contaminated must lie in .*, got 2.0"),
+    ("identities=12.5", "--set identities: expected a whole number, got '12.5'"),
+    ("contaminated", "--set contaminated: expected NAME=VALUE"),
+    ("warp=2", "--set warp: given twice, '1' and '2'")])
+def test_a_bad_setting_is_named(tmp_path, setting, message):
+    assert_refused(message, "simulate", tmp_path / "store", "--set", "warp=1", "--set", setting)
+    assert names_in(tmp_path) == []
+
+
+@pytest.fixture
+def official(simulated, tmp_path):
+    """A folder of the challenge's files to spoil."""
+    folder = tmp_path / "official"
+    (folder / "feat").mkdir(parents=True)
+    for name in ("train_gt.txt", "val_gt.txt", "feat/face_train_v2.pickle", "feat/face_val_v2.pickle"):
+        (folder / name).write_bytes((simulated[0] / "official" / name).read_bytes())
+    return folder
+
+
+def test_a_truncated_pickle_leaves_no_store(official):
+    path = pickle_path(official, "face", "val")
+    path.write_bytes(path.read_bytes()[:100_000])
+    assert_refused("face_val_v2.pickle: .*100,?000", "import-iqiyi", official, official.parent / "store")
+    assert names_in(official.parent) == ["official"]
+
+
+def test_a_pickle_that_calls_the_system_is_refused_unexecuted(official):
+    canary = official.parent / "canary"
+    pickle_path(official, "face", "val").write_bytes(f"cos\nsystem\n(S'touch {canary}'\ntR.".encode())
+    assert_refused(r"face_val_v2.pickle: .*os.system", "import-iqiyi", official, official.parent / "store")
+    assert names_in(official.parent) == ["official"]
+
+
+def test_bad_records_stop_the_import_unless_told_to_skip_them(official):
+    path = pickle_path(official, "face", "val")
+    clips = pickle.loads(path.read_bytes(), encoding="bytes")
+    clip = next(clip for clip, records in clips.items() if len(records) > 1)
+    clips[clip][0][1] = [float("nan"), 0.0, 1.0, 1.0]
+    path.write_bytes(pickle.dumps(clips, protocol=2))
+    store = official.parent / "store"
+    assert_refused(f"face_val_v2.pickle.*{clip.decode()}.*nan", "import-iqiyi", official, store)
+    report = succeed("import-iqiyi", official, store, "--skip-bad-records")
+    assert any(line.startswith("refused: 1 records") and clip.decode() in line for line in report)
+
+
+# What may happen to any command
+
+class FullDisk:
+    """Stand in for `ArrayStream.append` on a disk that is full after a few blocks."""
+
+    def __init__(self, monkeypatch, blocks=7):
+        self.blocks, append = blocks, arrays.ArrayStream.append
+
+        def append_or_fail(stream, block):
+            self.blocks -= 1
+            if self.blocks < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            append(stream, block)
+
+        monkeypatch.setattr(arrays.ArrayStream, "append", append_or_fail)
+
+
+@pytest.mark.parametrize("command", ["simulate", "simulate --as-official", "import-iqiyi"])
+def test_a_full_disk_leaves_nothing(official, monkeypatch, command):
+    full = FullDisk(monkeypatch)
+    name, *option = command.split()
+    arguments = [official] if name == "import-iqiyi" else SMALL
+    store = official.parent / "new/store"
+    assert_refused("/new/store: No space left on device", name, *arguments, store, *option)
+    assert full.blocks < 0
+    assert names_in(store.parent) == []
+
+
+@pytest.mark.parametrize("option, sent, said, status", [
+    ([], signal.SIGINT, "mmlib: error: interrupted\n", 130), (["--as-official"], signal.SIGTERM, "", 143)])
+def test_an_interrupt_leaves_nothing(tmp_path, option, sent, said, status):
+    process = start(tmp_path, "simulate", "store", "--profile", "quick", *option)
+    deadline = time.monotonic() + 120
+    while not any(path.stat().st_size > 10**7 for path in tmp_path.glob(".store.partial-*/**/feature.npy")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(sent)
+    assert process.communicate(timeout=120) == ("", said)
+    assert process.returncode == status
+    assert names_in(tmp_path) == []
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    write_lines(tmp_path)
+    process = start(tmp_path, "evaluate", "val_gt.txt", "result.txt")
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=120) == 0
+    process.stderr.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_output_that_cannot_be_written_is_said(tmp_path):
+    write_lines(tmp_path)
+    with open("/dev/full", "w") as full:
+        process = start(tmp_path, "evaluate", "val_gt.txt", "result.txt", stdout=full)
+        assert process.communicate(timeout=120)[1] == "mmlib: error: No space left on device\n"
+    assert process.returncode == 1
+
+
+def test_progress_is_shown_on_a_terminal_and_apart_from_the_report(official):
+    pty = pytest.importorskip("pty")
+    terminal, standard_error = pty.openpty()
+    process = start(official.parent, "import-iqiyi", "official", "store", stderr=standard_error)
+    os.close(standard_error)
+    shown = b""
+    with open(terminal, "rb", buffering=0) as file:
+        try:
+            while block := file.read(2**16):
+                shown += block
+        except OSError:  # how Linux says that the other end is closed
+            pass
+    report, _ = process.communicate(timeout=120)
+    assert report.startswith("train: ") and "\x1b" not in report
+    assert b"face_train_v2.pickle" in shown
+
+
+def test_a_folder_that_may_not_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    assert_refused("file.*: (Not a directory|File exists)", "simulate", tmp_path / "file/store", *SMALL)
+
+
+# Evaluate
+
+def write_lines(folder, truth="1 a.mp4 b.mp4 \n2 c.mp4 \n", result="1 a.mp4 x.mp4 b.mp4\n"):
+    (folder / "val_gt.txt").write_bytes(truth.encode())
+    (folder / "result.txt").write_bytes(result.encode())
+    return folder / "val_gt.txt", folder / "result.txt"
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_evaluate_prints_the_official_score(tmp_path, ends):
+    files = write_lines(tmp_path, f"1 a.mp4 b.mp4 {ends}2 c.mp4 {ends}{ends}", f"1 a.mp4 x.mp4 b.mp4{ends}")
+    # identity 1 has precision 1 and 2/3 at its two clips, identity 2 has no ranking: (5/6 + 0) / 2
+    assert succeed("evaluate", *files) == [
+        "MAP@100 0.416667", "95% interval 0.000000 to 0.833333, a bootstrap over identities",
+        "top-1 0.500000", "queries 2"]
+
+
+def test_evaluate_prints_json(tmp_path):
+    (line,) = succeed("evaluate", *write_lines(tmp_path), "--json")
+    found = json.loads(line)
+    assert found.pop("ap") == pytest.approx({"1": 5 / 6, "2": 0}, abs=1e-12)
+    expected = {"map_at_100": 5 / 12, "top1": 0.5, "low": 0, "high": 5 / 6, "queries": 2}
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+LONG = "1 a.mp4\n2 " + " ".join(f"{i}.mp4" for i in range(101))
+
+
+@pytest.mark.parametrize("truth, result, message", [
+    ("1 a.mp4\n2 b.mp4\n", LONG, "result.txt, line 2: 101 clips"),
+    ("1 a.mp4\n", "1 a.mp4\n2 a.mp4\n", "result.txt: 2 lines"),
+    ("1 a.mp4\n2 b.mp4\n", "1 a.mp4\n1 b.mp4\n", "result.txt: .*identity 1 more than once"),
+    ("1 a.mp4\n2 b\n", "1 a.mp4\n", "val_gt.txt, line 2: .*'2 b'"),
+    ("", "1 a.mp4\n", "val_gt.txt: empty")])
+def test_evaluate_refuses_a_bad_file_by_name_and_line(tmp_path, truth, result, message):
+    assert_refused(message, "evaluate", *write_lines(tmp_path, truth, result))
+
+
+def test_evaluate_names_a_missing_file(tmp_path):
+    truth, _ = write_lines(tmp_path)
+    assert_refused("nothing.txt: missing", "evaluate", truth, tmp_path / "nothing.txt")
+
+
+# Features of one's own
+
+def write_features(folder, raw):
+    table = pd.DataFrame({"clip": ["b", "a", "b"], "frame": [3, 2, 1], "identity": ["ann", "", "ann"],
+                          "split": ["val", "train", "val"], "det": [.5, .25, .75]})
+    table.to_csv(folder / "table.csv", index=False)
+    array = np.arange(12, dtype="<f4").reshape(3, 4)
+    array.tofile(folder / "array.bin") if raw else np.save(folder / "array.npy", array)
+    return folder / "table.csv", folder / ("array.bin" if raw else "array.npy"), folder / "store"
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_features_become_a_store(tmp_path, raw):
+    report = succeed("import-features", *write_features(tmp_path, raw), *(["--width", 4] if raw else []))
+    store = ClipStore.open(tmp_path / "store")
+    assert store.clips["clip"].tolist() == ["a", "b"] and store.clips["identity"].tolist() == [-1, 0]
+    assert store.batch([1]).feature[0].tolist() == [[8, 9, 10, 11], [0, 1, 2, 3]]
+    assert "3 frames of 4 dimensions, 1 identities" in report
+    assert "no column quality: the store has no such score" in report
+
+
+def test_a_raw_array_without_width_is_refused(tmp_path):
+    assert_refused("width", "import-features", *write_features(tmp_path, True))
+    assert names_in(tmp_path) == ["array.bin", "table.csv"]
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """Stand-ins for the two published files: five photographs of Ann Lee and one of Bob."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    np.arange(6 * 128, dtype="<f4").tofile(folder / "LFW_tensor.bytes")
+    (folder / "LFW_labels.tsv").write_text("Ann Lee\nBob\n" + "Ann Lee\n" * 4)
+    for variable, name in (("LFW_ARRAY", "LFW_tensor.bytes"), ("LFW_LABELS", "LFW_labels.tsv")):
+        digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        monkeypatch.setattr(features, variable, (digest, getattr(features, variable)[1]))
+    return folder
+
+
+def test_published_faces_become_a_store(published):
+    report = succeed("import-lfw", published, published.parent / "store")
+    store = ClipStore.open(published.parent / "store")
+    assert store.identities.tolist() == ["Ann_Lee"]
+    assert store.clips["split"].tolist() == ["train", "val", "val"]
+    assert sorted(store.clips["identity"]) == [-1, 0, 0]
+    assert store.modalities["face"].count[store.select(labelled=False)].tolist() == [1]
+    assert store.batch(store.select(labelled=False)).feature[0, 0, 0] == 128  # Bob's row
+    assert "6 frames of 128 dimensions, 1 identities" in report
+
+
+def test_an_altered_file_is_not_taken_for_the_published_one(published):
+    with open(published / "LFW_labels.tsv", "a") as file:
+        file.write("Bob\n")
+    message = "LFW_labels.tsv: not the published file"
+    assert_refused(message, "import-lfw", published, published.parent / "store")
+    assert names_in(published.parent) == ["published"]
+
+
+def test_a_missing_published_file_is_named(published):
+    (published / "LFW_tensor.bytes").unlink()
+    assert_refused("LFW_tensor.bytes: missing", "import-lfw", published, published.parent / "store")
+
+
+@pytest.mark.skipif("MMLIB_REAL_DATA" not in os.environ,
+                    reason="MMLIB_REAL_DATA names no folder with the published embeddings of LFW")
+def test_real_faces_become_a_store(tmp_path):
+    folder = Path(os.environ["MMLIB_REAL_DATA"])
+    succeed("import-lfw", folder, tmp_path / "store")
+    store = ClipStore.open(tmp_path / "store")
+    faces = store.modalities["face"]
+    names = (folder / "lfw-facenet-128-labels.tsv").read_text().replace(" ", "_").splitlines()
+    rows = np.fromfile(folder / "lfw-facenet-128.bytes", "<f4").reshape(-1, 128).astype(np.float16)
+    photographs = Counter(names)
+    listed = {name for name, number in photographs.items() if number >= 4}
+    assert (len(names), len(photographs), len(listed)) == (2921, 353, 352)
+    assert set(store.identities) == listed and faces.feature.shape == (2921, 128)
+    assert not store.meta["simulated"]
+
+    # every photograph stands in one clip, under the name it has
+    order = np.argsort(faces.start)
+    owner = np.repeat(store.clips["identity"].to_numpy()[order], faces.count[order])
+    found = Counter((row.tobytes(), store.identities[code] if code >= 0 else "") for row, code in
+                    zip(faces.feature, owner))
+    assert found == Counter((row.tobytes(), name if name in listed else "") for row, name in zip(rows, names))
+
+    train, val, distractors = (store.select("train"), store.select("val", labelled=True),
+                               store.select("val", labelled=False))
+    assert len(distractors) == 1 and faces.count[distractors].tolist() == [3]
+    assert faces.count[train].sum() == sum(-(-photographs[name] // 2) for name in listed)
+    assert faces.count[val].sum() == sum(photographs[name] // 2 for name in listed)
+    assert set(np.unique(faces.count)) == {2, 3, 4, 5}
+    assert len(np.unique(store.identity_of(train))) == len(np.unique(store.identity_of(val))) == 352
+
+
+# Rerun
+
+@pytest.fixture
+def chapters(tmp_path, monkeypatch):
+    """Two chapters that print what they are given and divide `share` by the number of seeds."""
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("papermill")
+    folder = tmp_path / "book/chapters"
+    folder.mkdir(parents=True)
+    cells = [nbformat.v4.new_code_cell("seeds: list = [0]  # worlds\nshare: float = 0.5  # in [0, 1]",
+                                       metadata={"tags": ["parameters"]}),
+             nbformat.v4.new_code_cell("print('given', seeds, share)"),
+             nbformat.v4.new_code_cell("import os\nif share > 1: os._exit(3)\nshare / len(seeds)")]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    for name in ("01_data", "04_aggregation"):
+        notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+        nbformat.write(notebook, folder / f"{name}.ipynb")
+    monkeypatch.setattr(cli, "CHAPTERS", folder)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["04", "04_aggregation"])
+def test_rerun_passes_values_and_leaves_the_chapter(chapters, name):
+    before = (chapters / "04_aggregation.ipynb").read_bytes()
+    printed = succeed("rerun", name, "-p", "seeds=[3, 4]", "-p", "share=1e-3")
+    assert printed == ["wrote 04_aggregation-rerun.ipynb"]
+    cells = json.loads(Path("04_aggregation-rerun.ipynb").read_text())["cells"]
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert ["given [3, 4] 0.001\n"] in [output.get("text") for output in outputs]
+    assert (chapters / "04_aggregation.ipynb").read_bytes() == before
+    assert names_in(Path(".")) == ["04_aggregation-rerun.ipynb", "book"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["04", "-p", "seedz=[3]"], "-p seedz: 04_aggregation has no such parameter; it has seeds, share"),
+    (["04", "-p", "seeds"], "-p seeds: expected NAME=VALUE"),
+    (["04", "-p", "seeds=[3"], "-p seeds: '.3' is not YAML"),
+    (["04", "-p", "share=1", "-p", "share=2"], "-p share: given twice"),
+    (["05"], "05: no chapter has that name; there are 01_data, 04_aggregation"),
+    (["0"], "0: no chapter has that name"),
+    (["04", "--out", "book/chapters/new.ipynb"], "lies among the chapters"),
+    (["04", "--out", "book"], "ends in .ipynb")])
+def test_rerun_refuses(chapters, arguments, message):
+    assert_refused(message, "rerun", *arguments)
+    assert names_in(Path(".")) == ["book"] and len(names_in(chapters)) == 2
+
+
+@pytest.mark.parametrize("parameter, message", [
+    ("seeds=[]", "04_aggregation, cell 4: ZeroDivisionError: .*; out/new.failed.ipynb shows where"),
+    ("share=2", "04_aggregation: the kernel died, .*; out/new.failed.ipynb shows where")])
+def test_a_failed_rerun_keeps_its_notebook_under_another_name(chapters, parameter, message):
+    assert_refused(message, "rerun", "04", "-p", parameter, "--out", "out/new.ipynb")
+    assert names_in(Path("out")) == ["new.failed.ipynb"]
+    assert "given" in Path("out/new.failed.ipynb").read_text()
+
+
+def test_rerun_without_papermill_says_what_to_install(chapters, monkeypatch):
+    monkeypatch.setitem(sys.modules, "papermill", None)
+    assert_refused(r"rerun needs papermill .*pip install -e '.\[book\]'", "rerun", "04")
+
+
+def test_rerun_outside_a_checkout_is_refused(tmp_path, monkeypatch):
+    pytest.importorskip("papermill")
+    monkeypatch.setattr(cli, "CHAPTERS", tmp_path / "nowhere")
+    assert_refused("nowhere: no chapters there", "rerun", "04")
