@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -48,6 +49,7 @@ POOLS = {
     "quality": aggregate.quality_pool,
     "best two": lambda x, m, q, d: aggregate.best_k_pool(x, m, q, 2),
     "best half": lambda x, m, q, d: aggregate.best_k_pool(x, m, q, 0.5),
+    "score attention": trained(aggregate.ScoreAttention(DIM)),
     "nan": trained(aggregate.NAN(DIM)),
     "nan two": trained(aggregate.NAN(DIM, blocks=2)),
     "nan scores": trained(aggregate.NAN(DIM, scores=True)),
@@ -119,7 +121,7 @@ def test_gradient_agrees_with_finite_differences(pool):
 )
 def test_one_frame_is_its_own_clip_feature(name):
     x, mask, quality, det = clips(lengths=(1, 1))
-    expected = aggregate.append_scores(x, quality, det) if "scores" in name else x
+    expected = aggregate.append_scores(x, quality, det) if getattr(POOLS[name], "scores", False) else x
     torch.testing.assert_close(POOLS[name](x, mask, quality, det), expected[:, 0], rtol=0, atol=1e-12)
 
 
@@ -134,19 +136,7 @@ def test_one_frame_keeps_its_direction_under_mean_and_channel_attention():
 def test_float32_on_each_device_agrees_with_float64(pool, device):
     x, mask, quality, det = clips()
     expected = pool(x, mask, quality, det)
-    pool32 = pool
-    if isinstance(pool, torch.nn.Module):
-        pool32 = type(pool)(
-            DIM,
-            scores=pool.scores,
-            **(
-                {"invert": pool.invert}
-                if hasattr(pool, "invert")
-                else {"blocks": 1 if pool.weight is None else 2}
-            ),
-        )
-        pool32.load_state_dict(pool.state_dict())
-        pool32 = pool32.to(device)
+    pool32 = copy.deepcopy(pool).float().to(device) if isinstance(pool, torch.nn.Module) else pool
     found = pool32(
         *(
             part.to(device, torch.bool if part.dtype is torch.bool else torch.float32)
@@ -398,6 +388,7 @@ def test_coded_attention_in_float32_agrees_with_its_layers_on_raw_embeddings(dev
     [
         aggregate.NAN(DIM),
         aggregate.NAN(DIM, blocks=2),
+        aggregate.ScoreAttention(DIM),
         aggregate.ChannelAttention(DIM),
         aggregate.ChannelAttention(DIM, invert=True),
         aggregate.CodedAttention(DIM, frames=4, scores=False),
@@ -405,8 +396,8 @@ def test_coded_attention_in_float32_agrees_with_its_layers_on_raw_embeddings(dev
     ids=lambda module: type(module).__name__,
 )
 def test_untrained_attention_is_norm_pool(module):
-    x, mask, _, _ = clips(lengths=(4, 4))
-    torch.testing.assert_close(module.double()(x, mask), aggregate.norm_pool(x, mask), rtol=1e-12, atol=1e-12)
+    x, mask, quality, det = clips(lengths=(4, 4))
+    torch.testing.assert_close(module.double()(x, mask, quality, det), aggregate.norm_pool(x, mask), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["nan", "nan two", "nan scores", "channel", "channel inverted"])
@@ -419,6 +410,19 @@ def test_output_is_the_weighted_sum_of_the_frames(name):
     torch.testing.assert_close(
         (weight[..., None] * frames).sum(1), module(x, mask, quality, det), rtol=0, atol=1e-12
     )
+
+
+def test_score_attention_weighs_by_softmax_of_quality_det_and_norm():
+    module = aggregate.ScoreAttention(2).double()
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([2.0, 3.0, 1.0]))
+    x = torch.tensor([[[20.0, 0.0], [0.0, 40.0]]], dtype=torch.float64)
+    quality, det = torch.tensor([[50.0, 100.0]]).double(), torch.tensor([[1.0, 0.5]]).double()
+    # logits 2 * .5 + 3 * 1 + 1 = 5 and 2 * 1 + 3 * .5 + 2 = 5.5
+    first = 1 / (1 + math.exp(0.5))
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    np.testing.assert_allclose(module.weights(x, mask, quality, det)[0].tolist(), [first, 1 - first], rtol=1e-12)
+    np.testing.assert_allclose(module(x, mask, quality, det)[0].tolist(), [20 * first, 40 * (1 - first)], rtol=1e-12)
 
 
 def test_weights_sum_to_one_and_with_gamma_to_one_plus_gamma():

@@ -20,7 +20,7 @@ def published():
     return sorted((train, val) for train, val, n in rows for _ in range(n))
 
 
-# -- clips per identity ---------------------------------------------------------------------------------------------
+# -- clips per identity --------------------------------------------------------------------------------------
 
 
 def test_all_identities_have_exactly_the_published_counts(published):
@@ -50,8 +50,8 @@ def test_fewer_identities_are_one_from_each_stratum(published, identities):
 def test_fewer_identities_keep_the_means(seed):
     mean = clips_per_identity(500, np.random.default_rng(seed)).mean(axis=0)
     # within a stratum val clips vary with a standard deviation of about 2.5: five standard errors
-    assert mean == pytest.approx([6.04, 4.53], abs=.55)
-    assert mean[0] == pytest.approx(6.04, abs=.15)  # the strata hold the train clips nearly fixed
+    assert mean == pytest.approx([6.04, 4.53], abs=0.55)
+    assert mean[0] == pytest.approx(6.04, abs=0.15)  # the strata hold the train clips nearly fixed
 
 
 def test_every_identity_has_clips_to_train_on_and_to_find():
@@ -63,7 +63,7 @@ def test_more_identities_than_published_are_refused():
         clips_per_identity(10_035, np.random.default_rng(0))
 
 
-# -- what is published ----------------------------------------------------------------------------------------------
+# -- what is published ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["NORM_KNOTS", "QUALITY_KNOTS"])
@@ -85,14 +85,14 @@ def test_facts_are_named_once():
     assert len({target.fact for target in TARGETS}) == len(TARGETS)
 
 
-# -- marginals of a store of known ones -----------------------------------------------------------------------------
+# -- marginals of a store of known ones ----------------------------------------------------------------------
 
 
 def write(path, columns=("quality", "det")):
-    """Two identities: 7 with train clips a, b, c and val clip v, 8 with train clip d; w is a distractor, c faceless.
+    """Two identities: 7 with train clips a, b, c and val clip v, 8 with train clip d; w is a distractor.
 
-    All frames of 7 point along axis 0, those of 8 along axis 1, those of w along axis 2; the norms of a clip's two
-    frames are 10 and 20, d has 40 of norm 15.
+    All frames of 7 point along axis 0, those of 8 along axis 1, those of w along axis 2; the norms of a
+    clip's two frames are 10 and 20, d has 40 of norm 15, c has no face.
     """
     rows = {"a": 0, "b": 0, "d": 1, "v": 0, "w": 2}
     feature, start, count = [], {}, {}
@@ -100,9 +100,10 @@ def write(path, columns=("quality", "det")):
         start[clip], count[clip] = len(feature), 40 if clip == "d" else 2
         feature += [(15 if clip == "d" else (10, 20)[i]) * np.eye(4)[axis] for i in range(count[clip])]
     n = len(feature)
-    scores = {"quality": np.linspace(0, 100, n), "det": np.where(np.arange(n) < 12, .85, .95)}
-    clips = pd.DataFrame({"clip": list("abcdvw"), "split": ["train"] * 4 + ["val"] * 2,
-                          "identity": [0, 0, 0, 1, 0, -1]})
+    scores = {"quality": np.linspace(0, 100, n), "det": np.where(np.arange(n) < 12, 0.85, 0.95)}
+    clips = pd.DataFrame(
+        {"clip": list("abcdvw"), "split": ["train"] * 4 + ["val"] * 2, "identity": [0, 0, 0, 1, 0, -1]}
+    )
     spans = [[part.get(clip, 0) for clip in "abcdvw"] for part in (start, count)]
     with ClipStore.create(path, simulated=False, provenance={}) as writer:
         writer.append("face", np.array(feature, np.float16), **{name: scores[name] for name in columns})
@@ -115,29 +116,32 @@ def known(tmp_path_factory):
     return marginals(write(tmp_path_factory.mktemp("known") / "store"))
 
 
-@pytest.mark.parametrize("fact, value", [
-    ("train clips an identity, mean", 2),
-    ("train clips an identity, median", 2),
-    ("identities with at most 2 train clips", .5),
-    ("labelled val clips an identity, mean", .5),
-    ("correlation of train and val clips an identity", 1),
-    ("val clips that are distractors", .5),
-    ("clips without a face", 1 / 6),
-    ("faces a clip, mean", 48 / 5),
-    ("faces a clip, median", 2),
-    ("clips with at least 40 faces", .2),
-    ("quality score, mean", 50),
-    ("quality score, median", 50),
-    ("quality score, 5 %", 5),
-    ("quality score, standard deviation", 100 / 47 * np.sqrt((48**2 - 1) / 12)),  # of 48 equal steps
-    ("det score at least .8", 1),
-    ("det score above .9", .75),
-    ("mean norm of a clip, median", 15),
-    ("mean norm of a clip, 1 %", 15),
-    ("cosine of two clips of one identity, mean", 1),
-    ("cosine of two clips of two identities, mean", 0),
-    ("cosine of two clips of two identities, standard deviation", 0),
-])
+@pytest.mark.parametrize(
+    "fact, value",
+    [
+        ("train clips an identity, mean", 2),
+        ("train clips an identity, median", 2),
+        ("identities with at most 2 train clips", 0.5),
+        ("labelled val clips an identity, mean", 0.5),
+        ("correlation of train and val clips an identity", 1),
+        ("val clips that are distractors", 0.5),
+        ("clips without a face", 1 / 6),
+        ("faces a clip, mean", 48 / 5),
+        ("faces a clip, median", 2),
+        ("clips with at least 40 faces", 0.2),
+        ("quality score, mean", 50),
+        ("quality score, median", 50),
+        ("quality score, 5 %", 5),
+        ("quality score, standard deviation", 100 / 47 * np.sqrt((48**2 - 1) / 12)),  # of 48 equal steps
+        ("det score at least .8", 1),
+        ("det score above .9", 0.75),
+        ("mean norm of a clip, median", 15),
+        ("mean norm of a clip, 1 %", 15),
+        ("cosine of two clips of one identity, mean", 1),
+        ("cosine of two clips of two identities, mean", 0),
+        ("cosine of two clips of two identities, standard deviation", 0),
+    ],
+)
 def test_marginals_of_a_known_store(known, fact, value):
     assert known[fact] == pytest.approx(value, abs=1e-6)
 
@@ -147,8 +151,14 @@ def test_every_target_is_measured(known):
 
 
 def test_table_says_which_facts_are_within_their_tolerance(tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration, "TARGETS", [Target("faces a clip, median", 2.5, .5, "on the edge"),
-                                                 Target("quality score, mean", 49, .9, "just outside")])
+    monkeypatch.setattr(
+        calibration,
+        "TARGETS",
+        [
+            Target("faces a clip, median", 2.5, 0.5, "on the edge"),
+            Target("quality score, mean", 49, 0.9, "just outside"),
+        ],
+    )
     table = calibration_table(write(tmp_path / "store"))
     assert table["within"].tolist() == [True, False]
     assert table["achieved"].tolist() == [2, pytest.approx(50)]
@@ -174,7 +184,7 @@ def test_cosines_by_quality_tell_pairs_of_one_identity_from_pairs_of_two(tmp_pat
     assert (frame["pair"] == "one identity").sum() == 200
 
 
-# -- a simulated world ----------------------------------------------------------------------------------------------
+# -- a simulated world ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ import nbformat
 import pytest
 import yaml
 
+from mmlib.clips.features import import_lfw
+
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "book" / "chapters").glob("*.md"))
 COMMON_PARAMETERS = {"seeds", "profile", "data", "device"}
@@ -191,19 +193,52 @@ def tiny_cache(tmp_path_factory):
     return tmp_path_factory.mktemp("mmlib-cache")
 
 
+def run_chapter(chapter: Path, folder: Path, cache: Path, *parameters: str) -> list:
+    """Run a chapter as a user does, from ``folder``, and return its cells; it must leave nothing but its notebook."""
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", chapter.with_suffix(".ipynb"), "out.ipynb",
+               *parameters]
+    done = subprocess.run(command, cwd=folder, env=os.environ | {"MMLIB_CACHE": str(cache)}, capture_output=True,
+                          text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr[-4000:]
+    executed = code(nbformat.read(folder / "out.ipynb", as_version=4))
+    outputs = [output for cell in executed for output in cell.outputs]
+    assert [output.text for output in outputs if output.get("name") == "stderr"] == []
+    assert sorted(path.name for path in folder.iterdir()) == ["out.ipynb"]
+    return outputs
+
+
+def glued(outputs: list) -> dict[str, str]:
+    """Return the values that a chapter hands to its prose, as text."""
+    kind = "application/papermill.record/text/plain"
+    return {output.metadata["scrapbook"]["name"]: output.data[kind] for output in outputs
+            if kind in output.get("data", {})}
+
+
 @pytest.mark.chapters
 @each_chapter
 def test_chapter_runs_in_the_tiny_profile_from_any_directory(chapter, tiny_cache, tmp_path):
-    notebook = chapter.with_suffix(".ipynb")
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", notebook, "out.ipynb",
-               "-p", "profile", "tiny", "-p", "seeds", "[3]"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"MMLIB_CACHE": str(tiny_cache)},
-                          capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode == 0, done.stderr[-4000:]
-    executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)
-    outputs = [output for cell in code(executed) for output in cell.outputs]
-    assert [output.text for output in outputs if output.get("name") == "stderr"] == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.ipynb"]  # nothing beside its output
+    assert "notice" in glued(run_chapter(chapter, tmp_path, tiny_cache, "-p", "profile", "tiny", "-p", "seeds", "[3]"))
+
+
+@pytest.fixture(scope="session")
+def real_store(tmp_path_factory):
+    """The public embeddings of real faces as a store; skips where the files are not."""
+    folder = os.environ.get("MMLIB_REAL_DATA")
+    if not folder:
+        pytest.skip("MMLIB_REAL_DATA names no folder with the LFW embeddings (see CONTRIBUTING)")
+    store = tmp_path_factory.mktemp("real") / "store"
+    import_lfw(folder, store)
+    return store
+
+
+@pytest.mark.chapters
+@pytest.mark.parametrize("name", ["03_baselines", "04_aggregation"])
+def test_chapter_runs_on_real_faces(name, real_store, tiny_cache, tmp_path):
+    chapter = ROOT / "book" / "chapters" / f"{name}.md"
+    found = glued(run_chapter(chapter, tmp_path, tiny_cache, "-p", "data", str(real_store), "-p", "seeds", "[0]"))
+    assert "own" in found["notice"] and "imulated" not in found["notice"]
+    key = {"03_baselines": "base-mlp", "04_aggregation": "agg-trained"}[name]
+    assert .9 < float(found[key]) <= 1  # clean photographs: far above the chance level, and never above 1
 
 
 # The rules themselves.

@@ -11,8 +11,23 @@ import torch
 from mmlib import experiment, metrics
 from mmlib.clips.simulate import settings_for, simulate
 from mmlib.clips.store import ClipStore
-from mmlib.experiment import (Experiment, Record, as_seeds, cache_folder, clip_means, fetch_or_run, fit, library_hash,
-                              missing_scores, open_store, read_results, retrieve, run, torch_device, write_results)
+from mmlib.experiment import (
+    Experiment,
+    Record,
+    as_seeds,
+    cache_folder,
+    clip_means,
+    fetch_or_run,
+    fit,
+    library_hash,
+    missing_scores,
+    open_store,
+    read_results,
+    retrieve,
+    run,
+    torch_device,
+    write_results,
+)
 from mmlib.train import Training
 
 SMALL = (("identities", 12),)
@@ -34,11 +49,23 @@ def of(store, classifier="class means", aggregator="mean", **options):
     return Experiment(data=str(store.path), classifier=classifier, aggregator=aggregator, **options)
 
 
-def made(asked, ap=(.5,), library="here", simulated=True):
+def made(asked, ap=(0.5,), library="here", simulated=True):
     """A record of an experiment that nobody ran."""
-    return Record(key=asked.key(), library=library, experiment=asdict(asked), simulated=simulated, measures={},
-                  ap=list(ap), breakdown={}, losses=[], seconds={}, versions={}, device="CPU",
-                  made="2024-02-03T04:05:06+00:00", commit="abc1234")
+    return Record(
+        key=asked.key(),
+        library=library,
+        experiment=asdict(asked),
+        simulated=simulated,
+        measures={},
+        ap=list(ap),
+        breakdown={},
+        losses=[],
+        seconds={},
+        versions={},
+        device="CPU",
+        made="2024-02-03T04:05:06+00:00",
+        commit="abc1234",
+    )
 
 
 @pytest.fixture
@@ -54,16 +81,39 @@ def runs(monkeypatch, cache):
     return calls
 
 
-# -- keys -----------------------------------------------------------------------------------------------------------
+# -- keys ----------------------------------------------------------------------------------------------------
 
-OTHER = {"profile": "tiny", "settings": (("no_face", .1),), "seed": 1, "modality": "head", "aggregator": "norm",
-         "classifier": "linear", "concat": "raw", "hidden": 8, "dropout": .1, "shrinkage": .2, "scale": 9.0}
-OTHER_TRAINING = {"epochs": 1, "batch": 9, "frames": 3, "sample": "first", "lr": 1.0, "aggregator_lr": 1.0,
-                  "weight_decay": 1.0, "margin": .1, "scale": 1.0, "gamma": 1.0, "focal": "batch"}
+OTHER = {
+    "profile": "tiny",
+    "settings": (("no_face", 0.1),),
+    "seed": 1,
+    "modality": "head",
+    "aggregator": "norm",
+    "classifier": "linear",
+    "concat": "raw",
+    "hidden": 8,
+    "dropout": 0.1,
+    "shrinkage": 0.2,
+    "scale": 9.0,
+}
+OTHER_TRAINING = {
+    "epochs": 1,
+    "batch": 9,
+    "frames": 3,
+    "sample": "first",
+    "lr": 1.0,
+    "aggregator_lr": 1.0,
+    "weight_decay": 1.0,
+    "margin": 0.1,
+    "scale": 1.0,
+    "gamma": 1.0,
+    "focal": "batch",
+}
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(Experiment)
-                                  if field.name not in ("data", "training")])
+@pytest.mark.parametrize(
+    "name", [field.name for field in fields(Experiment) if field.name not in ("data", "training")]
+)
 def test_every_field_of_a_trained_experiment_changes_the_key(name):
     assert replace(Experiment(), **{name: OTHER[name]}).key() != Experiment().key()
 
@@ -75,7 +125,7 @@ def test_every_field_of_the_training_changes_the_key(name):
 
 
 @pytest.mark.parametrize("classifier", ["nearest", "class means", "whitened means"])
-@pytest.mark.parametrize("ignored", [{"training": BRIEF}, {"hidden": 8}, {"dropout": .1}])
+@pytest.mark.parametrize("ignored", [{"training": BRIEF}, {"hidden": 8}, {"dropout": 0.1}])
 def test_training_does_not_change_the_key_where_nothing_is_trained(classifier, ignored):
     plain = Experiment(classifier=classifier)
     assert replace(plain, **ignored).key() == plain.key()
@@ -89,16 +139,16 @@ def test_what_decides_untrained_numbers_changes_their_key(name):
 
 def test_untrained_experiments_of_one_key_have_one_number(store):
     plain = of(store, concat="raw")
-    other = replace(plain, training=BRIEF, hidden=8, dropout=.1)
+    other = replace(plain, training=BRIEF, hidden=8, dropout=0.1)
     assert plain.key() == other.key() and run(plain, store).ap == run(other, store).ap
 
 
 def test_setting_given_its_default_does_not_change_the_key():
-    assert Experiment(settings=(("contaminated", .15),)).key() == Experiment().key()
+    assert Experiment(settings=(("contaminated", 0.15),)).key() == Experiment().key()
 
 
 def test_order_of_settings_does_not_change_the_key():
-    settings = (("no_face", .1), ("reliability", .5))
+    settings = (("no_face", 0.1), ("reliability", 0.5))
     assert Experiment(settings=settings).key() == Experiment(settings=settings[::-1]).key()
 
 
@@ -120,22 +170,30 @@ def test_settings_of_the_simulator_mean_nothing_on_a_given_store(store):
     assert of(store, settings=SMALL, profile="full").key() == of(store).key()
 
 
-@pytest.mark.parametrize("bad, message", [
-    ({"classifier": "svm"}, "classifier must be one of nearest, .*, got 'svm'"),
-    ({"aggregator": "NAN", "classifier": "class means"}, "aggregator 'NAN' is learned, so classifier cannot be"),
-])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"classifier": "svm"}, "classifier must be one of nearest, .*, got 'svm'"),
+        (
+            {"aggregator": "NAN", "classifier": "class means"},
+            "aggregator 'NAN' is learned, so classifier cannot be",
+        ),
+    ],
+)
 def test_experiments_that_cannot_be_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         Experiment(**bad)
 
 
-# -- the hash of the library ----------------------------------------------------------------------------------------
+# -- the hash of the library ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def library(tmp_path, monkeypatch):
     """A copy of the library to edit; call it for its hash."""
-    copy = shutil.copytree(experiment.PACKAGE, tmp_path / "mmlib", ignore=shutil.ignore_patterns("__pycache__"))
+    copy = shutil.copytree(
+        experiment.PACKAGE, tmp_path / "mmlib", ignore=shutil.ignore_patterns("__pycache__")
+    )
     monkeypatch.setattr(experiment, "PACKAGE", copy)
 
     def fresh():
@@ -173,35 +231,54 @@ def test_hash_ignores_figures(library):
     assert library() == before
 
 
-@pytest.mark.parametrize("name, old, new", [("train.py", "epochs: int = ", "epochs: int = 1"),
-                                            ("clips/simulate.py", "SEGMENT = 8", "SEGMENT = 9"),
-                                            ("clips/clips_per_identity_joint.csv", "1,1,1137", "1,1,1136")])
+@pytest.mark.parametrize(
+    "name, old, new",
+    [
+        ("train.py", "epochs: int = ", "epochs: int = 1"),
+        ("clips/simulate.py", "SEGMENT = 8", "SEGMENT = 9"),
+        ("clips/clips_per_identity_joint.csv", "1,1,1137", "1,1,1136"),
+    ],
+)
 def test_hash_sees_what_decides_numbers(library, name, old, new):
     before = library()
     edit(library.path / name, old, new)
     assert library() != before
 
 
-@pytest.mark.parametrize("one, two", [
-    ('def f():\n    """Say."""\n    return 1', "def f():\n    return 1"),
-    ('"""Module."""\nx = 1  # why', "x = 1"),
-    ('class A:\n    """A."""\n    y: int = 2', "class A:\n    y: int = 2"),
-    ("x = (1 +\n     2)", "x = 1 + 2"),
-])
+@pytest.mark.parametrize(
+    "one, two",
+    [
+        ('def f():\n    """Say."""\n    return 1', "def f():\n    return 1"),
+        ('"""Module."""\nx = 1  # why', "x = 1"),
+        ('class A:\n    """A."""\n    y: int = 2', "class A:\n    y: int = 2"),
+        ("x = (1 +\n     2)", "x = 1 + 2"),
+    ],
+)
 def test_tree_is_blind_to_prose_and_layout(one, two):
     assert experiment._tree(experiment.ast.parse(one)) == experiment._tree(experiment.ast.parse(two))
 
 
-@pytest.mark.parametrize("one, two", [
-    ("x = 1", "x = 2"), ("x = 1", "x = 1.0"), ("x = 'a'", "x = 'b'"), ("f(None)", "f()"), ("x = a + b", "x = a - b"),
-    ("x = None", "x = 0"), ("def f(a=None): return a", "def f(a): return a"), ("x = {**a}", "x = {a: a}"),
-    ("x = []", "x = ()"), ("return_ = [1]", "return_ = []"), ("x = f('a')", "x = f('b')"),
-])
+@pytest.mark.parametrize(
+    "one, two",
+    [
+        ("x = 1", "x = 2"),
+        ("x = 1", "x = 1.0"),
+        ("x = 'a'", "x = 'b'"),
+        ("f(None)", "f()"),
+        ("x = a + b", "x = a - b"),
+        ("x = None", "x = 0"),
+        ("def f(a=None): return a", "def f(a): return a"),
+        ("x = {**a}", "x = {a: a}"),
+        ("x = []", "x = ()"),
+        ("return_ = [1]", "return_ = []"),
+        ("x = f('a')", "x = f('b')"),
+    ],
+)
 def test_tree_sees_code(one, two):
     assert experiment._tree(experiment.ast.parse(one)) != experiment._tree(experiment.ast.parse(two))
 
 
-# -- fetching -------------------------------------------------------------------------------------------------------
+# -- fetching ------------------------------------------------------------------------------------------------
 
 
 def test_stored_record_is_fetched_without_running(store, cache, monkeypatch):
@@ -261,7 +338,7 @@ def test_failed_write_leaves_no_record(store, runs, cache, monkeypatch):
     assert [path for path in cache.rglob("*") if path.is_file()] == []
 
 
-# -- worlds ---------------------------------------------------------------------------------------------------------
+# -- worlds --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -296,13 +373,24 @@ def test_worlds_with_settings_are_deleted_after_an_interrupt(drawn, cache, tmp_p
 
 
 def test_arms_of_one_world_draw_it_once(runs, drawn):
-    fetch_or_run([Experiment(settings=SMALL, seed=seed, aggregator=name) for name in ("mean", "norm", "quality")
-                  for seed in (0, 1)])
+    fetch_or_run(
+        [
+            Experiment(settings=SMALL, seed=seed, aggregator=name)
+            for name in ("mean", "norm", "quality")
+            for seed in (0, 1)
+        ]
+    )
     assert [seed for _, seed in drawn] == [0, 1] and len(runs) == 6
 
 
 def test_every_arm_runs_in_its_own_world(runs, drawn):
-    fetch_or_run([Experiment(settings=(*SMALL, ("no_face", share)), seed=seed) for share in (0, .1) for seed in (0, 1)])
+    fetch_or_run(
+        [
+            Experiment(settings=(*SMALL, ("no_face", share)), seed=seed)
+            for share in (0, 0.1)
+            for seed in (0, 1)
+        ]
+    )
     for asked, world in runs:
         said = world.meta["provenance"]
         assert (said["settings"]["no_face"], said["seed"]) == (dict(asked.settings)["no_face"], asked.seed)
@@ -329,7 +417,7 @@ def test_open_store_opens_the_given_one(store):
     assert open_store(of(store)).path == store.path
 
 
-# -- scores ---------------------------------------------------------------------------------------------------------
+# -- scores --------------------------------------------------------------------------------------------------
 
 
 def mean_faces(store, clips):
@@ -337,34 +425,45 @@ def mean_faces(store, clips):
     out = []
     for clip in clips:
         face = store.modalities["face"]
-        x = np.array(face.feature[face.start[clip]:face.start[clip] + face.count[clip]], float)
+        x = np.array(face.feature[face.start[clip] : face.start[clip] + face.count[clip]], float)
         mean = (x / np.linalg.norm(x, axis=1, keepdims=True)).mean(axis=0)
         out.append(mean / np.linalg.norm(mean))
     return np.array(out)
 
 
 def official(store, gallery, cosine, scale=30.0):
-    """Score cosines (N, C) of gallery clips through the files of the challenge: names, and all labelled val clips."""
+    """Score cosines (N, C) of gallery clips by names, against all labelled val clips."""
     score = scale * cosine
     score -= np.log(np.exp(score).sum(axis=1, keepdims=True))
     names, val = store.clips["clip"].to_numpy(), store.select("val", labelled=True)
-    lines = [[names[clip] for clip in val if store.identity_of(clip) == code] for code in range(len(store.identities))]
+    lines = [
+        [names[clip] for clip in val if store.identity_of(clip) == code]
+        for code in range(len(store.identities))
+    ]
     known = [code for code, clips in enumerate(lines) if clips]
     result = [names[gallery[np.argsort(-score[:, code], kind="stable")[:100]]] for code in known]
-    return metrics.official_score(([store.identities[c] for c in known], [lines[c] for c in known]),
-                                  ([store.identities[c] for c in known], result))
+    return metrics.official_score(
+        ([store.identities[c] for c in known], [lines[c] for c in known]),
+        ([store.identities[c] for c in known], result),
+    )
 
 
 def slow_cosines(store, classifier, gallery, train):
     label, known, found = store.identity_of(train), mean_faces(store, train), mean_faces(store, gallery)
     identities = len(store.identities)
     if classifier == "nearest":
-        return np.array([[max(x @ known[i] for i in np.flatnonzero(label == code)) for code in range(identities)]
-                         for x in found])
+        return np.array(
+            [
+                [max(x @ known[i] for i in np.flatnonzero(label == code)) for code in range(identities)]
+                for x in found
+            ]
+        )
     if classifier == "whitened means":
-        deviation = np.concatenate([known[label == c] - known[label == c].mean(axis=0) for c in range(identities)])
+        deviation = np.concatenate(
+            [known[label == c] - known[label == c].mean(axis=0) for c in range(identities)]
+        )
         covariance = deviation.T @ deviation / (len(known) - identities)
-        covariance = .9 * covariance + .1 * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+        covariance = 0.9 * covariance + 0.1 * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
         half = np.linalg.cholesky(np.linalg.inv(covariance))  # not symmetric: only the angles are the same
         known, found = ((x - x_mean) @ half for x, x_mean in ((known, known.mean(0)), (found, known.mean(0))))
         known, found = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (known, found))
@@ -401,10 +500,12 @@ def test_clips_without_a_face_count_among_the_relevant(store):
 
 
 def test_clips_without_a_face_cost_their_identity(store):
-    """Perfect ranking of the rest cannot lift an AP above the share of the identity's clips that have a face."""
+    """An AP cannot exceed the share of the identity's clips that have a face, however they are ranked."""
     found = retrieve(of(store), store)
-    having = np.bincount(store.identity_of(found.gallery)[store.identity_of(found.gallery) >= 0],
-                         minlength=len(store.identities))[found.queries]
+    having = np.bincount(
+        store.identity_of(found.gallery)[store.identity_of(found.gallery) >= 0],
+        minlength=len(store.identities),
+    )[found.queries]
     assert (having < found.relevant).any()
     assert (found.ap <= having / found.relevant + 1e-12).all()
 
@@ -428,7 +529,7 @@ def test_breakdown_counts_every_labelled_gallery_clip_once(store, group):
     clips, top1, precision = np.array(record.breakdown[group])[:, 2:].T
     assert clips.sum() == np.sum(store.identity_of(found.gallery) >= 0)
     assert clips @ top1 / clips.sum() == pytest.approx(record.measures["clip_top1"], abs=1e-4)
-    assert clips @ precision == pytest.approx(found.ap @ found.relevant, abs=.01)
+    assert clips @ precision == pytest.approx(found.ap @ found.relevant, abs=0.01)
 
 
 def test_breakdown_by_length_puts_clips_between_its_edges(store):
@@ -469,20 +570,25 @@ def test_every_modality_can_be_ranked(store, modality):
 
 def test_trained_model_starts_from_class_means(store):
     label = store.identity_of(store.select("train", labelled=True, having="face"))
-    model, clips, _ = fit(of(store, "mlp", training=replace(BRIEF, lr=0.0, weight_decay=0.0)), store,
-                          device=torch.device("cpu"))
+    model, clips, _ = fit(
+        of(store, "mlp", training=replace(BRIEF, lr=0.0, weight_decay=0.0)), store, device=torch.device("cpu")
+    )
     mean = np.array([mean_faces(store, clips)[label == code].mean(axis=0) for code in range(30)])
-    cosine = np.einsum("cd,cd->c", mean / np.linalg.norm(mean, axis=1, keepdims=True), model.prototype.detach())
+    cosine = np.einsum(
+        "cd,cd->c", mean / np.linalg.norm(mean, axis=1, keepdims=True), model.prototype.detach()
+    )
     assert cosine == pytest.approx(np.ones(30), abs=1e-5)
 
 
-# -- what a store lacks ---------------------------------------------------------------------------------------------
+# -- what a store lacks --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """Two identities with two train clips and a val clip each, one frame long, with a quality and no det score."""
-    clips = pd.DataFrame({"clip": list("abcdef"), "split": ["train"] * 4 + ["val"] * 2, "identity": [0, 0, 1, 1, 0, 1]})
+    """Two identities, each with two train clips and a val clip of one frame; quality but no det score."""
+    clips = pd.DataFrame(
+        {"clip": list("abcdef"), "split": ["train"] * 4 + ["val"] * 2, "identity": [0, 0, 1, 1, 0, 1]}
+    )
     rng = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("bare") / "store"
     with ClipStore.create(path, simulated=False, provenance={}) as writer:
@@ -491,17 +597,26 @@ def bare(tmp_path_factory):
     return ClipStore.open(path)
 
 
-@pytest.mark.parametrize("arm, missing", [
-    ({"aggregator": "mean"}, []), ({"aggregator": "best half"}, []), ({"aggregator": "quality"}, ["det"]),
-    ({"aggregator": "NAN"}, []), ({"aggregator": "NAN + scores"}, ["det"]),
-    ({"aggregator": "mean", "concat": "raw"}, ["det"]), ({"aggregator": "best half", "concat": "raw"}, ["det"]),
-])
+@pytest.mark.parametrize(
+    "arm, missing",
+    [
+        ({"aggregator": "mean"}, []),
+        ({"aggregator": "best half"}, []),
+        ({"aggregator": "quality"}, ["det"]),
+        ({"aggregator": "NAN"}, []),
+        ({"aggregator": "NAN + scores"}, ["det"]),
+        ({"aggregator": "mean", "concat": "raw"}, ["det"]),
+        ({"aggregator": "best half", "concat": "raw"}, ["det"]),
+    ],
+)
 def test_missing_scores_are_those_that_the_arm_needs(bare, arm, missing):
     assert missing_scores(of(bare, "mlp", **arm), bare) == missing
 
 
 def test_arm_without_its_scores_is_refused_by_name(bare):
-    with pytest.raises(ValueError, match="store: 'quality' needs det scores of 'face', and the store has none"):
+    with pytest.raises(
+        ValueError, match="store: 'quality' needs det scores of 'face', and the store has none"
+    ):
         run(of(bare, aggregator="quality"), bare)
 
 
@@ -522,11 +637,14 @@ def test_unknown_device_is_refused():
 
 def test_clip_means_are_those_of_every_clip_alone(store):
     face = store.modalities["face"]
-    slow = [face.columns["quality"][s:s + n].mean() if n else np.nan for s, n in zip(face.start, face.count, strict=True)]
+    slow = [
+        face.columns["quality"][s : s + n].mean() if n else np.nan
+        for s, n in zip(face.start, face.count, strict=True)
+    ]
     assert np.allclose(clip_means(store, "face", "quality"), slow, equal_nan=True, rtol=1e-9)
 
 
-# -- files and parameters -------------------------------------------------------------------------------------------
+# -- files and parameters ------------------------------------------------------------------------------------
 
 
 def test_record_survives_json(store):
@@ -537,8 +655,12 @@ def test_record_survives_json(store):
 
 
 def test_row_of_a_record_is_flat(store):
-    row = made(replace(of(store), settings=(("no_face", .1),))).row()
-    assert row["no_face"] == .1 and row["training.epochs"] == Training().epochs and row["classifier"] == "class means"
+    row = made(replace(of(store), settings=(("no_face", 0.1),))).row()
+    assert (
+        row["no_face"] == 0.1
+        and row["training.epochs"] == Training().epochs
+        and row["classifier"] == "class means"
+    )
 
 
 @pytest.fixture
@@ -592,13 +714,25 @@ def test_truncated_file_of_records_is_refused(results):
         read_results("some.json.gz")
 
 
-@pytest.mark.parametrize("text, seeds", [("[3]", [3]), ("3", [3]), (3, [3]), ([3], [3]), ((0, 2), [0, 2]),
-                                         ("[2, 0]", [2, 0]), (range(3), [0, 1, 2])])
+@pytest.mark.parametrize(
+    "text, seeds",
+    [
+        ("[3]", [3]),
+        ("3", [3]),
+        (3, [3]),
+        ([3], [3]),
+        ((0, 2), [0, 2]),
+        ("[2, 0]", [2, 0]),
+        (range(3), [0, 1, 2]),
+    ],
+)
 def test_seeds_are_read_as_papermill_passes_them(text, seeds):
     assert as_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("bad", ["", "[]", [], "[1, 1]", [1, 1], [-1], "-1", "x", "null", 3.5, [1.0], None, True, ["0"]])
+@pytest.mark.parametrize(
+    "bad", ["", "[]", [], "[1, 1]", [1, 1], [-1], "-1", "x", "null", 3.5, [1.0], None, True, ["0"]]
+)
 def test_seeds_that_are_none_are_refused_with_their_value(bad):
     with pytest.raises(ValueError, match="seeds must be .*, got "):
         as_seeds(bad)

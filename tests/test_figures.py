@@ -27,24 +27,40 @@ def shown(monkeypatch):
 
 def drawn(ax):
     """Lines with more than one point or with markers, without reference lines: (x, y) of each by label."""
-    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in ax.get_lines()
-            if not line.get_label().startswith("_")}
+    return {
+        line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
+        for line in ax.get_lines()
+        if not line.get_label().startswith("_")
+    }
 
 
-# -- prose ----------------------------------------------------------------------------------------------------------
+# -- prose ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value, text", [(3, "3"), (.25, "0.25"), ("yes", "'yes'"), (np.float32(.5), "0.5"),
-                                         (np.int64(7), "7"), (float("nan"), "nan")])
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (3, "3"),
+        (0.25, "0.25"),
+        ("yes", "'yes'"),
+        (np.float32(0.5), "0.5"),
+        (np.int64(7), "7"),
+        (float("nan"), "nan"),
+    ],
+)
 def test_glue_leaves_a_record_that_the_book_can_paste(shown, value, text):
     figures.glue("share", value)
     data, options = shown[0]
     assert data == {"application/papermill.record/text/plain": text}
-    assert options == {"raw": True, "metadata": {"scrapbook": {"name": "share",
-                                                               "mime_prefix": "application/papermill.record/"}}}
+    assert options == {
+        "raw": True,
+        "metadata": {"scrapbook": {"name": "share", "mime_prefix": "application/papermill.record/"}},
+    }
 
 
-@pytest.mark.parametrize("simulated, said", [(True, "simulated clips"), (False, "data set of the reader's own")])
+@pytest.mark.parametrize(
+    "simulated, said", [(True, "simulated clips"), (False, "data set of the reader's own")]
+)
 def test_notice_says_where_the_numbers_come_from(shown, simulated, said):
     figures.notice(simulated)
     data, options = shown[0]
@@ -57,13 +73,22 @@ def test_notice_cannot_break_the_page(shown):
     assert "&lt;script&gt; &amp; more" in shown[0][0]["application/papermill.record/text/html"]
 
 
-@pytest.mark.parametrize("low, high, verdict", [(.1, .2, "gain"), (-.2, -.1, "loss"), (-.1, .1, "open"), (0, .1, "open"),
-                                                (-.1, 0, "open"), (np.nan, np.nan, "open")])
+@pytest.mark.parametrize(
+    "low, high, verdict",
+    [
+        (0.1, 0.2, "gain"),
+        (-0.2, -0.1, "loss"),
+        (-0.1, 0.1, "open"),
+        (0, 0.1, "open"),
+        (-0.1, 0, "open"),
+        (np.nan, np.nan, "open"),
+    ],
+)
 def test_verdict_is_what_the_interval_supports(low, high, verdict):
     assert figures.signed(low, high, "gain", "loss", "open") == verdict
 
 
-# -- style ----------------------------------------------------------------------------------------------------------
+# -- style ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*AGGREGATORS, *CLASSIFIERS])
@@ -77,42 +102,55 @@ def test_panels_stand_side_by_side():
     assert len(figures.panels(1)[1]) == 1
 
 
-# -- drawings -------------------------------------------------------------------------------------------------------
+# -- drawings ------------------------------------------------------------------------------------------------
 
-FOREST = pd.DataFrame({"arm": ["norm", "mean", "quality"], "difference": [.5, 0, 1.0], "low": [.2, np.nan, .7],
-                       "high": [.9, np.nan, 1.1]})
+FOREST = pd.DataFrame(
+    {
+        "arm": ["norm", "mean", "quality"],
+        "difference": [0.5, 0, 1.0],
+        "low": [0.2, np.nan, 0.7],
+        "high": [0.9, np.nan, 1.1],
+    }
+)
 
 
 def test_forest_puts_the_best_method_on_top():
     ax = figures.forest(FOREST, label="arm", value="difference", xlabel="points")
     assert [label.get_text() for label in ax.get_yticklabels()] == ["mean", "norm", "quality"]
     bars = [bar for bar in ax.containers if isinstance(bar, ErrorbarContainer)]
-    assert [(bar[0].get_xdata()[0], bar[0].get_ydata()[0]) for bar in bars] == [(0, 0), (.5, 1), (1, 2)]
+    assert [(bar[0].get_xdata()[0], bar[0].get_ydata()[0]) for bar in bars] == [(0, 0), (0.5, 1), (1, 2)]
 
 
 def test_forest_draws_the_intervals_there_are():
     ax = figures.forest(FOREST, label="arm", value="difference", xlabel="points")
     ends = [bar[2][0].get_segments()[0][:, 0].tolist() for bar in ax.containers if bar[2]]
-    assert ends == [pytest.approx([.2, .9]), pytest.approx([.7, 1.1])]
+    assert ends == [pytest.approx([0.2, 0.9]), pytest.approx([0.7, 1.1])]
 
 
-LINES = pd.DataFrame({"range": ["1-4", "5-9"] * 2, "top1": [.1, .2, .3, .4], "method": ["mean"] * 2 + ["norm"] * 2})
+LINES = pd.DataFrame(
+    {"range": ["1-4", "5-9"] * 2, "top1": [0.1, 0.2, 0.3, 0.4], "method": ["mean"] * 2 + ["norm"] * 2}
+)
 
 
 def test_lines_are_drawn_one_a_method_in_the_order_of_the_categories():
     ax = figures.lines(LINES, x="range", y="top1", by="method", xlabel="faces", ylabel="top-1 (share)")
-    assert drawn(ax) == {"mean": ([0, 1], [.1, .2]), "norm": ([0, 1], [.3, .4])}
+    assert drawn(ax) == {"mean": ([0, 1], [0.1, 0.2]), "norm": ([0, 1], [0.3, 0.4])}
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1-4", "5-9"]
 
 
 def test_lines_of_a_method_without_a_category_leave_its_place_empty():
-    ax = figures.lines(LINES.drop(index=2), x="range", y="top1", by="method", xlabel="faces", ylabel="top-1 (share)")
-    assert drawn(ax)["norm"] == ([1], [.4])
+    ax = figures.lines(
+        LINES.drop(index=2), x="range", y="top1", by="method", xlabel="faces", ylabel="top-1 (share)"
+    )
+    assert drawn(ax)["norm"] == ([1], [0.4])
 
 
 def test_lines_drop_no_method_however_many():
-    many = pd.DataFrame({"range": "all", "top1": .5, "method": [f"arm {i}" for i in range(15)]})
-    assert len(drawn(figures.lines(many, x="range", y="top1", by="method", xlabel="faces", ylabel="top-1"))) == 15
+    many = pd.DataFrame({"range": "all", "top1": 0.5, "method": [f"arm {i}" for i in range(15)]})
+    assert (
+        len(drawn(figures.lines(many, x="range", y="top1", by="method", xlabel="faces", ylabel="top-1")))
+        == 15
+    )
 
 
 def test_lines_can_be_left_unconnected():
@@ -121,22 +159,26 @@ def test_lines_can_be_left_unconnected():
 
 
 def test_targets_missed_are_told_from_those_met():
-    frame = pd.DataFrame({"fact": ["a", "b", "c"], "deviation": [.5, -1.5, 9.0], "within": [True, False, False]})
+    frame = pd.DataFrame(
+        {"fact": ["a", "b", "c"], "deviation": [0.5, -1.5, 9.0], "within": [True, False, False]}
+    )
     ax = figures.against_target(frame)
-    assert drawn(ax) == {"within": ([.5], [2]), "missed": ([-1.5, 3], [1, 0])}  # beyond 3 at the edge
+    assert drawn(ax) == {"within": ([0.5], [2]), "missed": ([-1.5, 3], [1, 0])}  # beyond 3 at the edge
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("log, scale", [(True, "log"), (False, "linear")])
 def test_curves_show_the_store_and_the_published_points(log, scale):
-    store, published = (pd.DataFrame({"x": x, "y": y}) for x, y in (([1, 2, 3], [1, .5, .2]), ([2], [.4])))
+    store, published = (pd.DataFrame({"x": x, "y": y}) for x, y in (([1, 2, 3], [1, 0.5, 0.2]), ([2], [0.4])))
     ax = figures.curves(store, published, x="x", y="y", xlabel="faces", ylabel="share", log=log)
-    assert drawn(ax) == {"this store": ([1, 2, 3], [1, .5, .2]), "published": ([2], [.4])}
+    assert drawn(ax) == {"this store": ([1, 2, 3], [1, 0.5, 0.2]), "published": ([2], [0.4])}
     assert ax.get_xscale() == scale
 
 
 def test_densities_have_area_one_a_group():
-    frame = pd.DataFrame({"cosine": np.random.default_rng(0).normal(size=900), "pair": ["one"] * 300 + ["two"] * 600})
+    frame = pd.DataFrame(
+        {"cosine": np.random.default_rng(0).normal(size=900), "pair": ["one"] * 300 + ["two"] * 600}
+    )
     ax = figures.densities(frame, value="cosine", by="pair", xlabel="cosine")
     assert len(ax.patches) == 2
     for patch in ax.patches:
@@ -150,27 +192,54 @@ def test_densities_drop_no_group_however_many():
 
 
 def test_weights_are_drawn_a_clip_a_panel_with_wrong_frames_shaded():
-    frame = pd.DataFrame({"clip": ["a"] * 4 + ["b"] * 2, "frame": [0, 1, 0, 1, 0, 1], "weight": [.2, .8, .5, .5, 1, 0],
-                          "method": ["norm"] * 2 + ["NAN"] * 2 + ["norm"] * 2,
-                          "wrong": [False, True, False, True, False, False]})
+    frame = pd.DataFrame(
+        {
+            "clip": ["a"] * 4 + ["b"] * 2,
+            "frame": [0, 1, 0, 1, 0, 1],
+            "weight": [0.2, 0.8, 0.5, 0.5, 1, 0],
+            "method": ["norm"] * 2 + ["NAN"] * 2 + ["norm"] * 2,
+            "wrong": [False, True, False, True, False, False],
+        }
+    )
     one, two = figures.frame_weights(frame, figures.panels(2)[1])
-    assert drawn(one) == {"norm": ([0, 1], [.2, .8]), "NAN": ([0, 1], [.5, .5])}
+    assert drawn(one) == {"norm": ([0, 1], [0.2, 0.8]), "NAN": ([0, 1], [0.5, 0.5])}
     assert drawn(two) == {"norm": ([0, 1], [1, 0])}
-    assert [patch.get_x() for patch in one.patches] == [.5] and len(two.patches) == 0
+    assert [patch.get_x() for patch in one.patches] == [0.5] and len(two.patches) == 0
 
 
-GRID = pd.DataFrame({"share": [.5, 2.0, .5], "wrong quality": [-1.0, -1.0, 0.0], "difference": [.4, -.8, .1],
-                     "low": [.2, -1.0, -.1], "high": [.6, -.6, .3], "reliability": .95, "aggregator": "NAN"})
+GRID = pd.DataFrame(
+    {
+        "share": [0.5, 2.0, 0.5],
+        "wrong quality": [-1.0, -1.0, 0.0],
+        "difference": [0.4, -0.8, 0.1],
+        "low": [0.2, -1.0, -0.1],
+        "high": [0.6, -0.6, 0.3],
+        "reliability": 0.95,
+        "aggregator": "NAN",
+    }
+)
 
 
 def grid(frame=GRID):
-    return figures.verdict_grid(frame, x="share", y="wrong quality", xlabel="share (factor)", ylabel="quality", limit=1,
-                                columns=[.5, 2.0], rows=[-1.0, 0.0])
+    return figures.verdict_grid(
+        frame,
+        x="share",
+        y="wrong quality",
+        xlabel="share (factor)",
+        ylabel="quality",
+        limit=1,
+        columns=[0.5, 2.0],
+        rows=[-1.0, 0.0],
+    )
 
 
 def test_grid_writes_every_difference_into_its_cell():
     texts = {(text.get_position(), text.get_text()) for text in grid().texts}
-    assert texts == {((.5, .5), "+0.1"), ((.5, 1.5), "+0.4"), ((1.5, 1.5), "-0.8")}  # the upper row is quality 0
+    assert texts == {
+        ((0.5, 0.5), "+0.1"),
+        ((0.5, 1.5), "+0.4"),
+        ((1.5, 1.5), "-0.8"),
+    }  # the upper row is quality 0
 
 
 def test_grid_marks_the_cells_whose_interval_excludes_zero():
@@ -186,7 +255,9 @@ def test_grid_colours_tell_gains_from_losses():
 
 
 def test_grids_have_a_panel_for_every_arm_and_reliability():
-    frame = pd.concat([GRID.assign(reliability=r, aggregator=a) for r in (.6, .8, .95) for a in ("NAN", "attention")])
+    frame = pd.concat(
+        [GRID.assign(reliability=r, aggregator=a) for r in (0.6, 0.8, 0.95) for a in ("NAN", "attention")]
+    )
     assert len(figures.verdict_grids(frame).axes) == 6
 
 
@@ -195,25 +266,40 @@ def test_grids_of_nothing_can_be_drawn():
 
 
 def test_late_hits_have_a_line_for_every_number_of_clips():
-    frame = pd.DataFrame({"relevant": [1, 1, 5, 5], "rank": [1, 10, 1, 10], "loss": [.5, .1, .2, .01]})
+    frame = pd.DataFrame({"relevant": [1, 1, 5, 5], "rank": [1, 10, 1, 10], "loss": [0.5, 0.1, 0.2, 0.01]})
     ax = figures.late_hits(frame)
-    assert drawn(ax) == {"1": ([1, 10], [.5, .1]), "5": ([1, 10], [.2, .01])}
+    assert drawn(ax) == {"1": ([1, 10], [0.5, 0.1]), "5": ([1, 10], [0.2, 0.01])}
     assert ax.get_xscale() == "log"
 
 
 def test_interval_width_stands_beside_its_normal_approximation():
-    frame = pd.DataFrame({"identities": [100, 10], "width": [.02, .07], "normal": [.021, .066]})
-    assert drawn(figures.interval_width(frame)) == {"bootstrap": ([100, 10], [.02, .07]),
-                                                    "normal approximation": ([10, 100], [.066, .021])}
+    frame = pd.DataFrame({"identities": [100, 10], "width": [0.02, 0.07], "normal": [0.021, 0.066]})
+    assert drawn(figures.interval_width(frame)) == {
+        "bootstrap": ([100, 10], [0.02, 0.07]),
+        "normal approximation": ([10, 100], [0.066, 0.021]),
+    }
 
 
 def test_paired_and_unpaired_intervals_stand_beside_each_other():
-    frame = pd.DataFrame({"seed": [4, 4, 2, 2], "kind": ["paired", "unpaired"] * 2, "difference": [.1, .1, .3, .3],
-                          "low": [.05, -.1, .2, .1], "high": [.15, .3, .4, .5]})
+    frame = pd.DataFrame(
+        {
+            "seed": [4, 4, 2, 2],
+            "kind": ["paired", "unpaired"] * 2,
+            "difference": [0.1, 0.1, 0.3, 0.3],
+            "low": [0.05, -0.1, 0.2, 0.1],
+            "high": [0.15, 0.3, 0.4, 0.5],
+        }
+    )
     ax = figures.paired_intervals(frame)
     paired, unpaired = (bar[2][0].get_segments() for bar in ax.containers)
-    assert [part[:, 1].tolist() for part in paired] == [pytest.approx([.05, .15]), pytest.approx([.2, .4])]
-    assert [part[:, 1].tolist() for part in unpaired] == [pytest.approx([-.1, .3]), pytest.approx([.1, .5])]
+    assert [part[:, 1].tolist() for part in paired] == [
+        pytest.approx([0.05, 0.15]),
+        pytest.approx([0.2, 0.4]),
+    ]
+    assert [part[:, 1].tolist() for part in unpaired] == [
+        pytest.approx([-0.1, 0.3]),
+        pytest.approx([0.1, 0.5]),
+    ]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["2", "4"]
     assert paired[0][0, 0] < unpaired[0][0, 0]
 
@@ -223,19 +309,35 @@ def one_point(**columns):
 
 
 DRAWINGS = {
-    "forest": lambda ax: figures.forest(FOREST, label="arm", value="difference", xlabel="points of MAP@100", ax=ax),
-    "lines": lambda ax: figures.lines(LINES, x="range", y="top1", by="method", xlabel="faces", ylabel="share", ax=ax),
-    "against_target": lambda ax: figures.against_target(one_point(fact="a", deviation=.1, within=True), ax),
-    "curves": lambda ax: figures.curves(one_point(x=1, y=2), one_point(x=1, y=2), x="x", y="y", xlabel="faces",
-                                        ylabel="share", ax=ax),
-    "densities": lambda ax: figures.densities(pd.DataFrame({"v": [0, 1.0], "by": "a"}), value="v", by="by",
-                                              xlabel="cosine", ax=ax),
-    "verdict_grid": lambda ax: figures.verdict_grid(GRID, x="share", y="wrong quality", xlabel="share (factor)", limit=1,
-                                                    ylabel="quality", columns=[.5, 2.0], rows=[-1.0, 0.0], ax=ax),
-    "late_hits": lambda ax: figures.late_hits(one_point(relevant=1, rank=2, loss=.5), ax),
-    "interval_width": lambda ax: figures.interval_width(one_point(identities=9, width=.1, normal=.1), ax),
+    "forest": lambda ax: figures.forest(
+        FOREST, label="arm", value="difference", xlabel="points of MAP@100", ax=ax
+    ),
+    "lines": lambda ax: figures.lines(
+        LINES, x="range", y="top1", by="method", xlabel="faces", ylabel="share", ax=ax
+    ),
+    "against_target": lambda ax: figures.against_target(one_point(fact="a", deviation=0.1, within=True), ax),
+    "curves": lambda ax: figures.curves(
+        one_point(x=1, y=2), one_point(x=1, y=2), x="x", y="y", xlabel="faces", ylabel="share", ax=ax
+    ),
+    "densities": lambda ax: figures.densities(
+        pd.DataFrame({"v": [0, 1.0], "by": "a"}), value="v", by="by", xlabel="cosine", ax=ax
+    ),
+    "verdict_grid": lambda ax: figures.verdict_grid(
+        GRID,
+        x="share",
+        y="wrong quality",
+        xlabel="share (factor)",
+        limit=1,
+        ylabel="quality",
+        columns=[0.5, 2.0],
+        rows=[-1.0, 0.0],
+        ax=ax,
+    ),
+    "late_hits": lambda ax: figures.late_hits(one_point(relevant=1, rank=2, loss=0.5), ax),
+    "interval_width": lambda ax: figures.interval_width(one_point(identities=9, width=0.1, normal=0.1), ax),
     "paired_intervals": lambda ax: figures.paired_intervals(
-        one_point(seed=0, kind="paired", difference=.1, low=0, high=.2), ax),
+        one_point(seed=0, kind="paired", difference=0.1, low=0, high=0.2), ax
+    ),
 }
 
 

@@ -4,8 +4,17 @@ import torch
 from torch.nn import functional as F
 
 from mmlib import aggregate
-from mmlib.models import (AGGREGATORS, LEARNED, NEEDS_SCORES, ContextBranch, IdentityModel, ResidualMLP, class_means,
-                          make_aggregator, within_class_whitening)
+from mmlib.models import (
+    AGGREGATORS,
+    LEARNED,
+    NEEDS_SCORES,
+    ContextBranch,
+    IdentityModel,
+    ResidualMLP,
+    class_means,
+    make_aggregator,
+    within_class_whitening,
+)
 
 DIM = 8
 
@@ -15,7 +24,7 @@ def clips(lengths=(5, 1, 9, 3), dim=DIM, seed=0):
     rng = np.random.default_rng(seed)
     mask = np.arange(max(lengths))[None] < np.array(lengths)[:, None]
     x = 20 * rng.normal(size=(*mask.shape, dim)) * mask[..., None]
-    quality, det = rng.uniform(10, 150, mask.shape) * mask, rng.uniform(.8, 1, mask.shape) * mask
+    quality, det = rng.uniform(10, 150, mask.shape) * mask, rng.uniform(0.8, 1, mask.shape) * mask
     x, quality, det = (torch.tensor(part, dtype=torch.float32) for part in (x, quality, det))
     return x, torch.tensor(mask), quality, det
 
@@ -25,15 +34,18 @@ def model(aggregator="mean", identities=3, dim=DIM, **options):
     return IdentityModel(make_aggregator(aggregator, dim), identities, **{"hidden": 12} | options)
 
 
-# -- aggregators ----------------------------------------------------------------------------------------------------
+# -- aggregators ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("mean", lambda x, mask, quality, det: aggregate.mean_pool(x, mask)),
-    ("norm", lambda x, mask, quality, det: aggregate.norm_pool(x, mask)),
-    ("quality", aggregate.quality_pool),
-    ("best half", lambda x, mask, quality, det: aggregate.best_k_pool(x, mask, quality, .5)),
-])
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("mean", lambda x, mask, quality, det: aggregate.mean_pool(x, mask)),
+        ("norm", lambda x, mask, quality, det: aggregate.norm_pool(x, mask)),
+        ("quality", aggregate.quality_pool),
+        ("best half", lambda x, mask, quality, det: aggregate.best_k_pool(x, mask, quality, 0.5)),
+    ],
+)
 def test_fixed_aggregator_is_its_function(name, expected):
     inputs = clips()
     assert torch.equal(make_aggregator(name, DIM)(*inputs), expected(*inputs))
@@ -67,19 +79,19 @@ def test_unknown_aggregator_is_refused():
         make_aggregator("median", DIM)
 
 
-# -- layers ---------------------------------------------------------------------------------------------------------
+# -- layers --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_residual_mlp_starts_as_the_identity_map(training):
     x = clips()[0][:, 0]
-    assert torch.equal(ResidualMLP(DIM, 12, dropout=.5).train(training)(x), x)
+    assert torch.equal(ResidualMLP(DIM, 12, dropout=0.5).train(training)(x), x)
 
 
 def test_residual_mlp_moves_away_from_the_identity_map():
     mlp = ResidualMLP(DIM, 12, dropout=0)
     x = clips()[0][:, 0]
-    optimiser = torch.optim.SGD(mlp.parameters(), lr=.1)
+    optimiser = torch.optim.SGD(mlp.parameters(), lr=0.1)
     mlp(x).square().sum().backward()
     optimiser.step()
     assert not torch.allclose(mlp(x), x)
@@ -87,11 +99,11 @@ def test_residual_mlp_moves_away_from_the_identity_map():
 
 @pytest.mark.parametrize("dim, out", [(2048, 128), (1920, 120)])
 def test_context_branch_has_the_widths_of_the_released_code(dim, out):
-    branch = ContextBranch(dim, dropout=.5)
+    branch = ContextBranch(dim, dropout=0.5)
     assert branch(torch.randn(2, dim)).shape == (2, out) == (2, branch.out_dim)
 
 
-# -- the model ------------------------------------------------------------------------------------------------------
+# -- the model -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("concat, extra", [("none", 0), ("normalised", 2), ("raw", 2)])
@@ -111,7 +123,9 @@ def test_raw_concatenation_is_the_feature_beside_its_mean_scores():
 def test_normalised_concatenation_scales_the_feature_to_the_order_of_the_scores():
     x, mask, quality, det = clips(lengths=(2,))
     pooled = model("norm", concat="normalised").pool(x, mask, quality, det)[0]
-    direction = torch.cat([F.normalize(x[0].mean(0), dim=0), torch.stack([quality[0].mean() / 100, det[0].mean()])])
+    direction = torch.cat(
+        [F.normalize(x[0].mean(0), dim=0), torch.stack([quality[0].mean() / 100, det[0].mean()])]
+    )
     assert torch.allclose(F.normalize(pooled, dim=0), F.normalize(direction, dim=0), atol=1e-6)
 
 
@@ -168,17 +182,19 @@ def test_every_parameter_gets_a_gradient(name, concat):
     generator = torch.Generator().manual_seed(1)
     for parameter in made.parameters():  # behind what starts at 0 nothing gets a gradient
         if not parameter.any():
-            torch.nn.init.normal_(parameter, std=.3, generator=generator)
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
     lengths = [made.aggregator.frames] * 16 if hasattr(made.aggregator, "frames") else [5, 2, 9, 3] * 4
     x, mask, quality, det = clips(lengths)
     x = x / 20  # attention over norms of 20 puts all weight on one frame, whose gradient is 0
     cosine = made(x, mask, quality, det, torch.randn(16, 32, generator=generator))
     F.cross_entropy(10 * cosine, torch.arange(16) % 3).backward()
-    without = {name for name, p in made.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-12}
+    without = {
+        name for name, p in made.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-12
+    }
     assert without == set()
 
 
-# -- class means ----------------------------------------------------------------------------------------------------
+# -- class means ---------------------------------------------------------------------------------------------
 
 
 def test_class_means_by_hand():
@@ -208,7 +224,7 @@ def test_identity_without_a_clip_keeps_its_direction():
     assert torch.equal(made.prototype[1], before)
 
 
-# -- whitening ------------------------------------------------------------------------------------------------------
+# -- whitening -----------------------------------------------------------------------------------------------
 
 
 def scattered(n=300, identities=20, seed=0):
@@ -239,15 +255,19 @@ def test_whitened_features_have_unit_within_class_covariance():
 def test_whitening_does_not_depend_on_where_the_class_means_lie():
     feature, label = scattered()
     moved = feature + 7 * np.random.default_rng(1).normal(size=(20, DIM))[label]
-    one, two = (within_class_whitening(torch.tensor(x), torch.tensor(label), shrinkage=.1) for x in (feature, moved))
+    one, two = (
+        within_class_whitening(torch.tensor(x), torch.tensor(label), shrinkage=0.1) for x in (feature, moved)
+    )
     assert torch.allclose(one, two, atol=1e-8)
 
 
 def test_whitening_does_not_depend_on_the_order_of_clips_or_the_numbers_of_identities():
     feature, label = scattered()
     order = np.random.default_rng(2).permutation(len(label))
-    one = within_class_whitening(torch.tensor(feature), torch.tensor(label), shrinkage=.1)
-    two = within_class_whitening(torch.tensor(feature[order]), torch.tensor(3 * label[order] + 1), shrinkage=.1)
+    one = within_class_whitening(torch.tensor(feature), torch.tensor(label), shrinkage=0.1)
+    two = within_class_whitening(
+        torch.tensor(feature[order]), torch.tensor(3 * label[order] + 1), shrinkage=0.1
+    )
     assert torch.allclose(one, two, atol=1e-8)
 
 
@@ -260,9 +280,9 @@ def test_full_shrinkage_only_scales():
 
 def test_shrinkage_interpolates_between_the_covariance_and_its_average_variance():
     feature, label = scattered()
-    whitening = within_class_whitening(torch.tensor(feature), torch.tensor(label), shrinkage=.3).numpy()
+    whitening = within_class_whitening(torch.tensor(feature), torch.tensor(label), shrinkage=0.3).numpy()
     covariance = within_covariance(feature, label)
-    shrunk = .7 * covariance + .3 * np.trace(covariance) / DIM * np.eye(DIM)
+    shrunk = 0.7 * covariance + 0.3 * np.trace(covariance) / DIM * np.eye(DIM)
     assert np.allclose(whitening @ shrunk @ whitening, np.eye(DIM), atol=1e-8)
 
 
@@ -274,10 +294,10 @@ def test_fewer_clips_than_dimensions_give_a_finite_whitening():
 
 def test_whitening_needs_an_identity_with_two_clips():
     with pytest.raises(ValueError, match="no identity has two different clips"):
-        within_class_whitening(torch.randn(3, DIM), torch.arange(3), shrinkage=.1)
+        within_class_whitening(torch.randn(3, DIM), torch.arange(3), shrinkage=0.1)
 
 
-@pytest.mark.parametrize("shrinkage", [-.1, 1.5])
+@pytest.mark.parametrize("shrinkage", [-0.1, 1.5])
 def test_shrinkage_out_of_range_is_refused(shrinkage):
     with pytest.raises(ValueError, match=f"shrinkage must lie in .*, got {shrinkage}"):
         within_class_whitening(torch.randn(3, DIM), torch.arange(3), shrinkage=shrinkage)

@@ -1,4 +1,5 @@
 from dataclasses import asdict, replace
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -8,19 +9,52 @@ from scipy import stats
 
 from mmlib import experiment, reading
 from mmlib.clips.simulate import Settings, settings_for, simulate
-from mmlib.experiment import Experiment, Record, tuned
+from mmlib.experiment import Experiment, Record
 from mmlib.models import AGGREGATORS, IdentityModel, make_aggregator
-from mmlib.reading import (as_frame, breakdown_frame, compare, frame_weights, grid_frame, grid_sentences, grid_settings,
-                           grid_verdicts, mixed_clips, provenance, scores_sentence, weight_on_wrong)
+from mmlib.reading import (
+    as_frame,
+    breakdown_frame,
+    compare,
+    frame_weights,
+    grid_frame,
+    grid_sentences,
+    grid_settings,
+    grid_verdicts,
+    mixed_clips,
+    provenance,
+    scores_sentence,
+    weight_on_wrong,
+)
 
 
-def record(aggregator="mean", seed=0, ap=(.5,), *, data="simulated", settings=(), breakdown=None, training=None,
-           **options):
+def record(
+    aggregator="mean",
+    seed=0,
+    ap=(0.5,),
+    *,
+    data="simulated",
+    settings=(),
+    breakdown=None,
+    training=None,
+    **options,
+):
     asked = asdict(Experiment(data=data, aggregator=aggregator, seed=seed, settings=settings))
     asked |= {"training": training or asked["training"]}
-    fields = dict(key=f"{aggregator}{seed}{settings}", library="here", experiment=asked, breakdown=breakdown or {},
-                  simulated=data == "simulated", measures={"map_at_100": float(np.mean(ap))}, ap=list(ap), losses=[],
-                  seconds={}, versions={}, device="CPU", made="2024-02-03T04:05:06+00:00", commit="abc1234")
+    fields = dict(
+        key=f"{aggregator}{seed}{settings}",
+        library="here",
+        experiment=asked,
+        breakdown=breakdown or {},
+        simulated=data == "simulated",
+        measures={"map_at_100": float(np.mean(ap))},
+        ap=list(ap),
+        losses=[],
+        seconds={},
+        versions={},
+        device="CPU",
+        made="2024-02-03T04:05:06+00:00",
+        commit="abc1234",
+    )
     return Record(**fields | options)
 
 
@@ -29,23 +63,31 @@ def store(tmp_path_factory):
     return simulate(tmp_path_factory.mktemp("world") / "store", settings_for("tiny", identities=30), seed=0)
 
 
-# -- comparisons ----------------------------------------------------------------------------------------------------
+# -- comparisons ---------------------------------------------------------------------------------------------
 
-WORLDS = {"mean": [[.5, .7], [.4, .2], [.9, .5]], "norm": [[.6, .8], [.4, .3], [.9, .8]]}
+WORLDS = {"mean": [[0.5, 0.7], [0.4, 0.2], [0.9, 0.5]], "norm": [[0.6, 0.8], [0.4, 0.3], [0.9, 0.8]]}
 
 
 @pytest.fixture
 def over_worlds():
-    return compare([record(name, seed, ap) for name, worlds in WORLDS.items() for seed, ap in enumerate(worlds)],
-                   by="aggregator", baseline="mean").set_index("aggregator")
+    return compare(
+        [record(name, seed, ap) for name, worlds in WORLDS.items() for seed, ap in enumerate(worlds)],
+        by="aggregator",
+        baseline="mean",
+    ).set_index("aggregator")
 
 
 def test_worlds_are_compared_by_the_t_interval_of_their_differences(over_worlds):
-    points = 100 * np.array([.1, .05, .15])
-    expected = stats.ttest_1samp(points, 0).confidence_interval(.95)
+    points = 100 * np.array([0.1, 0.05, 0.15])
+    expected = stats.ttest_1samp(points, 0).confidence_interval(0.95)
     row = over_worlds.loc["norm"]
     assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high))
-    assert (row["difference"], row["sd"], row["n"], row["interval"]) == (pytest.approx(10), pytest.approx(5), 3, "worlds")
+    assert (row["difference"], row["sd"], row["n"], row["interval"]) == (
+        pytest.approx(10),
+        pytest.approx(5),
+        3,
+        "worlds",
+    )
 
 
 def test_map_is_the_mean_over_seeds_and_best_comes_first(over_worlds):
@@ -58,7 +100,11 @@ def test_baseline_differs_from_itself_by_nothing(over_worlds):
 
 
 def test_worlds_may_have_different_numbers_of_identities():
-    records = [record(name, seed, [value] * (seed + 1)) for name, value in (("mean", .4), ("norm", .6)) for seed in (0, 1)]
+    records = [
+        record(name, seed, [value] * (seed + 1))
+        for name, value in (("mean", 0.4), ("norm", 0.6))
+        for seed in (0, 1)
+    ]
     assert compare(records, by="aggregator", baseline="mean")["difference"].tolist() == pytest.approx([20, 0])
 
 
@@ -66,15 +112,26 @@ def test_worlds_may_have_different_numbers_of_identities():
 def test_identities_are_resampled_where_there_is_one_store_or_one_world(data, seeds):
     rng = np.random.default_rng(0)
     one = rng.uniform(size=(len(seeds), 400))
-    two = np.clip(one + rng.normal(.05, .1, one.shape), 0, 1)
-    frame = compare([record(name, seed, ap[i], data=data) for name, ap in (("mean", one), ("norm", two))
-                     for i, seed in enumerate(seeds)], by="aggregator", baseline="mean").set_index("aggregator")
+    two = np.clip(one + rng.normal(0.05, 0.1, one.shape), 0, 1)
+    frame = compare(
+        [
+            record(name, seed, ap[i], data=data)
+            for name, ap in (("mean", one), ("norm", two))
+            for i, seed in enumerate(seeds)
+        ],
+        by="aggregator",
+        baseline="mean",
+    ).set_index("aggregator")
     row, difference = frame.loc["norm"], 100 * (two - one).mean(axis=0)
-    assert (row["difference"], row["n"], row["interval"]) == (pytest.approx(difference.mean()), 400, "identities")
+    assert (row["difference"], row["n"], row["interval"]) == (
+        pytest.approx(difference.mean()),
+        400,
+        "identities",
+    )
     half = 1.96 * difference.std() / np.sqrt(400)
     # the percentile interval of 2000 draws is the normal one but for a tenth of its half width
-    assert row["low"] == pytest.approx(difference.mean() - half, abs=.1 * half)
-    assert row["high"] == pytest.approx(difference.mean() + half, abs=.1 * half)
+    assert row["low"] == pytest.approx(difference.mean() - half, abs=0.1 * half)
+    assert row["high"] == pytest.approx(difference.mean() + half, abs=0.1 * half)
     assert np.isnan(row["sd"])
 
 
@@ -90,7 +147,7 @@ def test_absent_baseline_is_refused():
 
 
 def test_records_that_differ_in_something_else_are_refused():
-    records = [record("mean"), record("mean", settings=(("no_face", .1),))]
+    records = [record("mean"), record("mean", settings=(("no_face", 0.1),))]
     with pytest.raises(ValueError, match="two different experiments have aggregator = 'mean' and seed 0"):
         compare(records, by="aggregator", baseline="mean")
 
@@ -100,28 +157,37 @@ def test_record_given_twice_counts_once():
     assert compare(records * 2, by="aggregator", baseline="mean")["n"].tolist() == [2]
 
 
-# -- frames ---------------------------------------------------------------------------------------------------------
+# -- frames --------------------------------------------------------------------------------------------------
 
 
 def test_frame_has_a_row_a_record_with_its_fields_and_measures():
-    frame = as_frame([record("mean", 0, [.25]), record("norm", 1, [.75])])
-    assert frame[["aggregator", "seed", "map_at_100"]].values.tolist() == [["mean", 0, .25], ["norm", 1, .75]]
+    frame = as_frame([record("mean", 0, [0.25]), record("norm", 1, [0.75])])
+    assert frame[["aggregator", "seed", "map_at_100"]].values.tolist() == [
+        ["mean", 0, 0.25],
+        ["norm", 1, 0.75],
+    ]
 
 
 def test_breakdown_is_averaged_over_seeds():
-    parts = [{"frames": [[1, 5, 10, .5, .2], [40, 241, 4, 1, .8]]}, {"frames": [[1, 5, 20, .7, .4]]}]
-    frame = breakdown_frame([record(seed=seed, breakdown=part) for seed, part in enumerate(parts)], "aggregator")
-    assert frame.values.tolist() == [["mean", "frames", "1–4", 15, pytest.approx(.6), pytest.approx(.3)],
-                                     ["mean", "frames", "40+", 4, 1, .8]]
+    parts = [{"frames": [[1, 5, 10, 0.5, 0.2], [40, 241, 4, 1, 0.8]]}, {"frames": [[1, 5, 20, 0.7, 0.4]]}]
+    frame = breakdown_frame(
+        [record(seed=seed, breakdown=part) for seed, part in enumerate(parts)], "aggregator"
+    )
+    assert frame.values.tolist() == [
+        ["mean", "frames", "1–4", 15, pytest.approx(0.6), pytest.approx(0.3)],
+        ["mean", "frames", "40+", 4, 1, 0.8],
+    ]
 
 
 def test_ranges_of_wrong_frames_are_shares():
-    parts = {"wrong": [[low, high, 1, 0, 0] for low, high in zip(experiment.WRONG_EDGES, experiment.WRONG_EDGES[1:])]}
+    parts = {"wrong": [[low, high, 1, 0, 0] for low, high in pairwise(experiment.WRONG_EDGES)]}
     ranges = breakdown_frame([record(breakdown=parts)], "aggregator")["range"].tolist()
-    assert ranges[0] == "none" and ranges[-1] == "0.8–1" and len(set(ranges)) == len(experiment.WRONG_EDGES) - 1
+    assert (
+        ranges[0] == "none" and ranges[-1] == "0.8–1" and len(set(ranges)) == len(experiment.WRONG_EDGES) - 1
+    )
 
 
-# -- attention ------------------------------------------------------------------------------------------------------
+# -- attention -----------------------------------------------------------------------------------------------
 
 
 def models(*names):
@@ -129,7 +195,7 @@ def models(*names):
     made = {name: IdentityModel(make_aggregator(name, 512), 30, hidden=0) for name in names}
     for model in made.values():
         for parameter in model.aggregator.parameters():
-            torch.nn.init.normal_(parameter, std=.01)
+            torch.nn.init.normal_(parameter, std=0.01)
     return made
 
 
@@ -137,8 +203,8 @@ def test_mixed_clips_show_two_persons(store):
     clips = mixed_clips(store, 3)
     face = store.modalities["face"]
     for clip in clips:
-        wrong = face.columns["wrong"][face.start[clip]:face.start[clip] + face.count[clip]]
-        assert .2 <= wrong.mean() <= .6 and 12 <= len(wrong) <= 30
+        wrong = face.columns["wrong"][face.start[clip] : face.start[clip] + face.count[clip]]
+        assert 0.2 <= wrong.mean() <= 0.6 and 12 <= len(wrong) <= 30
     assert (store.identity_of(clips) >= 0).all() and len(clips) == 3
 
 
@@ -152,13 +218,18 @@ def test_weights_of_a_clip_sum_to_one_over_its_own_frames(store):
     frame = frame_weights(models("norm", "quality", "NAN", "attention + scores"), store, clips)
     assert frame.groupby(["clip", "method"])["weight"].sum().to_numpy() == pytest.approx(1, abs=1e-5)
     count = dict(zip(store.clips["clip"].iloc[clips], store.modalities["face"].count[clips], strict=True))
-    assert (frame.groupby(["clip", "method"]).size() == frame.groupby(["clip", "method"])["clip"].first().map(count)).all()
+    assert (
+        frame.groupby(["clip", "method"]).size()
+        == frame.groupby(["clip", "method"])["clip"].first().map(count)
+    ).all()
 
 
 def test_frames_are_marked_wrong_where_the_store_says_so(store):
     clips = mixed_clips(store, 2)
     frame, face = frame_weights(models("norm"), store, clips), store.modalities["face"]
-    expected = np.concatenate([face.columns["wrong"][face.start[c]:face.start[c] + face.count[c]] for c in clips])
+    expected = np.concatenate(
+        [face.columns["wrong"][face.start[c] : face.start[c] + face.count[c]] for c in clips]
+    )
     assert np.array_equal(frame["wrong"], expected)
 
 
@@ -166,14 +237,14 @@ def test_weight_on_wrong_frames_is_their_share_where_all_frames_weigh_the_same(s
     row = weight_on_wrong(models("norm"), store).iloc[0]
     face, shares = store.modalities["face"], []
     for clip in store.select("val", labelled=True, having="face"):
-        wrong = face.columns["wrong"][face.start[clip]:face.start[clip] + face.count[clip]].mean()
+        wrong = face.columns["wrong"][face.start[clip] : face.start[clip] + face.count[clip]].mean()
         shares += [wrong] if 0 < wrong < 1 else []
     assert row["clips"] == len(shares)
     assert row["share of frames"] == pytest.approx(np.mean(shares))
     assert row["weight on wrong frames"] == pytest.approx(np.mean(shares), abs=1e-6)
 
 
-# -- the search for learning rates ----------------------------------------------------------------------------------
+# -- the search for learning rates ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
@@ -184,34 +255,47 @@ def test_every_arm_is_given_as_many_trials(name):
 
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_training_of_an_arm_is_one_that_was_tried(name):
-    assert tuned(name) in reading.tuning_grid(name)
+    assert reading.tuned(name) in reading.tuning_grid(name)
 
 
-def test_search_averages_over_worlds_and_names_the_training_that_is_used():
+def test_search_averages_over_worlds_and_names_the_training_that_is_used(monkeypatch):
     trials = reading.tuning_grid("quality")
-    records = [record("quality", seed, [.5 + .01 * i + .001 * (seed - 100)], training=asdict(trial), key=f"{i} {seed}")
-               for i, trial in enumerate(trials) for seed in reading.TUNING_SEEDS]
+    monkeypatch.setattr(reading, "TUNED", {"quality": {"lr": trials[3].lr, "epochs": trials[3].epochs}})
+    records = [
+        record("quality", seed, [0.5 + 0.01 * i + gain], training=asdict(trial), key=f"{i} {seed}")
+        for i, trial in enumerate(trials)
+        for seed, gain in zip(reading.TUNING_SEEDS, (0, 0.002), strict=True)
+    ]
     frame = reading.tuning_frame(records)
-    assert frame["map_at_100"].tolist() == pytest.approx([.5705 - .01 * i for i in range(len(trials))])
-    assert frame["chosen"].sum() == 1
-    row = frame[frame["chosen"]].iloc[0]
-    assert (row["epochs"], row["lr"]) == (tuned("quality").epochs, tuned("quality").lr)
+    best_first = list(reversed(trials))
+    assert list(zip(frame["epochs"], frame["lr"], strict=True)) == [(t.epochs, t.lr) for t in best_first]
+    assert frame["map_at_100"].iloc[0] == pytest.approx(0.501 + 0.01 * (len(trials) - 1))
+    assert np.flatnonzero(frame["chosen"]).tolist() == [best_first.index(trials[3])]
 
 
-# -- the sensitivity grid -------------------------------------------------------------------------------------------
+# -- the sensitivity grid ------------------------------------------------------------------------------------
 
 
 def cell(share, quality, reliability, gain, seeds=(0, 1)):
     """Records of all arms of a cell, each world with its own small difference."""
     settings = grid_settings(share, quality, reliability, 60)
-    return [record(name, seed, [.5 + (gain + .001 * seed) * (name != "quality")], settings=settings)
-            for name in reading.GRID_ARMS for seed in seeds]
+    return [
+        record(name, seed, [0.5 + (gain + 0.001 * seed) * (name != "quality")], settings=settings)
+        for name in reading.GRID_ARMS
+        for seed in seeds
+    ]
 
 
 def test_grid_settings_scale_the_shares_of_contaminated_clips():
-    world = settings_for("quick", **dict(grid_settings(2.0, 0.0, .6, 60)))
-    assert world == replace(Settings(), identities=60, contaminated=2 * Settings().contaminated, wrong_quality=0.0,
-                            mostly_wrong=2 * Settings().mostly_wrong, reliability=.6)
+    world = settings_for("quick", **dict(grid_settings(2.0, 0.0, 0.6, 60)))
+    assert world == replace(
+        Settings(),
+        identities=60,
+        contaminated=2 * Settings().contaminated,
+        wrong_quality=0.0,
+        mostly_wrong=2 * Settings().mostly_wrong,
+        reliability=0.6,
+    )
 
 
 @pytest.mark.parametrize("name", reading.GRIDS)
@@ -221,10 +305,10 @@ def test_cells_of_every_grid_are_worlds_that_can_be_drawn(name):
 
 
 def test_grid_compares_learned_arms_with_quality_weights_cell_by_cell():
-    frame = grid_frame(cell(.5, -1.0, .95, .02) + cell(2.0, -1.0, .95, -.03))
+    frame = grid_frame(cell(0.5, -1.0, 0.95, 0.02) + cell(2.0, -1.0, 0.95, -0.03))
     assert set(frame["aggregator"]) == set(reading.GRID_LEARNED)
     by_share = frame.groupby("share")["difference"].first()
-    assert by_share.to_dict() == {.5: pytest.approx(2.05), 2.0: pytest.approx(-2.95)}
+    assert by_share.to_dict() == {0.5: pytest.approx(2.05), 2.0: pytest.approx(-2.95)}
 
 
 def test_grid_without_records_is_empty_and_says_nothing():
@@ -232,23 +316,32 @@ def test_grid_without_records_is_empty_and_says_nothing():
 
 
 def test_verdict_counts_the_cells_whose_interval_excludes_zero():
-    cells = pd.DataFrame({"aggregator": ["NAN"] * 4, "low": [.1, -.1, -.3, 0], "high": [.2, .1, -.2, .3]})
+    cells = pd.DataFrame(
+        {"aggregator": ["NAN"] * 4, "low": [0.1, -0.1, -0.3, 0], "high": [0.2, 0.1, -0.2, 0.3]}
+    )
     assert grid_verdicts(cells).values.tolist() == [["NAN", 4, 1, 1, 2]]
 
 
 def test_grid_sentences_name_only_the_axes_that_vary():
-    sentences = grid_sentences(grid_frame(cell(.5, -1.0, .95, .02) + cell(2.0, -1.0, .95, -.03)))
+    sentences = grid_sentences(grid_frame(cell(0.5, -1.0, 0.95, 0.02) + cell(2.0, -1.0, 0.95, -0.03)))
     assert len(sentences) == 2
-    assert "share of wrong frames (factor) goes from 0.5 to 2" in sentences[1] and "+2.05 to -2.95" in sentences[1]
+    assert (
+        "share of wrong frames (factor) goes from 0.5 to 2" in sentences[1]
+        and "+2.05 to -2.95" in sentences[1]
+    )
 
 
-# -- sentences ------------------------------------------------------------------------------------------------------
+# -- sentences -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("missing, sentence", [
-    ([], ""), (["det"], "These clips have no det score, so what needs one is not run."),
-    (["quality", "det"], "These clips have no quality and no det score, so what needs one is not run."),
-])
+@pytest.mark.parametrize(
+    "missing, sentence",
+    [
+        ([], ""),
+        (["det"], "These clips have no det score, so what needs one is not run."),
+        (["quality", "det"], "These clips have no quality and no det score, so what needs one is not run."),
+    ],
+)
 def test_missing_scores_are_said(missing, sentence):
     assert scores_sentence(missing) == sentence
 
@@ -258,8 +351,10 @@ def current(monkeypatch):
     monkeypatch.setattr(reading, "library_hash", lambda: "here")
 
 
-@pytest.mark.parametrize("simulated, kind", [([True, True], "simulated"), ([False, False], "real"),
-                                             ([True, False], "partly simulated")])
+@pytest.mark.parametrize(
+    "simulated, kind",
+    [([True, True], "simulated"), ([False, False], "real"), ([True, False], "partly simulated")],
+)
 def test_provenance_says_whether_clips_are_simulated(current, simulated, kind):
     sentence = provenance([record(simulated=each) for each in simulated])
     assert sentence.startswith(f"2 records on {kind} clips, ")
@@ -274,8 +369,13 @@ def test_records_of_one_day_name_it_once(current):
     assert "made 2024-02-03 on CPU" in provenance([record(), record("norm")])
 
 
-@pytest.mark.parametrize("libraries, ending", [(["here", "here"], "by the code that built this page."),
-                                               (["here", "old"], "by an earlier version of the code than this page.")])
+@pytest.mark.parametrize(
+    "libraries, ending",
+    [
+        (["here", "here"], "by the code that built this page."),
+        (["here", "old"], "by an earlier version of the code than this page."),
+    ],
+)
 def test_provenance_says_when_a_record_is_stale(current, libraries, ending):
     assert provenance([record(library=library) for library in libraries]).endswith(ending)
 

@@ -9,11 +9,21 @@ from scipy import stats
 
 from mmlib.clips import simulate as simulator
 from mmlib.clips.calibration import FRAME_SURVIVAL, NORM_KNOTS, QUALITY_KNOTS
-from mmlib.clips.simulate import (CHUNK, SEGMENT, Settings, World, draw_frames, noise_amplitude, pick, quantile,
-                                  settings_for, simulate)
+from mmlib.clips.simulate import (
+    CHUNK,
+    SEGMENT,
+    Settings,
+    World,
+    draw_frames,
+    noise_amplitude,
+    pick,
+    quantile,
+    settings_for,
+    simulate,
+)
 
 SMALL = settings_for("tiny", identities=12)
-# No pose, light, make-up or noise: but for the direction that all poor faces share, an embedding is its person.
+# No pose, light, make-up or noise: an embedding is its person, but for what all poor faces share.
 PLAIN = dict(role=0, clip_nuisance=0, clip_noise=0, frame_nuisance=0, frame_noise=0, warp=0)
 
 
@@ -44,11 +54,11 @@ def by_frame(store, column):
     face = store.modalities["face"]
     out = np.empty(len(face.feature), store.clips[column].dtype)
     for value, start, count in zip(store.clips[column], face.start, face.count, strict=True):
-        out[start:start + count] = value
+        out[start : start + count] = value
     return out
 
 
-# -- the same seed gives the same bytes -----------------------------------------------------------------------------
+# -- the same seed gives the same bytes ----------------------------------------------------------------------
 
 
 def test_same_settings_and_seed_give_the_same_bytes(store, tmp_path):
@@ -89,15 +99,17 @@ def test_store_says_that_it_is_simulated(store):
     assert store.meta["simulated"] is True
 
 
-# -- the clip table -------------------------------------------------------------------------------------------------
+# -- the clip table ------------------------------------------------------------------------------------------
 
 
 def test_full_world_has_exactly_the_published_clips_per_identity(full):
     with (files("mmlib.clips") / "clips_per_identity_joint.csv").open() as file:
         published = Counter({(int(train), int(val)): int(n) for train, val, n in list(csv.reader(file))[1:]})
     listed = full.clips[full.clips["identity"] >= 0]
-    train, val = (np.bincount(listed.loc[listed["split"] == split, "identity"], minlength=10_034).tolist()
-                  for split in ("train", "val"))
+    train, val = (
+        np.bincount(listed.loc[listed["split"] == split, "identity"], minlength=10_034).tolist()
+        for split in ("train", "val")
+    )
     assert Counter(zip(train, val, strict=True)) == published
 
 
@@ -107,7 +119,7 @@ def test_full_world_has_the_published_totals(full):
 
 
 def test_share_of_full_clips_without_a_face_is_the_published_one(full):
-    assert np.mean(full.frames == 0) == pytest.approx(.044, abs=.002)
+    assert np.mean(full.frames == 0) == pytest.approx(0.044, abs=0.002)
 
 
 @pytest.mark.parametrize("identities", [2, 12, 60])
@@ -160,7 +172,7 @@ def test_train_and_val_clips_of_an_identity_share_shows(full):
     assert len(pairs[0] & pairs[1]) > 5 * len(pairs[0] & shuffled)
 
 
-# -- modalities -----------------------------------------------------------------------------------------------------
+# -- modalities ----------------------------------------------------------------------------------------------
 
 
 def test_clips_without_a_face_have_the_other_modalities(store):
@@ -184,7 +196,7 @@ def test_world_without_missing_faces_gives_every_clip_one():
 def test_frames_of_a_clip_are_in_ascending_order(store):
     face = store.modalities["face"]
     for start, count in zip(face.start, face.count, strict=True):
-        assert (np.diff(face.columns["frame"][start:start + count]) > 0).all()
+        assert (np.diff(face.columns["frame"][start : start + count]) > 0).all()
 
 
 def test_boxes_have_an_area_and_no_negative_corner(store):
@@ -193,13 +205,29 @@ def test_boxes_have_an_area_and_no_negative_corner(store):
         assert box.min() >= 0 and (box[:, 2:] > box[:, :2]).all(), name
 
 
-def test_scenes_of_one_show_are_more_alike_than_those_of_two(store):
+@pytest.fixture(scope="module")
+def scenes(store):
+    """Cosines between the scenes of all pairs of clips, and which pairs share the show and the set."""
     scene = store.modalities["scene"].feature[:].astype(np.float64)[store.modalities["scene"].start]
     scene /= np.linalg.norm(scene, axis=1, keepdims=True)
-    show = store.clips["show"].to_numpy()
-    same = (show[:, None] == show) & ~np.eye(len(show), dtype=bool)
-    cosine = scene @ scene.T
-    assert cosine[same].mean() > cosine[show[:, None] != show].mean() + .1
+    apart = ~np.eye(len(store), dtype=bool)
+    show, stage = (store.clips[name].to_numpy() for name in ("show", "set"))
+    return (scene @ scene.T)[apart], (show[:, None] == show)[apart], (stage[:, None] == stage)[apart]
+
+
+def test_scenes_of_one_show_are_more_alike_than_those_of_two(scenes):
+    cosine, show, _ = scenes
+    assert cosine[show].mean() > cosine[~show].mean() + 0.1
+
+
+def test_scenes_of_one_set_are_more_alike_than_those_of_two_sets_of_a_show(scenes):
+    cosine, show, stage = scenes
+    assert cosine[show & stage].mean() > cosine[show & ~stage].mean() + 0.05
+
+
+def test_shows_do_not_share_their_sets(scenes):
+    cosine, show, stage = scenes
+    assert cosine[~show & stage].mean() == pytest.approx(cosine[~show & ~stage].mean(), abs=0.02)
 
 
 @pytest.mark.parametrize("name", ["face", "head", "audio", "body"])
@@ -215,7 +243,7 @@ def test_clips_of_one_identity_are_more_alike_than_those_of_two(store, name):
     assert cosine[same].mean() > apart.mean() + 10 * apart.std() / np.sqrt(len(chosen))
 
 
-# -- wrong frames ---------------------------------------------------------------------------------------------------
+# -- wrong frames --------------------------------------------------------------------------------------------
 
 
 def test_without_contamination_no_frame_is_wrong(tmp_path):
@@ -226,33 +254,38 @@ def test_without_contamination_no_frame_is_wrong(tmp_path):
 def test_share_of_wrong_frames_is_that_of_the_beta_distribution():
     world = World(settings_for("tiny", contaminated=1, mostly_wrong=0, no_face=0), 0)
     # Beta(1, 2.5) has mean 1 / 3.5 and standard deviation .22, over 788 clips: .04 is five standard errors
-    assert world.wrong_share.mean() == pytest.approx(1 / 3.5, abs=.04)
-    wrong = np.concatenate([world.chunk(first)["face"]["wrong"] for first in range(0, len(world.clips), CHUNK)])
-    assert wrong.mean() == pytest.approx(1 / 3.5, abs=.05)
+    assert world.wrong_share.mean() == pytest.approx(1 / 3.5, abs=0.04)
+    wrong = np.concatenate(
+        [world.chunk(first)["face"]["wrong"] for first in range(0, len(world.clips), CHUNK)]
+    )
+    assert wrong.mean() == pytest.approx(1 / 3.5, abs=0.05)
 
 
 def test_mostly_wrong_clips_hardly_show_their_person():
     world = World(settings_for("tiny", identities=12, mostly_wrong=1, no_face=0), 0)
     wrong = np.split(world.chunk(0)["face"]["wrong"], np.cumsum(world.frames)[:-1])
-    assert world.wrong_share.min() >= .8
-    assert np.mean([part.mean() for part in wrong]) > .8
+    assert world.wrong_share.min() >= 0.8
+    assert np.mean([part.mean() for part in wrong]) > 0.8
 
 
 def test_long_clips_are_wrong_by_whole_segments(store):
     face, mixed = store.modalities["face"], 0
     for start, count in zip(face.start, face.count, strict=True):
-        wrong = face.columns["wrong"][start:start + count]
+        wrong = face.columns["wrong"][start : start + count]
         if count > 16:
             mixed += wrong.any() and not wrong.all()
             for first in range(0, count, SEGMENT):
-                assert len(set(wrong[first:first + SEGMENT])) == 1
+                assert len(set(wrong[first : first + SEGMENT])) == 1
     assert mixed > 10
 
 
 def test_short_clips_are_wrong_frame_by_frame(store):
     face = store.modalities["face"]
-    first = [face.columns["wrong"][start:start + 8] for start, count in zip(face.start, face.count, strict=True)
-             if 8 <= count <= 16]
+    first = [
+        face.columns["wrong"][start : start + 8]
+        for start, count in zip(face.start, face.count, strict=True)
+        if 8 <= count <= 16
+    ]
     assert any(part.any() and not part.all() for part in first)
 
 
@@ -262,7 +295,7 @@ def test_other_person_is_never_the_labelled_one(full):
 
 def test_wrong_faces_mostly_come_from_the_same_show(full):
     appears = (full.person_shows[full.other] == full.clips["show"].to_numpy()[:, None]).any(axis=1)
-    assert appears.mean() > .5
+    assert appears.mean() > 0.5
 
 
 def test_every_face_shows_its_clips_person_or_the_other_one_where_wrong():
@@ -273,26 +306,27 @@ def test_every_face_shows_its_clips_person_or_the_other_one_where_wrong():
     x = face["feature"].astype(np.float64)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     person = world.observe(world.mu).astype(np.float64)
-    # What all unrecognisable faces share says nothing of the person: compare across it, where anything is left.
+    # What all unrecognisable faces share says nothing of the person: compare across it.
     shared = world.observe(world.unrecognisable[None])[0].astype(np.float64)
-    left = np.abs(x @ shared) < .9
+    left = np.abs(x @ shared) < 0.9
     across = np.eye(len(shared)) - np.outer(shared, shared)
     x, person = x @ across, person @ across
     person /= np.linalg.norm(person, axis=1, keepdims=True)
-    assert left.mean() > .9 and face["wrong"][left].any()
+    assert left.mean() > 0.9 and face["wrong"][left].any()
     assert np.array_equal((x[left] @ person.T).argmax(axis=1), shown[left])
 
 
 def test_quality_of_wrong_faces_follows_its_setting(tmp_path):
     means = []
     for level in (-1.0, 1.0):
-        face = simulate(tmp_path / str(level), settings_for("tiny", identities=12, contaminated=1,
-                                                            wrong_quality=level), 0).modalities["face"]
+        face = simulate(
+            tmp_path / str(level), settings_for("tiny", identities=12, contaminated=1, wrong_quality=level), 0
+        ).modalities["face"]
         means.append(face.columns["quality"][face.columns["wrong"]].mean())
     assert means[1] > means[0] + 20
 
 
-# -- persons --------------------------------------------------------------------------------------------------------
+# -- persons -------------------------------------------------------------------------------------------------
 
 
 def test_identity_vectors_have_length_one(full):
@@ -301,16 +335,16 @@ def test_identity_vectors_have_length_one(full):
 
 def test_lookalikes_are_more_alike_than_anyone_in_a_world_without_them():
     nearest = []
-    for share in (0, .5):
+    for share in (0, 0.5):
         world = World(settings_for("tiny", lookalikes=share), 0)
         cosine = world.mu @ world.mu.T - 2 * np.eye(world.persons)
         nearest.append(cosine.max(axis=1))
-    assert np.quantile(nearest[1], .9) > np.quantile(nearest[0], .9) + .1
+    assert np.quantile(nearest[1], 0.9) > np.quantile(nearest[0], 0.9) + 0.1
 
 
 def test_some_distractors_look_like_listed_identities(full):
-    stranger = full.mu[full.listed:full.listed + 2000] @ full.mu[:full.listed].T
-    assert np.quantile(stranger.max(axis=1), .9) > .4
+    stranger = full.mu[full.listed : full.listed + 2000] @ full.mu[: full.listed].T
+    assert np.quantile(stranger.max(axis=1), 0.9) > 0.4
 
 
 def test_observation_without_warp_keeps_every_cosine():
@@ -321,23 +355,23 @@ def test_observation_without_warp_keeps_every_cosine():
 
 def test_warped_observation_is_not_linear():
     world = World(settings_for("tiny", identities=12, warp=1), 0)
-    large, small = world.observe(world.mu), world.observe(.01 * world.mu)  # a linear map keeps the direction
-    assert np.einsum("nd,nd->n", large, small).min() < .999
+    large, small = world.observe(world.mu), world.observe(0.01 * world.mu)  # a linear map keeps the direction
+    assert np.einsum("nd,nd->n", large, small).min() < 0.999
 
 
-# -- scores ---------------------------------------------------------------------------------------------------------
+# -- scores --------------------------------------------------------------------------------------------------
 
 
 def test_quality_score_follows_the_norm_imperfectly(store):
     face = store.modalities["face"]
     norm = np.linalg.norm(face.feature[:].astype(np.float64), axis=1)
-    assert .45 < np.corrcoef(face.columns["quality"], norm)[0, 1] < .85
+    assert 0.45 < np.corrcoef(face.columns["quality"], norm)[0, 1] < 0.85
 
 
 def test_quality_score_follows_the_latent_quality_of_the_clip(store):
     face = store.modalities["face"]
     right = ~face.columns["wrong"]
-    assert np.corrcoef(by_frame(store, "latent_quality")[right], face.columns["quality"][right])[0, 1] > .5
+    assert np.corrcoef(by_frame(store, "latent_quality")[right], face.columns["quality"][right])[0, 1] > 0.5
 
 
 @pytest.fixture(scope="module")
@@ -349,7 +383,9 @@ def test_unreliable_quality_score_says_nothing_of_the_latent_quality(unreliable)
     face = unreliable.modalities["face"]
     right = ~face.columns["wrong"]
     # a share of the score's noise belongs to the clip, so 750 clips and not 20,000 frames are independent
-    correlation = np.corrcoef(by_frame(unreliable, "latent_quality")[right], face.columns["quality"][right])[0, 1]
+    correlation = np.corrcoef(by_frame(unreliable, "latent_quality")[right], face.columns["quality"][right])[
+        0, 1
+    ]
     assert abs(correlation) < 4 / np.sqrt(750)
 
 
@@ -363,23 +399,27 @@ def test_reliability_changes_the_scores_and_not_the_faces(store, unreliable):
 def test_poor_clips_are_harder_to_tell_than_good_ones(store):
     chosen = store.select(labelled=True, having="face")
     face = store.modalities["face"]
-    mean = np.stack([face.feature[s:s + n].astype(np.float64).mean(axis=0)
-                     for s, n in zip(face.start[chosen], face.count[chosen], strict=True)])
+    mean = np.stack(
+        [
+            face.feature[s : s + n].astype(np.float64).mean(axis=0)
+            for s, n in zip(face.start[chosen], face.count[chosen], strict=True)
+        ]
+    )
     mean /= np.linalg.norm(mean, axis=1, keepdims=True)
     identity = store.identity_of(chosen)
     same = (identity[:, None] == identity) & ~np.eye(len(chosen), dtype=bool)
     own = np.where(same, mean @ mean.T, 0).sum(axis=1) / np.maximum(same.sum(axis=1), 1)
     latent = store.clips["latent_quality"].to_numpy()[chosen]
     paired = same.any(axis=1)
-    assert own[paired & (latent < -1)].mean() < own[paired & (latent > 1)].mean() - .1
+    assert own[paired & (latent < -1)].mean() < own[paired & (latent > 1)].mean() - 0.1
 
 
-# -- distributions --------------------------------------------------------------------------------------------------
+# -- distributions -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("faces, survival", FRAME_SURVIVAL)
 def test_frames_a_clip_survive_as_published(faces, survival):
-    frames = draw_frames((np.arange(100_000) + .5) / 100_000)
+    frames = draw_frames((np.arange(100_000) + 0.5) / 100_000)
     assert np.mean(frames >= faces) == pytest.approx(survival, abs=2e-5)
 
 
@@ -404,14 +444,23 @@ def test_pick_draws_columns_in_proportion_to_their_weight():
     weight = np.tile([1.0, 0.0, 3.0, 0.0], (20_000, 1))
     share = np.bincount(pick(weight, np.random.default_rng(0)), minlength=4) / 20_000
     assert share[[1, 3]].tolist() == [0, 0]
-    assert share[0] == pytest.approx(.25, abs=.015)  # five standard errors
+    assert share[0] == pytest.approx(0.25, abs=0.015)  # five standard errors
 
 
-# -- settings -------------------------------------------------------------------------------------------------------
+# -- settings ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, value", [("identities", 1), ("contaminated", 1.5), ("mostly_wrong", -.1),
-                                         ("reliability", 2), ("lookalikes", -1), ("no_face", float("nan"))])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("identities", 1),
+        ("contaminated", 1.5),
+        ("mostly_wrong", -0.1),
+        ("reliability", 2),
+        ("lookalikes", -1),
+        ("no_face", float("nan")),
+    ],
+)
 def test_settings_out_of_range_are_refused_by_name_and_value(name, value):
     with pytest.raises(ValueError, match=f"{name} .*{value}"):
         Settings(**{name: value})

@@ -31,15 +31,20 @@ def store(tmp_path_factory):
     count = rng.permutation([1, 1, 1, 2, 150, 70, *rng.integers(3, 12, 26)])
     identity = np.arange(len(count)) % IDENTITIES
     centre = rng.normal(size=(IDENTITIES, DIM))
-    feature = 5 * (centre[identity].repeat(count, axis=0) + .3 * rng.normal(size=(count.sum(), DIM)))
-    scores = {"quality": rng.uniform(10, 150, count.sum()), "det": rng.uniform(.8, 1, count.sum())}
-    clips = pd.DataFrame({"clip": [f"c{i:02d}" for i in range(len(count))], "split": "train", "identity": identity})
+    feature = 5 * (centre[identity].repeat(count, axis=0) + 0.3 * rng.normal(size=(count.sum(), DIM)))
+    scores = {"quality": rng.uniform(10, 150, count.sum()), "det": rng.uniform(0.8, 1, count.sum())}
+    clips = pd.DataFrame(
+        {"clip": [f"c{i:02d}" for i in range(len(count))], "split": "train", "identity": identity}
+    )
     path, one = tmp_path_factory.mktemp("easy") / "store", np.ones(len(count), int)
     with ClipStore.create(path, simulated=True, provenance={}) as writer:
         writer.append("face", feature.astype(np.float16), **scores)
         writer.append("scene", rng.normal(size=(len(count), CONTEXT)).astype(np.float16))
-        writer.finish(clips, [str(i) for i in range(IDENTITIES)],
-                      {"face": (count.cumsum() - count, count), "scene": (np.arange(len(count)), one)})
+        writer.finish(
+            clips,
+            [str(i) for i in range(IDENTITIES)],
+            {"face": (count.cumsum() - count, count), "scene": (np.arange(len(count)), one)},
+        )
     return ClipStore.open(path)
 
 
@@ -67,20 +72,20 @@ def read(monkeypatch):
     return calls
 
 
-# -- training -------------------------------------------------------------------------------------------------------
+# -- training ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("aggregator", ["mean", "NAN + scores"])
 def test_loss_falls_on_clips_that_are_easy_to_tell_apart(store, device, aggregator):
     made = model(aggregator, device)
     history = train(made, store, store.select(), replace(SHORT, epochs=15), seed=0)
-    assert history[-1] < .2 * history[0]
+    assert history[-1] < 0.2 * history[0]
 
 
 def test_trained_model_knows_the_clips_it_was_trained_on(store):
     made, _ = trained(store, training=replace(SHORT, epochs=15))
     predicted = (made.embed(pooled_features(made, store, store.select())) @ made.prototype.T).argmax(dim=1)
-    assert np.mean(predicted.numpy() == store.identity_of(store.select())) > .9
+    assert np.mean(predicted.numpy() == store.identity_of(store.select())) > 0.9
 
 
 @pytest.mark.parametrize("aggregator", AGGREGATORS)
@@ -94,8 +99,11 @@ def test_every_aggregator_trains(store, aggregator):
 def test_same_seed_gives_the_same_parameters(store, aggregator):
     (one, first), (two, second) = (trained(store, aggregator, seed=5) for _ in range(2))
     assert first == second
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True)
-               if a is not None)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+        if a is not None
+    )
 
 
 def test_another_seed_gives_other_parameters(store):
@@ -115,7 +123,7 @@ def test_every_epoch_shows_every_clip_once(store, read):
     trained(store)
     shown = [clip for clips, _, _ in read for clip in clips]
     for first in range(0, len(shown), len(store)):
-        assert sorted(shown[first:first + len(store)]) == list(range(len(store)))
+        assert sorted(shown[first : first + len(store)]) == list(range(len(store)))
     assert len(shown) == SHORT.epochs * len(store)
 
 
@@ -124,7 +132,8 @@ def test_epochs_have_their_own_order_and_frames(store, read):
     (first, _, rows), (second, _, others) = read
     assert first != second
     assert [set(rows[first.index(clip)]) for clip in range(len(store))] != [
-        set(others[second.index(clip)]) for clip in range(len(store))]
+        set(others[second.index(clip)]) for clip in range(len(store))
+    ]
 
 
 def test_remainder_joins_the_other_batches(store, read):
@@ -138,7 +147,9 @@ def test_frames_are_sampled_as_the_training_says(store, read):
     start, count = store.modalities["face"].start, store.modalities["face"].count
     for clips, _, rows in read:
         for clip, found in zip(clips, rows, strict=True):
-            assert [row for row in found if row >= 0] == list(range(start[clip], start[clip] + min(6, count[clip])))
+            assert [row for row in found if row >= 0] == list(
+                range(start[clip], start[clip] + min(6, count[clip]))
+            )
 
 
 def test_aggregator_of_a_fixed_number_of_frames_gets_that_number(store, read):
@@ -177,8 +188,8 @@ def test_diverging_loss_is_refused_with_its_epoch(store):
 @pytest.mark.parametrize("focal, expected", [("clip", focal_loss), ("batch", batch_focal_loss)])
 def test_loss_is_the_focal_loss_of_the_margin_logits(focal, expected):
     cosine, label = torch.rand(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 1, 0])
-    training = Training(margin=.2, scale=12.0, gamma=2.0, focal=focal)
-    logits = margin_logits(cosine, label, margin=.2, scale=12.0)
+    training = Training(margin=0.2, scale=12.0, gamma=2.0, focal=focal)
+    logits = margin_logits(cosine, label, margin=0.2, scale=12.0)
     assert torch.equal(training.loss(cosine, label), expected(logits, label, gamma=2.0))
 
 
@@ -187,22 +198,26 @@ def test_unknown_focal_loss_is_refused():
         Training(focal="frame").loss(torch.zeros(2, 2), torch.tensor([0, 1]))
 
 
-# -- features -------------------------------------------------------------------------------------------------------
+# -- features ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block", [1, 64, 16_384])
-@pytest.mark.parametrize("aggregator", ["mean", "quality", "best half", "NAN, two blocks", "attention + scores"])
+@pytest.mark.parametrize(
+    "aggregator", ["mean", "quality", "best half", "NAN, two blocks", "attention + scores"]
+)
 def test_pooled_features_are_those_of_every_clip_alone(store, device, aggregator, block):
     made = model(aggregator, device).eval()
     for parameter in made.aggregator.parameters():
-        torch.nn.init.normal_(parameter, std=.1)
+        torch.nn.init.normal_(parameter, std=0.1)
     clips = np.random.default_rng(1).permutation(store.select())
     found = pooled_features(made, store, clips, block=block)
     face = store.modalities["face"]
     for row, clip in enumerate(clips):
         rows = slice(face.start[clip], face.start[clip] + face.count[clip])
-        x, quality, det = (torch.tensor(np.array(part[rows], np.float32))[None].to(device)
-                           for part in (face.feature, face.columns["quality"], face.columns["det"]))
+        x, quality, det = (
+            torch.tensor(np.array(part[rows], np.float32))[None].to(device)
+            for part in (face.feature, face.columns["quality"], face.columns["det"])
+        )
         with torch.no_grad():
             alone = made.pool(x, torch.ones_like(quality, dtype=torch.bool), quality, det)[0]
         assert torch.allclose(found[row], alone, atol=2e-4), clip  # sums of up to 150 frames in another order
@@ -231,7 +246,7 @@ def test_no_clip_gives_no_feature(store):
 
 def test_drawn_frames_follow_the_seed(store):
     made = model("as coded").eval()
-    torch.nn.init.normal_(made.aggregator.query, std=.1)
+    torch.nn.init.normal_(made.aggregator.query, std=0.1)
     one, again, other = (pooled_features(made, store, store.select(), seed=seed) for seed in (0, 0, 1))
     assert torch.equal(one, again) and not torch.equal(one, other)
 
