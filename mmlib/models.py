@@ -28,7 +28,10 @@ class FixedPool(nn.Module):
         return self.pool(x, mask, quality, det)
 
     def weights(self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None) -> Tensor:
-        """Return the weight of each frame (B, T), read off the pool itself: it is linear in the raw embeddings."""
+        """Return the weight of each frame (B, T), read off the pool itself.
+
+        It is the weight of the raw embeddings, or of the unit ones where the pool averages those (``mean``).
+        """
         frames = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
         # Embeddings of length 1, orthogonal to each other, come out with the weights of the raw ones as coordinates.
         return self.pool(frames, mask, quality, det)

@@ -156,7 +156,7 @@ def tuning_grid(aggregator: str) -> list[Training]:
     if aggregator not in LEARNED:
         rates = [{"lr": rate} for rate in (5e-4, 1e-3, 1e-2, 3e-2)]
     else:  # three weights of scores need longer steps than a query over hundreds of dimensions
-        own = (3e-2, 1e-1, 3e-1, 1.0) if aggregator == "learned scores" else (1e-4, 3e-4, 1e-3, 3e-3)
+        own = (1e-1, 3e-1, 1.0, 3.0) if aggregator == "learned scores" else (3e-4, 1e-3, 3e-3, 1e-2)
         rates = [{"lr": 1e-3, "aggregator_lr": rate} for rate in own]
     return [Training(epochs=epochs, **rate) for epochs in (8, 16) for rate in rates]
 

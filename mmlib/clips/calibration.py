@@ -69,7 +69,7 @@ TARGETS = [
     Target("train clips an identity, median", 4, 0, DERIVED),
     Target("identities with at most 2 train clips", .298, .02, DERIVED),
     Target("labelled val clips an identity, mean", 4.53, .15, DERIVED),
-    Target("correlation of train and val clips an identity", .87, .04, DERIVED),
+    Target("correlation of train and val clips an identity", .87, .13, DERIVED),  # one draw of 500 varies by .06
     Target("val clips that are distractors", .402, .002, DERIVED),
     Target("clips without a face", .044, .008, INFERRED),
     Target("faces a clip, mean", 31.5, 2.5, DERIVED),

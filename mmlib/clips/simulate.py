@@ -70,8 +70,8 @@ class Settings:
     scene_noise: float = 1.5
 
     def __post_init__(self):
-        if self.identities < 2:
-            raise ValueError(f"identities must be at least 2, got {self.identities}")
+        if not isinstance(self.identities, int) or self.identities < 2:
+            raise ValueError(f"identities must be an integer of at least 2, got {self.identities}")
         for name in ("contaminated", "mostly_wrong", "reliability", "lookalikes", "no_face"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
@@ -79,6 +79,8 @@ class Settings:
             if not np.isfinite(value) or (value < 0 and name != "wrong_quality") or (
                     value == 0 and name == "identities_per_show"):
                 raise ValueError(f"{name} must be positive and finite, got {value}")
+        if self.lookalike_weight > .7:  # a group's weight varies by 1.4 and cannot pass 1
+            raise ValueError(f"lookalike_weight must be at most 0.7, got {self.lookalike_weight}")
 
 
 def settings_for(profile: str, **overrides: float) -> Settings:
@@ -93,7 +95,11 @@ def settings_for(profile: str, **overrides: float) -> Settings:
 
 def simulate(path: str | Path, settings: Settings, seed: int, *, overwrite: bool = False,
              progress: bool = False) -> ClipStore:
-    """Draw world ``seed`` and write it as a :class:`ClipStore`; the same settings and seed give the same bytes."""
+    """Draw world ``seed`` and write it as a :class:`ClipStore`.
+
+    The same settings and seed give the same bytes, however many threads there are; on another kind of processor matrix
+    products round differently, and the last bit of a feature may too.
+    """
     world = World(settings, seed)
     provenance = {"source": "simulator", "seed": seed, "settings": asdict(settings)}
     with ClipStore.create(path, simulated=True, provenance=provenance, overwrite=overwrite) as writer:
@@ -290,7 +296,8 @@ class World:
         feature *= length[:, None].astype(np.float32)
         bias = rng.standard_normal(len(g))[track]
         score = r * g_frame + e * np.sqrt(.5) * (bias + rng.standard_normal(len(clip)))
-        det = 1 - np.clip(.012 * np.exp(-.6 * g_frame + .6 * rng.standard_normal(len(clip))), 0, .5)
+        seen = r * g_frame + e * rng.standard_normal(len(clip))
+        det = 1 - np.clip(.012 * np.exp(-.6 * seen + .6 * rng.standard_normal(len(clip))), 0, .5)
         return {"feature": feature.astype(np.float16), "quality": quantile(QUALITY_KNOTS, score), "det": det,
                 "frame": (order * 2 + 1).astype(np.int32), "box": boxes(clip, g_frame, rng), "wrong": wrong}
 
@@ -307,7 +314,7 @@ class World:
     def _displace(self, nuisance: np.ndarray, person: np.ndarray) -> np.ndarray:
         """Map nuisance (n, 64) of faces of ``person`` (n,) to latent embeddings (n, D)."""
         gated = self.gate[person][:, :, None] * nuisance[:, None, :]
-        return gated.reshape(len(person), -1).astype(np.float32) @ self.basis
+        return gated.reshape(len(person), KINDS * NUISANCE_DIM).astype(np.float32) @ self.basis
 
     def observe(self, latent: np.ndarray) -> np.ndarray:
         """Map latent embeddings (F, D) to observed ones of length 1: a rotation plus a fixed tanh layer."""
@@ -367,7 +374,7 @@ def noise_amplitude(latent: np.ndarray) -> np.ndarray:
 
 def draw_frames(uniform: np.ndarray) -> np.ndarray:
     """Map uniform draws to numbers of faces a clip, by the published survival function (log-interpolated)."""
-    faces, survival = np.array(FRAME_SURVIVAL[:-1], dtype=float).T
+    faces, survival = np.array(FRAME_SURVIVAL, dtype=float).T
     log_faces = np.interp(np.log(np.maximum(uniform, survival[-1])), np.log(survival[::-1]), np.log(faces[::-1]))
     return np.floor(np.exp(log_faces) + 1e-9).astype(np.int64)
 
