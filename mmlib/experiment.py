@@ -33,8 +33,7 @@ from mmlib import metrics, rank
 from mmlib.clips.calibration import QUALITY_EDGES
 from mmlib.clips.simulate import Settings, settings_for, simulate
 from mmlib.clips.store import ClipStore
-from mmlib.models import (LEARNED, NEEDS_SCORES, IdentityModel, class_means, make_aggregator,
-                          within_class_whitening)
+from mmlib.models import LEARNED, NEEDS_SCORES, IdentityModel, make_aggregator, within_class_whitening
 from mmlib.train import Training, pooled_features, train
 
 PACKAGE = Path(__file__).parent
