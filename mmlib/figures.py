@@ -97,7 +97,7 @@ def forest(frame: pd.DataFrame, *, label: str, value: str, xlabel: str, low: str
 
 
 def lines(frame: pd.DataFrame, *, x: str, y: str, by: str, xlabel: str, ylabel: str, ax: Axes | None = None,
-          connect: bool = True) -> Axes:
+          connect: bool = True, legend: bool = True) -> Axes:
     """Draw markers for every value of ``by``, over categories in the order of the frame, joined if that has a sense."""
     ax = ax or plt.gca()
     places = {name: i for i, name in enumerate(frame[x].unique())}
@@ -105,8 +105,9 @@ def lines(frame: pd.DataFrame, *, x: str, y: str, by: str, xlabel: str, ylabel: 
         ax.plot(part[x].map(places), part[y], marker=marker, markersize=5, label=name, color=COLOURS.get(name),
                 linestyle="-" if connect else "none")
     ax.set(xticks=range(len(places)), xlabel=xlabel, ylabel=ylabel)
-    ax.set_xticklabels(places, rotation=45 if len(places) > 7 else 0)
-    ax.legend()
+    ax.set_xticklabels(places, rotation=60 if len(places) > 7 else 0)
+    if legend:
+        ax.legend()
     return ax
 
 
@@ -189,13 +190,13 @@ def verdict_grids(frame: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(max(1, len(arms)), max(1, len(reliabilities)), squeeze=False, layout="constrained",
                                 figsize=(3.0 * max(1, len(reliabilities)), 2.3 * max(1, len(arms))))
     limit = max(.5, frame["difference"].abs().max()) if len(frame) else 1.0
-    for row, arm in zip(axes, sorted(arms, reverse=True)):
+    for line, (row, arm) in enumerate(zip(axes, arms)):
         for ax, reliability in zip(row, reliabilities):
             part = frame[(frame["aggregator"] == arm) & (frame["reliability"] == reliability)]
             verdict_grid(part, x="share", y="wrong quality", limit=limit, ax=ax, columns=frame["share"].unique(),
                          rows=frame["wrong quality"].unique(), xlabel="share of wrong frames (factor)",
                          ylabel=f"{arm}:\nquality of wrong faces" if ax is row[0] else "")
-            if row is axes[0]:
+            if line == 0:
                 ax.text(0, 1.03, f"reliability {reliability:g}", transform=ax.transAxes, fontsize=9)
     return figure
 
