@@ -229,7 +229,7 @@ def longer_is_worth(trials: pd.DataFrame) -> dict[str, float]:
 GRID_AXES = ("share", "wrong quality", "reliability")
 GRIDS = {  # (factor on the shares of contaminated clips, mean latent quality of wrong faces, reliability of the scores)
     "none": [],
-    "coarse": [(.5, -1.0, .95), (2.0, -1.0, .95), (1.0, 0.0, .95), (1.0, -1.0, .6)],
+    "coarse": [(2.0, -1.0, .95), (1.0, 0.0, .95), (1.0, -1.0, .6)],
     "fine": list(product((.5, 1.0, 2.0), (-2.0, -1.0, 0.0), (.6, .8, .95))),
 }
 GRID_REFERENCE = "quality"
