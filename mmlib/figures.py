@@ -105,7 +105,7 @@ def lines(frame: pd.DataFrame, *, x: str, y: str, by: str, xlabel: str, ylabel: 
         ax.plot(part[x].map(places), part[y], marker=marker, markersize=5, label=name, color=COLOURS.get(name),
                 linestyle="-" if connect else "none")
     ax.set(xticks=range(len(places)), xlabel=xlabel, ylabel=ylabel)
-    ax.set_xticklabels(places, rotation=60 if len(places) > 7 else 0)
+    ax.set_xticklabels(places, rotation=60 if len(places) > 5 else 0)
     if legend:
         ax.legend()
     return ax
