@@ -10,16 +10,6 @@ from mmlib import aggregate
 DIM = 6
 
 
-@pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")),
-    ]
-)
-def device(request):
-    return request.param
-
-
 def clips(device="cpu", dtype=torch.float64, lengths=(4, 1, 7, 0, 3), dim=DIM, seed=0):
     """Ragged clips, zero where padded, with quality and det: x, mask, quality, det."""
     rng = np.random.default_rng(seed)

@@ -9,16 +9,6 @@ from mmlib import losses
 MARGIN, SCALE = 0.5, 30.0
 
 
-@pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")),
-    ]
-)
-def device(request):
-    return request.param
-
-
 def at(theta, other=0.3, dtype=torch.float64):
     """One clip at an angle to its identity (column 0), with another identity beside it."""
     return torch.tensor([[math.cos(theta), other]], dtype=dtype), torch.tensor([0])

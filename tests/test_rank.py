@@ -7,16 +7,6 @@ from hypothesis import strategies as st
 from mmlib import rank
 
 
-@pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")),
-    ]
-)
-def device(request):
-    return request.param
-
-
 def blocks(scores, sizes):
     """Cut scores (N, C) into blocks of the given sizes, with their rows."""
     return list(

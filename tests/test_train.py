@@ -14,16 +14,6 @@ DIM, CONTEXT, IDENTITIES = 12, 32, 4
 SHORT = Training(epochs=4, batch=8, frames=6, lr=1e-2)
 
 
-@pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")),
-    ]
-)
-def device(request):
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """Clips of four far apart identities, from 1 to 150 frames long, with a context vector each."""
