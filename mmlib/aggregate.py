@@ -3,7 +3,8 @@
 Pure functions first; modules only hold parameters. Throughout: `x` (B, T, D) raw embeddings, not normalised;
 `mask` (B, T), True where a frame exists; `quality` (B, T) about -20..260 and `det` (B, T) 0..1. A weight
 (B, T) is always such that the clip feature is sum_i weight_i x_i. What stands in padding never changes an
-output, a clip without a frame gives zeros, and the order of frames does not matter (CodedAttention excepted).
+output as long as it is finite (a clip store pads with zeros), a clip without a frame gives zeros, and the order
+of frames does not matter (CodedAttention excepted). Frames are read and never copied: they are most of the bytes.
 
 Scale matters: nothing here normalises on the quiet. Raw embeddings have norms near 22, so a query of length 1
 spreads attention logits over tens and frame-to-frame products reach hundreds; as published, NAN works on them
@@ -18,10 +19,6 @@ from torch.nn import functional as F
 
 QUALITY_UNIT = 100.0  # the 2019 system divides quality by this before appending it
 NORM_UNIT = 20.0  # about the norm of an embedding
-
-
-def _present(x: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask[..., None], x, 0.0)
 
 
 def _masked_softmax(logit: Tensor, mask: Tensor) -> Tensor:
@@ -44,21 +41,20 @@ def _require(user: str, **scores: Tensor | None) -> None:
 
 
 def _average(x: Tensor, weight: Tensor) -> Tensor:
-    """Divide the weighted sum by the total; x and weight are zero where padded."""
+    """Divide the weighted sum by the total; weight is zero where padded."""
     total = weight.sum(dim=1)
     return _einsum("bt,btd->bd", weight, x) / torch.where(total > 0, total, 1.0)[:, None]
 
 
 def mean_pool(x: Tensor, mask: Tensor) -> Tensor:
     """Average the L2-normalised embeddings, so that every frame has one vote; not renormalised."""
-    x = _present(x, mask)
-    norm = x.norm(dim=-1, keepdim=True)
-    return _average(x / torch.where(norm > 0, norm, 1.0), mask.to(x.dtype))
+    norm = x.norm(dim=-1)
+    weight = torch.where(mask, 1 / torch.where(norm > 0, norm, 1.0), 0.0)
+    return _einsum("bt,btd->bd", weight, x) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def norm_pool(x: Tensor, mask: Tensor) -> Tensor:
     """Average the raw embeddings: along sum |x_i| u_i, the norm-weighted mean of MagFace and AdaFace."""
-    x = _present(x, mask)
     return _average(x, mask.to(x.dtype))
 
 
@@ -68,7 +64,6 @@ def weighted_pool(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
     A clip whose weights are all 0 gets `norm_pool`: it has frames, and dropping it would cost its identity a
     clip.
     """
-    x = _present(x, mask)
     weight = torch.where(mask, weight.to(x.dtype), 0.0)
     none = (weight.sum(dim=1, keepdim=True) <= 0) & mask
     return _average(x, torch.where(none, 1.0, weight))
@@ -111,36 +106,39 @@ def best_k_pool(x: Tensor, mask: Tensor, quality: Tensor, k: int | float) -> Ten
     return norm_pool(x, mask & (quality >= last))
 
 
-def nan_pool(x: Tensor, mask: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Pool by one attention block: a = softmax_i(query . x_i), r = sum_i a_i x_i; r (B, D) and a (B, T).
+# -- attention over frames: each takes `scores` (B, T, S), further coordinates of every frame, apart from x -----------
 
-    query: (D,), or (B, D) for one query a clip. Source: Yang et al., Neural Aggregation Network, CVPR 2017,
-    eqs. 1-3.
+
+def frame_scores(quality: Tensor | None, det: Tensor | None) -> Tensor:
+    """Return quality / 100 and det of each frame, (B, T, 2), what the 2019 code appends to the raw embeddings."""
+    _require("scores=True", quality=quality, det=det)
+    return torch.stack([quality / QUALITY_UNIT, det], dim=-1)
+
+
+def nan_pool(x: Tensor, mask: Tensor, query: Tensor, scores: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Pool by one attention block: a = softmax_i(query . x_i), r = sum_i a_i x_i; r (B, D + S) and a (B, T).
+
+    query: (D + S,), or (B, D + S) for one query a clip. Source: Yang et al., Neural Aggregation Network, CVPR
+    2017, eqs. 1-3.
     """
-    return _attend(_present(x, mask), mask, query)
-
-
-def _attend(x: Tensor, mask: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-    logit = _einsum("btd,bd->bt" if query.dim() == 2 else "btd,d->bt", x, query.to(x.dtype))
-    weight = _masked_softmax(logit, mask)
-    return _einsum("bt,btd->bd", weight, x), weight
+    weight = _masked_softmax(_dot(x, scores, query), mask)
+    return _sum(x, scores, weight), weight
 
 
 def nan_cascade(
-    x: Tensor, mask: Tensor, query: Tensor, weight: Tensor, bias: Tensor
+    x: Tensor, mask: Tensor, query: Tensor, weight: Tensor, bias: Tensor, scores: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Pool with two attention blocks: r0 from `query` (D,), q1 = tanh(weight r0 + bias), r from q1.
+    """Pool with two attention blocks: r0 from `query` (D + S,), q1 = tanh(weight r0 + bias), r from q1.
 
-    weight (D, D), bias (D,). Returns r (B, D) and the second block's attention (B, T). Source: NAN, CVPR
-    2017, eq. 4.
+    weight (D + S, D + S), bias (D + S,). Returns r (B, D + S) and the second block's attention (B, T). Source:
+    NAN, CVPR 2017, eq. 4.
     """
-    x = _present(x, mask)
-    first, _ = _attend(x, mask, query)
-    return _attend(x, mask, torch.tanh(_einsum("bd,ed->be", first, weight) + bias))
+    first, _ = nan_pool(x, mask, query, scores)
+    return nan_pool(x, mask, torch.tanh(_einsum("bd,ed->be", first, weight) + bias), scores)
 
 
 def channel_map(
-    x: Tensor, mask: Tensor, temperature: Tensor | float = 1.0, *, invert: bool = False
+    x: Tensor, mask: Tensor, temperature: Tensor | float = 1.0, scores: Tensor | None = None, *, invert: bool = False
 ) -> Tensor:
     """Attend from frame to frame: A = softmax_j(S / temperature), S = x x^T, (B, T, T); rows sum to 1.
 
@@ -149,23 +147,28 @@ def channel_map(
     softmax_j(-S): every frame looks at those least like it. Without `invert`, frames that agree strengthen
     each other, which is what the One Name paper says its module does.
     """
-    x = _present(x, mask)
-    similarity = _einsum("bid,bjd->bij", x, x) / temperature
+    similarity = _gram(x, scores) / temperature
     return _masked_softmax(-similarity if invert else similarity, mask[:, :, None] & mask[:, None, :])
 
 
-def channel_attention(
-    x: Tensor, mask: Tensor, gamma: Tensor | float, temperature: Tensor | float = 1.0, *, invert: bool = False
-) -> Tensor:
-    """Mix the frames of a clip, (B, T, D): x' = gamma A x + x, A from `channel_map`; zero where padded."""
-    x = _present(x, mask)
-    return gamma * _einsum("bij,bjd->bid", channel_map(x, mask, temperature, invert=invert), x) + x
+def _dot(x: Tensor, scores: Tensor | None, query: Tensor) -> Tensor:
+    """Multiply every frame by `query` (D + S,) or (B, D + S): (B, T)."""
+    equation = "btd,bd->bt" if query.dim() == 2 else "btd,d->bt"
+    query = query.to(x.dtype)
+    own = _einsum(equation, x, query[..., : x.shape[-1]])
+    return own if scores is None else own + _einsum(equation, scores.to(x.dtype), query[..., x.shape[-1] :])
 
 
-def append_scores(x: Tensor, quality: Tensor | None, det: Tensor | None) -> Tensor:
-    """Append quality / 100 and det to each raw embedding, (B, T, D + 2), as the 2019 code does."""
-    _require("scores=True", quality=quality, det=det)
-    return torch.cat([x, torch.stack([quality / QUALITY_UNIT, det], dim=-1).to(x.dtype)], dim=-1)
+def _sum(x: Tensor, scores: Tensor | None, weight: Tensor) -> Tensor:
+    """Add the frames with `weight` (B, T): (B, D + S)."""
+    total = _einsum("bt,btd->bd", weight, x)
+    return total if scores is None else torch.cat([total, _einsum("bt,btd->bd", weight, scores.to(x.dtype))], dim=1)
+
+
+def _gram(x: Tensor, scores: Tensor | None) -> Tensor:
+    """Multiply every frame by every frame of its clip: (B, T, T)."""
+    gram = _einsum("bid,bjd->bij", x, x)
+    return gram if scores is None else gram + _einsum("bid,bjd->bij", *2 * [scores.to(x.dtype)])
 
 
 class ScoreAttention(nn.Module):
@@ -183,11 +186,11 @@ class ScoreAttention(nn.Module):
     def weights(self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None) -> Tensor:
         """Attention of each frame (B, T), summing to 1 over a clip's frames."""
         _require("learned score weights", quality=quality, det=det)
-        scores = torch.stack([quality / QUALITY_UNIT, det, _present(x, mask).norm(dim=-1) / NORM_UNIT], dim=-1)
+        scores = torch.stack([quality / QUALITY_UNIT, det, x.norm(dim=-1) / NORM_UNIT], dim=-1)
         return _masked_softmax(_einsum("btk,k->bt", scores.to(x.dtype), self.weight.to(x.dtype)), mask)
 
     def forward(self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None) -> Tensor:
-        return _einsum("bt,btd->bd", self.weights(x, mask, quality, det), _present(x, mask))
+        return _einsum("bt,btd->bd", self.weights(x, mask, quality, det), x)
 
 
 class NAN(nn.Module):
@@ -210,10 +213,10 @@ class NAN(nn.Module):
         self.bias = nn.Parameter(torch.zeros(self.out_dim)) if blocks == 2 else None
 
     def _pool(self, x, mask, quality, det) -> tuple[Tensor, Tensor]:
-        x = append_scores(x, quality, det) if self.scores else x
+        scores = frame_scores(quality, det) if self.scores else None
         if self.weight is None:
-            return nan_pool(x, mask, self.query)
-        return nan_cascade(x, mask, self.query, self.weight, self.bias)
+            return nan_pool(x, mask, self.query, scores)
+        return nan_cascade(x, mask, self.query, self.weight, self.bias, scores)
 
     def forward(
         self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None
@@ -228,7 +231,7 @@ class NAN(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Mix frames by `channel_attention`, then pool them by one NAN block: the aggregation One Name describes.
+    """Mix frames, x' = gamma A x + x, A from `channel_map`, then pool them by one NAN block, as One Name describes.
 
     gamma and the query start at 0, so the untrained module is `norm_pool`. temperature: where the learned,
     positive temperature starts. DANet has none (1), but on raw embeddings S is near 480 on the diagonal
@@ -248,12 +251,12 @@ class ChannelAttention(nn.Module):
 
     def _pool(self, x, mask, quality, det) -> tuple[Tensor, Tensor]:
         """Pool without forming the mixed frames, which are (gamma A + 1) x: all is linear in x but A."""
-        x = _present(append_scores(x, quality, det) if self.scores else x, mask)
-        mixing = self.gamma * channel_map(x, mask, self.log_temperature.exp(), invert=self.invert)
-        own = _einsum("btd,d->bt", x, self.query.to(x.dtype))
+        scores = frame_scores(quality, det) if self.scores else None
+        mixing = self.gamma * channel_map(x, mask, self.log_temperature.exp(), scores, invert=self.invert)
+        own = _dot(x, scores, self.query)
         attention = _masked_softmax(_einsum("bij,bj->bi", mixing, own) + own, mask)
         weight = _einsum("bi,bij->bj", attention, mixing) + attention
-        return _einsum("bt,btd->bd", weight, x), weight
+        return _sum(x, scores, weight), weight
 
     def forward(
         self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None
@@ -309,28 +312,28 @@ class CodedAttention(nn.Module):
             raise ValueError(
                 f"CodedAttention needs {self.frames} frames in a clip, row {row} has {int(mask[row].sum())}"
             )
-        x = append_scores(x, quality, det) if self.scores else x
+        scores = frame_scores(quality, det) if self.scores else None
         with torch.autocast(x.device.type, enabled=False):
-            mixing = self._mixing(x)  # (B, T, T + 1)
-            own = F.pad(x @ self.query, (0, 1)) + F.pad(self.query.sum()[None], (self.frames, 0))
+            own = _dot(x, scores, self.query)
+            mixing = self._mixing(x, scores)  # (B, T, T + 1)
+            own = torch.cat([own, self.query.sum().expand(len(x), 1)], dim=1)
             weight = torch.softmax((mixing @ own[..., None])[..., 0], dim=1)[:, None] @ mixing
-            return (weight[..., :-1] @ x)[:, 0] + weight[:, 0, -1:]
+            return _sum(x, scores, weight[:, 0, :-1]) + weight[:, 0, -1:]
 
-    def _mixing(self, x: Tensor) -> Tensor:
+    def _mixing(self, x: Tensor, scores: Tensor | None) -> Tensor:
         """Mix frames and a row of ones (B, T + 1, D) to what the NAN block sees: that matrix."""
-        dim = x.shape[2]
-        gram = F.pad(x @ x.mT, (0, 1, 0, 1))
-        gram[:, -1, :-1] = gram[:, :-1, -1] = x.sum(dim=2)
-        gram[:, -1, -1] = dim
-        count, average = len(x) * dim, gram.mean(dim=0) / dim
+        gram = F.pad(_gram(x, scores), (0, 1, 0, 1))
+        gram[:, -1, :-1] = gram[:, :-1, -1] = _dot(x, scores, torch.ones_like(self.query))
+        gram[:, -1, -1] = self.out_dim
+        average, clips, dim = gram.mean(dim=0), len(x), self.out_dim
         theta, phi = (
-            _normalised(norm, _rows(layer), average, count) for layer, norm in (self.theta, self.phi)
+            _normalised(norm, _rows(layer), average, clips, dim) for layer, norm in (self.theta, self.phi)
         )
         attention = torch.softmax(theta @ gram @ phi.T, dim=-1)
         layer, norm = self.expand
         out = layer.weight[..., 0] @ attention @ _rows(self.g)
         out = out + F.pad(layer.bias[:, None], (self.frames, 0))
-        return _normalised(norm, out, gram / dim, count) + torch.eye(self.frames, self.frames + 1).to(x)
+        return _normalised(norm, out, gram, clips, dim) + torch.eye(self.frames, self.frames + 1).to(x)
 
 
 def _rows(layer: nn.Conv1d) -> Tensor:
@@ -338,14 +341,15 @@ def _rows(layer: nn.Conv1d) -> Tensor:
     return torch.cat([layer.weight[..., 0], layer.bias[:, None]], dim=1)
 
 
-def _normalised(norm: nn.BatchNorm1d, rows: Tensor, gram: Tensor, count: int) -> Tensor:
-    """Follow rows ([B,] C, n) of a mixing by batch norm; gram ([B,] n, n): mean products, ones last."""
+def _normalised(norm: nn.BatchNorm1d, rows: Tensor, gram: Tensor, clips: int, dim: int) -> Tensor:
+    """Follow rows ([B,] C, n) of a mixing by batch norm; gram ([B,] n, n): sums of products over dim, ones last."""
     mean, variance = norm.running_mean, norm.running_var
     if norm.training:
-        mean, square = (rows @ gram[..., -1:])[..., 0], ((rows @ gram) * rows).sum(dim=-1)
+        mean, square = (rows @ gram[..., -1:])[..., 0] / dim, ((rows @ gram) * rows).sum(dim=-1) / dim
         if rows.dim() == 3:
             mean, square = mean.mean(dim=0), square.mean(dim=0)
         variance = (square - mean.square()).clamp_min(0)
+        count = clips * dim
         with torch.no_grad():
             norm.running_mean.lerp_(mean, norm.momentum)
             norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)

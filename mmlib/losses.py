@@ -79,7 +79,7 @@ def concat_scores(feature: Tensor, scores: Tensor, *, normalise: bool = True) ->
 
     Magnitude carries quality, and a cosine classifier divides it out; appended scores survive. normalise=True
     divides the feature by its L2 norm first, as the One Name paper describes; False appends to the raw
-    feature, as its code does (there frame by frame, see `aggregate.append_scores`). Scores should then be of
+    feature, as its code does (there frame by frame, see `aggregate.frame_scores`). Scores should then be of
     order 1, e.g. quality / 100.
     """
     feature = _full(feature)

@@ -63,6 +63,13 @@ def make_aggregator(name: str, dim: int) -> nn.Module:
     return AGGREGATORS[name](dim)
 
 
+class Dropout(nn.Dropout):
+    """Do what ``nn.Dropout`` does; on a CPU that draws its mask four times slower than uniform numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rand_like(x) >= self.p) / (1 - self.p or 1) if self.training else x
+
+
 class ResidualMLP(nn.Module):
     """Add a two-layer transform to the input: D -> hidden -> D, each with batch norm, (B, D) -> (B, D).
 
@@ -73,7 +80,7 @@ class ResidualMLP(nn.Module):
     def __init__(self, dim: int, hidden: int, dropout: float):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.PReLU(), nn.Dropout(dropout),
+            nn.Linear(dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.PReLU(), Dropout(dropout),
             nn.Linear(hidden, dim, bias=False), nn.BatchNorm1d(dim))
         nn.init.zeros_(self.layers[-1].weight)
 
@@ -86,7 +93,7 @@ class ContextBranch(nn.Sequential):
 
     def __init__(self, dim: int, dropout: float):
         super().__init__(
-            nn.Linear(dim, dim // 4, bias=False), nn.BatchNorm1d(dim // 4), nn.PReLU(), nn.Dropout(dropout),
+            nn.Linear(dim, dim // 4, bias=False), nn.BatchNorm1d(dim // 4), nn.PReLU(), Dropout(dropout),
             nn.Linear(dim // 4, dim // 16, bias=False), nn.BatchNorm1d(dim // 16), nn.PReLU())
         self.out_dim = dim // 16
 

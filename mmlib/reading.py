@@ -5,10 +5,7 @@ Nothing here decides a number of a record, so an edit here makes no record stale
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import product
 
@@ -19,10 +16,10 @@ import torch
 from mmlib import metrics
 from mmlib.clips.simulate import Settings
 from mmlib.clips.store import ClipStore
-from mmlib.experiment import (LENGTH_EDGES, WRONG_EDGES, Experiment, Record, cache_folder, clip_means, fetch_or_run,
-                              library_hash, open_store, torch_device)
 from mmlib.models import LEARNED, IdentityModel
+from mmlib.runs import LENGTH_EDGES, WRONG_EDGES, Record, library_hash
 from mmlib.train import Training
+
 
 def as_frame(records: Iterable[Record]) -> pd.DataFrame:
     """Return one row a record: the fields of its experiment and its measures."""
@@ -78,39 +75,6 @@ def compare(records: Iterable[Record], by: str, baseline: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).sort_values("map_at_100", ascending=False, ignore_index=True)
 
 
-
-def fetch_all(experiments: Iterable[Experiment], *, device: str = "auto") -> list[Record]:
-    """Do what ``fetch_or_run`` does, with one process a core where that pays: many short trainings on a CPU.
-
-    Small matrices leave a second thread idle, a second process not.  Worlds that stay are drawn first, so that no two
-    processes draw the same one; those of the sensitivity grid are drawn by the process that needs them.
-    """
-    experiments = list(experiments)
-    workers = min(os.cpu_count() or 1, 8)
-    missing = [e for e in dict.fromkeys(experiments) if not is_stored(e)]
-    if workers > 1 and len(missing) >= 4 * workers and torch_device(device).type == "cpu":
-        tasks: dict[object, list[Experiment]] = {}
-        for experiment in missing:
-            world = experiment if not experiment.settings else (experiment.settings, experiment.seed)
-            tasks.setdefault(world, []).append(experiment)
-        for kept in {(e.data, e.profile, e.seed): e for e in missing if not e.settings}.values():
-            open_store(kept)
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for _ in pool.map(_store_records, tasks.values(), [device] * len(tasks)):
-                pass
-    return fetch_or_run(experiments, device=device)
-
-
-def is_stored(experiment: Experiment) -> bool:
-    """Say whether the cache holds the experiment's record, made by this library."""
-    return (cache_folder() / "records" / library_hash() / f"{experiment.key()}.json").exists()
-
-
-def _store_records(experiments: list[Experiment], device: str) -> None:
-    fetch_or_run(experiments, device=device)
-
-
 # -- attention ------------------------------------------------------------------------------------------------------
 
 
@@ -123,7 +87,7 @@ def mixed_clips(store: ClipStore, n: int) -> np.ndarray:
     val = store.select("val", labelled=True, having="face")
     chosen = val[:0]
     if "wrong" in face.columns:
-        share, count = clip_means(store, "face", "wrong")[val], face.count[val]
+        share, count = store.clip_means("face", "wrong")[val], face.count[val]
         chosen = val[(share >= .2) & (share <= .6) & (count >= 12) & (count <= 30)]
     longest = val[np.argsort(-face.count[val], kind="stable")]
     return np.concatenate([chosen, longest[~np.isin(longest, chosen)]])[:n]
@@ -152,7 +116,7 @@ def weight_on_wrong(models: dict[str, IdentityModel], store: ClipStore) -> pd.Da
     if "wrong" not in face.columns:
         return pd.DataFrame(columns=columns)
     val = store.select("val", labelled=True, having="face")
-    share = clip_means(store, "face", "wrong")[val]
+    share = store.clip_means("face", "wrong")[val]
     mixed = val[(share > 0) & (share < 1)]
     rows = []
     for name, model in models.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,9 +48,8 @@ def train(model: IdentityModel, store: ClipStore, clips: np.ndarray, training: T
           modality: str = "face", context: str | None = None, progress: bool = False) -> list[float]:
     """Train on labelled clips (n,) of a store; return the mean loss of every epoch.
 
-    The model stays on its device; on a GPU the forward pass runs in bfloat16, the loss in float32.  Batches are read
-    one ahead in a thread.  The same seed gives the same clips, frames and order whatever the model, so that two arms
-    see the same data.
+    The model stays on its device; on a GPU the forward pass runs in bfloat16, the loss in float32.  The same seed gives
+    the same clips, frames and order whatever the model, so that two arms see the same data.
     """
     device = model.prototype.device
     # An aggregator with a fixed number of frames draws as the 2019 code does, with replacement from short clips.
@@ -94,22 +92,17 @@ def train(model: IdentityModel, store: ClipStore, clips: np.ndarray, training: T
 def batches(store: ClipStore, groups: list[np.ndarray], modality: str, context: str | None, sample: str,
             frames: int | None, rng: np.random.Generator | None, device: torch.device,
             ) -> Iterator[tuple[np.ndarray, tuple[Tensor | None, ...]]]:
-    """Yield (clips, inputs of ``IdentityModel``) for groups of clips, read one group ahead."""
+    """Yield (clips, inputs of ``IdentityModel``) for groups of clips; inputs hold until the next ones are asked for.
 
-    def read(members: np.ndarray) -> tuple[Tensor | None, ...]:
-        batch = store.batch(members, modality, sample=sample, frames=frames, rng=rng)
+    A thread that reads ahead would take more from the matrix products, which use every core, than it saves.
+    """
+    buffer = torch.empty(0)
+    for members in groups:
+        batch = store.batch(members, modality, sample=sample, frames=frames, rng=rng, buffer=buffer)
         inputs = [batch.feature, batch.mask, batch.quality, batch.det]
         if context is not None:
             inputs.append(store.batch(members, context, sample="first", frames=1).feature[:, 0])
-        return tuple(None if x is None else x.to(device, non_blocking=True) for x in inputs)
-
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(read, groups[0]) if len(groups) else None
-        for i, members in enumerate(groups):
-            inputs = ahead.result()
-            if i + 1 < len(groups):
-                ahead = pool.submit(read, groups[i + 1])
-            yield members, inputs
+        yield members, tuple(None if x is None else x.to(device) for x in inputs)
 
 
 @torch.no_grad()

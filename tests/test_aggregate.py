@@ -32,6 +32,11 @@ def trained(module, seed=1, spread=0.5):
     return module.double()
 
 
+def with_scores(x, quality, det):
+    """Append the scores to every frame, as the 2019 code does."""
+    return torch.cat([x, aggregate.frame_scores(quality, det)], dim=-1)
+
+
 POOLS = {
     "mean": lambda x, m, q, d: aggregate.mean_pool(x, m),
     "norm": lambda x, m, q, d: aggregate.norm_pool(x, m),
@@ -111,7 +116,7 @@ def test_gradient_agrees_with_finite_differences(pool):
 )
 def test_one_frame_is_its_own_clip_feature(name):
     x, mask, quality, det = clips(lengths=(1, 1))
-    expected = aggregate.append_scores(x, quality, det) if getattr(POOLS[name], "scores", False) else x
+    expected = with_scores(x, quality, det) if getattr(POOLS[name], "scores", False) else x
     torch.testing.assert_close(POOLS[name](x, mask, quality, det), expected[:, 0], rtol=0, atol=1e-12)
 
 
@@ -231,14 +236,13 @@ def test_nan_pool_weighs_by_softmax():
     torch.testing.assert_close(pooled, torch.tensor([[0.75 * math.log(3.0)]]))
 
 
-def test_channel_attention_of_orthogonal_frames():
+def test_channel_map_of_orthogonal_frames():
     x = torch.eye(2)[None]
     mask = torch.ones(1, 2, dtype=torch.bool)
     same, other = math.e / (math.e + 1), 1 / (math.e + 1)
     agree = torch.tensor([[[same, other], [other, same]]])
     torch.testing.assert_close(aggregate.channel_map(x, mask), agree)
     torch.testing.assert_close(aggregate.channel_map(x, mask, invert=True), agree.flip(2))
-    torch.testing.assert_close(aggregate.channel_attention(x, mask, 2.0), 2 * agree + x)
 
 
 # Independent slow references, in float64 and plain loops
@@ -341,7 +345,7 @@ def test_coded_attention_agrees_with_a_slow_loop(training):
 
 def layered(module, x, mask, quality, det):
     """CodedAttention layer by layer, with torch's own convolutions and batch norms."""
-    frames = aggregate.append_scores(x, quality, det)
+    frames = with_scores(x, quality, det)
     affinity = torch.softmax(module.theta(frames) @ module.phi(frames).mT, dim=-1)
     return aggregate.nan_pool(module.expand(affinity @ module.g(frames)) + frames, mask, module.query)[0]
 
@@ -394,7 +398,7 @@ def test_untrained_attention_is_norm_pool(module):
 def test_output_is_the_weighted_sum_of_the_frames(name):
     x, mask, quality, det = clips()
     module = POOLS[name]
-    frames = aggregate.append_scores(x, quality, det) if module.scores else x
+    frames = with_scores(x, quality, det) if module.scores else x
     weight = module.weights(x, mask, quality, det)
     assert weight.shape == mask.shape and (weight[~mask] == 0).all()
     torch.testing.assert_close(

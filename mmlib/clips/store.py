@@ -21,6 +21,9 @@ from mmlib.clips.arrays import map_array
 from mmlib.clips.sampling import sample_rows
 from mmlib.clips.writer import SCHEMA_VERSION, SPLITS, StoreWriter, check_clips
 
+_PIECE = 2**20  # numbers converted at a time
+
+
 class Batch(NamedTuple):
     """Frames of B clips, padded to T: `mask` (B, T) is True where a frame exists, all else is 0 there.
 
@@ -112,8 +115,13 @@ class ClipStore:
         return self.clips["identity"].to_numpy(np.int64)[clips]
 
     def batch(self, clips: np.ndarray, modality: str = "face", *, sample: str = "all",
-              frames: int | None = None, rng: np.random.Generator | None = None) -> Batch:
-        """Gather frames of `clips` (B,) as tensors; see `sample_rows` for `sample`, `frames` and `rng`."""
+              frames: int | None = None, rng: np.random.Generator | None = None,
+              buffer: Tensor | None = None) -> Batch:
+        """Gather frames of `clips` (B,) as tensors; see `sample_rows` for `sample`, `frames` and `rng`.
+
+        buffer: a float32 tensor to hold the features, resized as needed; the batch is a view of it until it is
+        given again. Fresh memory for every batch costs more than the copy of the frames into it.
+        """
         source = self._modality(modality)
         clips = np.asarray(clips, np.int64)
         picked = sample_rows(source.start[clips], source.count[clips], sample, frames, rng)
@@ -122,16 +130,25 @@ class ClipStore:
         flat = rows.clamp(min=0).flatten()
         padded = (~mask).flatten()
 
-        def gather(array: np.ndarray) -> Tensor:
-            if not len(array):
-                return torch.zeros((*rows.shape, *array.shape[1:]))
-            taken = torch.from_numpy(array).index_select(0, flat).float()
-            taken[padded] = 0
-            return taken.view(*rows.shape, *array.shape[1:])
+        def gather(array: np.ndarray, out: Tensor) -> Tensor:
+            out.resize_(len(flat), *array.shape[1:])
+            stored = torch.from_numpy(array)
+            step = max(1, _PIECE * len(flat) // max(1, out.numel()))
+            for i in range(0, len(flat) if len(array) else 0, step):
+                out[i:i + step] = stored.index_select(0, flat[i:i + step])
+            out[padded] = 0
+            return out.view(*rows.shape, *array.shape[1:])
 
-        scores = {name: gather(source.columns[name]) if name in source.columns else None
+        scores = {name: gather(source.columns[name], torch.empty(0)) if name in source.columns else None
                   for name in ("quality", "det")}
-        return Batch(gather(source.feature), mask, **scores, rows=rows)
+        return Batch(gather(source.feature, torch.empty(0) if buffer is None else buffer), mask, **scores, rows=rows)
+
+    def clip_means(self, modality: str, column: str) -> np.ndarray:
+        """Average a per-frame column over the frames of each clip, (N,); NaN for a clip without frames."""
+        source = self._modality(modality)
+        total = np.concatenate([[0], np.cumsum(source.columns[column], dtype=float)])
+        with np.errstate(invalid="ignore"):
+            return (total[source.start + source.count] - total[source.start]) / source.count
 
     def _modality(self, name: str) -> Modality:
         if name not in self.modalities:
