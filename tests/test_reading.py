@@ -1,15 +1,16 @@
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import made
 from scipy import stats
 
-from mmlib import experiment, reading
-from mmlib.clips.simulate import Settings, settings_for, simulate
-from mmlib.experiment import Experiment, Record
+from mmlib import reading
+from mmlib.clips.simulate import Settings, settings_for
+from mmlib.experiment import Experiment
 from mmlib.models import AGGREGATORS, IdentityModel, make_aggregator
 from mmlib.reading import (
     as_frame,
@@ -25,42 +26,18 @@ from mmlib.reading import (
     scores_sentence,
     weight_on_wrong,
 )
+from mmlib.runs import WRONG_EDGES
+from mmlib.train import Training
 
 
 def record(
-    aggregator="mean",
-    seed=0,
-    ap=(0.5,),
-    *,
-    data="simulated",
-    settings=(),
-    breakdown=None,
-    training=None,
-    **options,
+    aggregator="mean", seed=0, ap=(0.5,), *, settings=(), training=Training(), data="simulated", **known
 ):
-    asked = asdict(Experiment(data=data, aggregator=aggregator, seed=seed, settings=settings))
-    asked |= {"training": training or asked["training"]}
+    asked = Experiment(data=data, aggregator=aggregator, seed=seed, settings=settings, training=training)
     fields = dict(
-        key=f"{aggregator}{seed}{settings}",
-        library="here",
-        experiment=asked,
-        breakdown=breakdown or {},
-        simulated=data == "simulated",
-        measures={"map_at_100": float(np.mean(ap))},
-        ap=list(ap),
-        losses=[],
-        seconds={},
-        versions={},
-        device="CPU",
-        made="2024-02-03T04:05:06+00:00",
-        commit="abc1234",
+        key=f"{aggregator}{seed}{settings}", measures={"map_at_100": float(np.mean(ap))}, ap=list(ap)
     )
-    return Record(**fields | options)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return simulate(tmp_path_factory.mktemp("world") / "store", settings_for("tiny", identities=30), seed=0)
+    return made(asked, **fields | known)
 
 
 # -- comparisons ---------------------------------------------------------------------------------------------
@@ -180,11 +157,9 @@ def test_breakdown_is_averaged_over_seeds():
 
 
 def test_ranges_of_wrong_frames_are_shares():
-    parts = {"wrong": [[low, high, 1, 0, 0] for low, high in pairwise(experiment.WRONG_EDGES)]}
+    parts = {"wrong": [[low, high, 1, 0, 0] for low, high in pairwise(WRONG_EDGES)]}
     ranges = breakdown_frame([record(breakdown=parts)], "aggregator")["range"].tolist()
-    assert (
-        ranges[0] == "none" and ranges[-1] == "0.8–1" and len(set(ranges)) == len(experiment.WRONG_EDGES) - 1
-    )
+    assert ranges[0] == "none" and ranges[-1] == "0.8–1" and len(set(ranges)) == len(WRONG_EDGES) - 1
 
 
 # -- attention -----------------------------------------------------------------------------------------------
@@ -262,7 +237,7 @@ def test_search_averages_over_worlds_and_names_the_training_that_is_used(monkeyp
     trials = reading.tuning_grid("quality")
     monkeypatch.setattr(reading, "TUNED", {"quality": {"lr": trials[3].lr, "epochs": trials[3].epochs}})
     records = [
-        record("quality", seed, [0.5 + 0.01 * i + gain], training=asdict(trial), key=f"{i} {seed}")
+        record("quality", seed, [0.5 + 0.01 * i + gain], training=trial, key=f"{i} {seed}")
         for i, trial in enumerate(trials)
         for seed, gain in zip(reading.TUNING_SEEDS, (0, 0.002), strict=True)
     ]

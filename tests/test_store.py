@@ -101,6 +101,13 @@ def test_a_store_without_any_frame_opens_and_gives_empty_batches(tmp_path):
     assert batch.feature.shape == (2, 3, 8) and not batch.mask.any()
 
 
+def test_clip_means_are_those_of_every_clip_alone(store):
+    face = store.modalities["face"]
+    slow = [face.columns["quality"][s : s + n].mean() if n else np.nan
+            for s, n in zip(face.start, face.count, strict=True)]
+    assert np.allclose(store.clip_means("face", "quality"), slow, equal_nan=True, rtol=1e-9)
+
+
 def test_columns_of_truth_keep_their_dtype(tmp_path):
     with ClipStore.create(tmp_path / "s", simulated=True, provenance={}) as writer:
         writer.append("face", np.ones((2, 3), np.float16), wrong=np.array([True, False]))
