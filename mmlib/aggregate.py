@@ -153,10 +153,10 @@ def channel_map(
 
 def _dot(x: Tensor, scores: Tensor | None, query: Tensor) -> Tensor:
     """Multiply every frame by `query` (D + S,) or (B, D + S): (B, T)."""
-    equation = "btd,bd->bt" if query.dim() == 2 else "btd,d->bt"
-    query = query.to(x.dtype)
-    own = _einsum(equation, x, query[..., : x.shape[-1]])
-    return own if scores is None else own + _einsum(equation, scores.to(x.dtype), query[..., x.shape[-1] :])
+    # One query for all clips is written as one a clip: a batched product passes over x once, one product does not.
+    query = query.to(x.dtype).expand(len(x), -1)
+    own = _einsum("bd,btd->bt", query[:, : x.shape[-1]], x)
+    return own if scores is None else own + _einsum("bd,btd->bt", query[:, x.shape[-1] :], scores.to(x.dtype))
 
 
 def _sum(x: Tensor, scores: Tensor | None, weight: Tensor) -> Tensor:
@@ -314,41 +314,53 @@ class CodedAttention(nn.Module):
             )
         scores = frame_scores(quality, det) if self.scores else None
         with torch.autocast(x.device.type, enabled=False):
-            own = _dot(x, scores, self.query)
-            mixing = self._mixing(x, scores)  # (B, T, T + 1)
-            own = torch.cat([own, self.query.sum().expand(len(x), 1)], dim=1)
-            weight = torch.softmax((mixing @ own[..., None])[..., 0], dim=1)[:, None] @ mixing
-            return _sum(x, scores, weight[:, 0, :-1]) + weight[:, 0, -1:]
+            gram, own = self._products(x, scores)
+            mixed = self._mixed(gram)  # (B, T/2 + 1, T + 1)
+            layer, norm = self.expand
+            moments = torch.einsum("bin,bjn->ij", mixed @ gram, mixed) / len(x) if norm.training else None
+            expand = _normalised(norm, _rows(layer), moments, len(x), self.out_dim)  # (T, T/2 + 1)
+            logit = (mixed @ own[..., None])[..., 0] @ expand.T + own[:, :-1]
+            attention = torch.softmax(logit, dim=1)
+            weight = ((attention @ expand)[:, None] @ mixed)[:, 0]
+            return _sum(x, scores, weight[:, :-1] + attention) + weight[:, -1:]
 
-    def _mixing(self, x: Tensor, scores: Tensor | None) -> Tensor:
-        """Mix frames and a row of ones (B, T + 1, D) to what the NAN block sees: that matrix."""
+    def _products(self, x: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Multiply the frames and a row of ones by each other, (B, T + 1, T + 1), and by the query, (B, T + 1)."""
+        total = x.sum(dim=-1) if scores is None else x.sum(dim=-1) + scores.sum(dim=-1)
         gram = F.pad(_gram(x, scores), (0, 1, 0, 1))
-        gram[:, -1, :-1] = gram[:, :-1, -1] = _dot(x, scores, torch.ones_like(self.query))
+        gram[:, -1, :-1] = gram[:, :-1, -1] = total
         gram[:, -1, -1] = self.out_dim
-        average, clips, dim = gram.mean(dim=0), len(x), self.out_dim
+        own = _dot(x, scores, self.query)
+        return gram, torch.cat([own, self.query.sum().expand(len(x), 1)], dim=1)
+
+    def _mixed(self, gram: Tensor) -> Tensor:
+        """Return the rows of A g and a row of ones, as sums of frames and ones."""
+        average = gram.mean(dim=0)
         theta, phi = (
-            _normalised(norm, _rows(layer), average, clips, dim) for layer, norm in (self.theta, self.phi)
+            _normalised(norm, _rows(layer), average, len(gram), self.out_dim)
+            for layer, norm in (self.theta, self.phi)
         )
-        attention = torch.softmax(theta @ gram @ phi.T, dim=-1)
-        layer, norm = self.expand
-        out = layer.weight[..., 0] @ attention @ _rows(self.g)
-        out = out + F.pad(layer.bias[:, None], (self.frames, 0))
-        return _normalised(norm, out, gram, clips, dim) + torch.eye(self.frames, self.frames + 1).to(x)
+        affinity = theta.expand(len(gram), -1, -1) @ (gram @ phi.T)
+        attention = torch.softmax(affinity, dim=-1)
+        ones = F.one_hot(torch.tensor(self.frames), self.frames + 1).to(gram)
+        return torch.cat([attention @ _rows(self.g), ones.expand(len(gram), 1, -1)], dim=1)
 
 
 def _rows(layer: nn.Conv1d) -> Tensor:
-    """Write a 1x1 convolution as a matrix on frames and ones: (out, in + 1)."""
+    """Write a 1x1 convolution as a matrix on its input and ones: (out, in + 1)."""
     return torch.cat([layer.weight[..., 0], layer.bias[:, None]], dim=1)
 
 
-def _normalised(norm: nn.BatchNorm1d, rows: Tensor, gram: Tensor, clips: int, dim: int) -> Tensor:
-    """Follow rows ([B,] C, n) of a mixing by batch norm; gram ([B,] n, n): sums of products over dim, ones last."""
+def _normalised(norm: nn.BatchNorm1d, rows: Tensor, gram: Tensor | None, clips: int, dim: int) -> Tensor:
+    """Follow rows (C, n) by batch norm.
+
+    gram (n, n): products of what the rows add up, ones last, summed over dim and averaged over clips; unused when
+    the statistics are given.
+    """
     mean, variance = norm.running_mean, norm.running_var
     if norm.training:
-        mean, square = (rows @ gram[..., -1:])[..., 0] / dim, ((rows @ gram) * rows).sum(dim=-1) / dim
-        if rows.dim() == 3:
-            mean, square = mean.mean(dim=0), square.mean(dim=0)
-        variance = (square - mean.square()).clamp_min(0)
+        mean = rows @ gram[:, -1] / dim
+        variance = (((rows @ gram) * rows).sum(dim=1) / dim - mean.square()).clamp_min(0)
         count = clips * dim
         with torch.no_grad():
             norm.running_mean.lerp_(mean, norm.momentum)

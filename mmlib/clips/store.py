@@ -128,7 +128,7 @@ class ClipStore:
         rows = torch.from_numpy(picked)
         mask = rows >= 0
         flat = rows.clamp(min=0).flatten()
-        padded = (~mask).flatten()
+        padded = (~mask).flatten().nonzero()[:, 0]
 
         def gather(array: np.ndarray, out: Tensor) -> Tensor:
             out.resize_(len(flat), *array.shape[1:])
@@ -136,7 +136,7 @@ class ClipStore:
             step = max(1, _PIECE * len(flat) // max(1, out.numel()))
             for i in range(0, len(flat) if len(array) else 0, step):
                 out[i:i + step] = stored.index_select(0, flat[i:i + step])
-            out[padded] = 0
+            out.index_fill_(0, padded, 0)
             return out.view(*rows.shape, *array.shape[1:])
 
         scores = {name: gather(source.columns[name], torch.empty(0)) if name in source.columns else None
