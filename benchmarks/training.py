@@ -46,11 +46,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = write_store(Path(folder) / "store")
         aggregator = make_aggregator(asked.aggregator, 480)
-        model = IdentityModel(aggregator, 1001, hidden=964, context=1920).to(device)
+        model = IdentityModel(aggregator, 1001, hidden=964, contexts={"scene": 1920}, context_dim=120).to(device)
         training = replace(Training(), epochs=1, batch=512, frames=40, sample="draw")
         for epoch in range(asked.epochs):
             began = time.perf_counter()
-            train(model, store, np.arange(len(store)), training, seed=epoch, context="scene")
+            train(model, store, np.arange(len(store)), training, seed=epoch)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             print(f"epoch {epoch}: {time.perf_counter() - began:.2f} s on {device}, {torch.get_num_threads()} threads")

@@ -1,7 +1,7 @@
 """The identity model: aggregate the frames of a clip, transform the clip feature, compare it with every identity.
 
 ``IdentityModel`` is the One Name network (Dong et al., ACM MM 2019) read from its released code: an aggregator, an
-optional context branch (scene), a residual MLP, and a cosine classifier as its last layer.
+optional branch a context (scene, head, body, audio), a residual MLP, and a cosine classifier as its last layer.
 """
 
 from __future__ import annotations
@@ -88,62 +88,126 @@ class ResidualMLP(nn.Module):
         return x + self.layers(x)
 
 
-class ContextBranch(nn.Sequential):
-    """Reduce a context feature, D -> D/4 -> D/16 (2048 -> 512 -> 128 for a scene), as in the released code."""
+class ContextBranch(nn.Module):
+    """Reduce a context feature, D -> D/4 -> out (2048 -> 512 -> 128 for a scene), as in the released code.
 
-    def __init__(self, dim: int, dropout: float):
-        super().__init__(
+    A clip without that context gets a learned vector, which starts at 0, and takes no part in the batch statistics.
+    """
+
+    def __init__(self, dim: int, out: int, dropout: float):
+        super().__init__()
+        self.layers = nn.Sequential(
             nn.Linear(dim, dim // 4, bias=False), nn.BatchNorm1d(dim // 4), nn.PReLU(), Dropout(dropout),
-            nn.Linear(dim // 4, dim // 16, bias=False), nn.BatchNorm1d(dim // 16), nn.PReLU())
-        self.out_dim = dim // 16
+            nn.Linear(dim // 4, out, bias=False), nn.BatchNorm1d(out), nn.PReLU())
+        self.absent = nn.Parameter(torch.zeros(out))
+        self.out_dim = out
+
+    def forward(self, feature: Tensor, present: Tensor) -> Tensor:
+        """Return (B, out); feature (B, D), present (B,) True where the clip has it."""
+        if present.all():
+            return self.layers(feature)
+        if present.sum() < (2 if self.training else 1):  # batch statistics need two
+            return self.absent.expand(len(feature), -1)
+        reduced = self.layers(feature[present])
+        return torch.where(present[:, None], reduced.new_zeros(len(feature), self.out_dim).masked_scatter(
+            present[:, None], reduced), self.absent.to(reduced.dtype))
+
+
+def region(width: int, block: int, blocks: int) -> slice:
+    """Return where block ``block`` of ``blocks`` contiguous ones lies in ``width`` dimensions."""
+    if not 0 <= block < blocks <= width:
+        raise ValueError(f"block {block} of {blocks} does not exist in {width} dimensions")
+    return slice(block * width // blocks, (block + 1) * width // blocks)
+
+
+def without_region(x: Tensor, gap: slice) -> Tensor:
+    """Drop the dimensions ``gap`` of the last axis."""
+    return torch.cat([x[..., :gap.start], x[..., gap.stop:]], -1)
+
+
+CONCATS = ("none", "normalised", "raw", "frames")
 
 
 class IdentityModel(nn.Module):
     """Score clips against identities by the cosine between a transformed clip feature and one vector an identity.
 
-    aggregator: a module of ``mmlib.aggregate`` or ``FixedPool``.  identities: C.  hidden: width of the residual MLP, 0
-    for none (a linear cosine classifier).  concat: ``"none"``, ``"normalised"`` or ``"raw"`` appends the clip's mean
-    quality / 100 and det score to its feature, normalised first or not (``losses.concat_scores``).  context: width of
-    a context feature that joins through ``ContextBranch``, 0 for none.
+    aggregator: a module of ``mmlib.aggregate`` or ``FixedPool``, or None for a model of contexts alone.  identities: C.
+    hidden: width of the residual MLP, 0 for none (a linear cosine classifier).  concat: ``"normalised"`` or ``"raw"``
+    appends the clip's mean quality / 100 and det score to its feature, normalised first or not
+    (``losses.concat_scores``); ``"frames"`` leaves the feature raw and appends nothing, for an aggregator that has
+    appended the scores to every raw frame, as the released code does; ``"none"`` normalises and appends nothing.
+    contexts: width by name of the context features that join through a ``ContextBranch``
+    of ``context_dim`` outputs each.  gated: multiply each by a gate in (0, 1) that sees it and the clip feature.
+    head: ``"cosine"``, or ``"dot"`` for the inner products of a plain softmax classifier.  discard: (block, blocks),
+    the region of the embeddings and of every context that the model does not see.
     """
 
-    def __init__(self, aggregator: nn.Module, identities: int, *, hidden: int, dropout: float = .5,
-                 concat: str = "none", context: int = 0):
+    def __init__(self, aggregator: nn.Module | None, identities: int, *, hidden: int, dropout: float = .5,
+                 concat: str = "none", contexts: dict[str, int] | None = None, context_dim: int = 128,
+                 gated: bool = False, head: str = "cosine", discard: tuple[int, int] | None = None):
         super().__init__()
-        if concat not in ("none", "normalised", "raw"):
-            raise ValueError(f"concat must be none, normalised or raw, got {concat!r}")
+        if concat not in CONCATS:
+            raise ValueError(f"concat must be one of {', '.join(CONCATS)}, got {concat!r}")
+        if head not in ("cosine", "dot"):
+            raise ValueError(f"head must be cosine or dot, got {head!r}")
+        if aggregator is None and (gated or not contexts or concat != "none"):
+            raise ValueError("a model without an aggregator has at least one context, no gates and no scores to append")
         self.aggregator = aggregator
         self.concat = concat
-        self.branch = ContextBranch(context, dropout) if context else None
-        self.dim = aggregator.out_dim + 2 * (concat != "none") + (self.branch.out_dim if context else 0)
+        self.head = head
+        self.discard = discard
+        own = 0 if aggregator is None else aggregator.out_dim + 2 * (concat in ("normalised", "raw"))
+        self.branches = nn.ModuleDict({name: ContextBranch(kept_width(width, discard), context_dim, dropout)
+                                       for name, width in (contexts or {}).items()})
+        self.gates = nn.ModuleDict({name: nn.Linear(own + context_dim, 1) for name in self.branches} if gated else {})
+        self.dim = own + context_dim * len(self.branches)
         self.mlp = ResidualMLP(self.dim, hidden, dropout) if hidden else nn.Identity()
         self.prototype = nn.Parameter(F.normalize(torch.randn(identities, self.dim), dim=1))
         # A given linear map of the clip feature, e.g. whitening; the identity unless set.
-        self.register_buffer("centre", torch.zeros(aggregator.out_dim))
+        self.register_buffer("centre", torch.zeros(0 if aggregator is None else aggregator.out_dim))
         self.register_buffer("whitening", None)
 
-    def pool(self, x: Tensor, mask: Tensor, quality: Tensor | None, det: Tensor | None,
-             context: Tensor | None = None) -> Tensor:
-        """Return what enters the MLP, (B, dim), entries of order 1."""
+    def pool(self, x: Tensor | None, mask: Tensor | None, quality: Tensor | None, det: Tensor | None,
+             contexts: dict[str, tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        """Return what enters the MLP, (B, dim), entries of order 1.
+
+        contexts: by name the feature (B, D) and whether a clip has it (B,).
+        """
+        parts = [] if self.aggregator is None else [self._clip_feature(self._seen(x), mask, quality, det)]
+        for name, branch in self.branches.items():
+            feature, present = contexts[name]
+            reduced = branch(self._seen(feature), present)
+            if name in self.gates:
+                reduced = reduced * torch.sigmoid(self.gates[name](torch.cat([*parts[:1], reduced], 1)))
+            parts.append(reduced)
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def _seen(self, x: Tensor) -> Tensor:
+        return x if self.discard is None else without_region(x, region(x.shape[-1], *self.discard))
+
+    def _clip_feature(self, x: Tensor, mask: Tensor, quality: Tensor | None, det: Tensor | None) -> Tensor:
         feature = self.aggregator(x, mask, quality, det)
         if self.whitening is not None:
             feature = (F.normalize(feature, dim=1) - self.centre) @ self.whitening
-        if self.concat != "none":
+        if self.concat in ("normalised", "raw"):
             aggregate._require("concat", quality=quality, det=det)
             weight = mask / mask.sum(1, keepdim=True).clamp(min=1)
             scores = torch.stack([(quality * weight).sum(1) / aggregate.QUALITY_UNIT, (det * weight).sum(1)], 1)
             feature = concat_scores(feature, scores, normalise=self.concat == "normalised")
-        if self.concat != "raw":
-            feature = F.normalize(feature, dim=1) * feature.shape[1] ** .5
-        return feature if self.branch is None else torch.cat([feature, self.branch(context)], 1)
+        return feature if self.concat in ("raw", "frames") else F.normalize(feature, dim=1) * feature.shape[1] ** .5
 
     def embed(self, pooled: Tensor) -> Tensor:
-        """Return the embedding of length 1 that is compared with the identities, (B, dim)."""
-        return F.normalize(self.mlp(pooled), dim=1)
+        """Return the embedding that is compared with the identities, (B, dim), of length 1 under a cosine."""
+        embedded = self.mlp(pooled)
+        return F.normalize(embedded, dim=1) if self.head == "cosine" else embedded
 
-    def forward(self, *inputs: Tensor | None) -> Tensor:
+    def compare(self, embedded: Tensor) -> Tensor:
+        """Return cosines, or inner products under ``head="dot"``, with every identity, (B, C)."""
+        return embedded @ (F.normalize(self.prototype, dim=1) if self.head == "cosine" else self.prototype).T
+
+    def forward(self, *inputs) -> Tensor:
         """Return cosines (B, C); arguments as for ``pool``."""
-        return self.embed(self.pool(*inputs)) @ F.normalize(self.prototype, dim=1).T
+        return self.compare(self.embed(self.pool(*inputs)))
 
     @torch.no_grad()
     def start_from_class_means(self, pooled: Tensor, label: Tensor) -> None:
@@ -154,6 +218,14 @@ class IdentityModel(nn.Module):
         mean = class_means(F.normalize(pooled, dim=1), label, len(self.prototype))
         seen = mean.norm(dim=1) > 0
         self.prototype[seen] = F.normalize(mean[seen], dim=1)
+
+
+def kept_width(width: int, discard: tuple[int, int] | None) -> int:
+    """Return how many of ``width`` dimensions are left without the discarded region."""
+    if discard is None:
+        return width
+    gap = region(width, *discard)
+    return width - (gap.stop - gap.start)
 
 
 def class_means(feature: Tensor, label: Tensor, identities: int) -> Tensor:

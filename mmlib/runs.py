@@ -28,16 +28,16 @@ import torch
 from platformdirs import user_cache_dir
 from tqdm.auto import tqdm
 
-from mmlib import metrics
+from mmlib import ensemble, metrics
 from mmlib.clips.calibration import QUALITY_EDGES
 from mmlib.clips.simulate import simulate
 from mmlib.clips.store import ClipStore
-from mmlib.experiment import Experiment, retrieve, torch_device
+from mmlib.experiment import Experiment, Retrieval, retrieve, torch_device, training_clips
 
 PACKAGE = Path(__file__).parent
 RESULTS = PACKAGE.parent / "book" / "results"  # committed records
 DECIDING = ("clips/arrays.py", "clips/sampling.py", "clips/store.py", "clips/writer.py", "clips/calibration.py",
-            "clips/simulate.py", "aggregate.py", "losses.py", "models.py", "train.py", "rank.py", "metrics.py",
+            "clips/simulate.py", "aggregate.py", "losses.py", "models.py", "ensemble.py", "train.py", "rank.py", "metrics.py",
             "experiment.py", "runs.py")
 LENGTH_EDGES = [1, 5, 10, 15, 20, 30, 40, 241]  # frames
 PERCENTILE_EDGES = [*QUALITY_EDGES, 40, 60, 80, 100]
@@ -48,7 +48,9 @@ WRONG_EDGES = [0, 1e-9, .1, .25, .5, .8, 1.001]  # share of frames
 class Record:
     """What a run leaves: enough to redo every figure and comparison without training.
 
-    measures: map_at_100, top1 (queries whose first clip is right), clip_top1 (labelled clips recognised), counts.
+    measures: map_at_100, top1 (queries whose first clip is right), clip_top1 (labelled clips recognised), counts; of an
+    ensemble the mean over members of the identities lost and of clip_top1, and the share of clips on which two members
+    disagree.
     ap: average precision of each query, in the order of the store's identities.  breakdown: for groups of clips by
     ``frames``, ``quality`` (percentile) and, where known, ``wrong`` (share of frames of another person): lower edge,
     upper edge, clips, top-1, and their mean precision (``metrics.clip_precision``, of which MAP is a mean).
@@ -135,21 +137,30 @@ def fetch_or_run(experiments: Iterable[Experiment], *, device: str = "auto", pro
     passing = [e for e in missing if e.simulated and e.settings]
     bar = tqdm(total=len(missing), desc="run", unit="arm", disable=not progress, mininterval=1)
 
-    def make(experiment: Experiment, store: ClipStore) -> None:
-        _write(paths[experiment], json.dumps(asdict(run(experiment, store, device=device))).encode())
-        bar.update()
+    def make(group: list[Experiment], store: ClipStore) -> None:
+        trained = {}  # of one branch at a time: members are many
+        for experiment in group:
+            record = run(experiment, store, device=device, progress=progress, trained=trained)
+            _write(paths[experiment], json.dumps(asdict(record)).encode())
+            bar.update()
 
-    for experiment in missing:
-        if experiment not in passing:
-            make(experiment, open_store(experiment))
+    for group in _by_branch(e for e in missing if e not in passing):
+        make(group, open_store(group[0]))
     for world in dict.fromkeys(e.world() for e in passing):
         with tempfile.TemporaryDirectory(prefix="mmlib-") as scratch:
             store = simulate(Path(scratch) / "world", *world)
-            for experiment in passing:
-                if experiment.world() == world:
-                    make(experiment, store)
+            for group in _by_branch(e for e in passing if e.world() == world):
+                make(group, store)
     bar.close()
     return [Record(**json.loads(paths[experiment].read_text())) for experiment in experiments]
+
+
+def _by_branch(experiments: Iterable[Experiment]) -> list[list[Experiment]]:
+    """Group experiments that share their trained members."""
+    groups: dict[Experiment, list[Experiment]] = {}
+    for experiment in experiments:
+        groups.setdefault(experiment.branch(), []).append(experiment)
+    return list(groups.values())
 
 
 def fetch_all(experiments: Iterable[Experiment], *, device: str = "auto") -> list[Record]:
@@ -161,18 +172,30 @@ def fetch_all(experiments: Iterable[Experiment], *, device: str = "auto") -> lis
     experiments = list(experiments)
     workers = min(os.cpu_count() or 1, 8)
     missing = [e for e in dict.fromkeys(experiments) if not is_stored(e)]
-    if workers > 1 and len(missing) >= 4 * workers and torch_device(device).type == "cpu":
-        tasks: dict[object, list[Experiment]] = {}
-        for experiment in missing:
-            world = experiment.world() if experiment.simulated and experiment.settings else experiment
-            tasks.setdefault(world, []).append(experiment)
-        for kept in {(e.data, e.profile, e.seed): e for e in missing if not (e.simulated and e.settings)}.values():
-            open_store(kept)
+    kept = [e for e in missing if not (e.simulated and e.settings)]
+    tasks = _by_branch(kept)
+    worlds: dict[object, list[Experiment]] = {}
+    for experiment in missing:
+        if experiment not in kept:
+            worlds.setdefault(experiment.world(), []).append(experiment)
+    # The longest first, so that no process is left with a long one at the end.
+    tasks = sorted([*tasks, *worlds.values()], key=_trainings, reverse=True)
+    pays = sum(map(_trainings, tasks)) >= 4 * workers and len(tasks) >= workers
+    if workers > 1 and pays and torch_device(device).type == "cpu":
+        for experiment in {(e.data, e.profile, e.seed): e for e in kept}.values():
+            open_store(experiment)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for _ in pool.map(_store_records, tasks.values(), [device] * len(tasks)):
+            for _ in pool.map(_store_records, tasks, [device] * len(tasks)):
                 pass
     return fetch_or_run(experiments, device=device)
+
+
+def _trainings(experiments: list[Experiment]) -> int:
+    """Count the members that a group of experiments trains."""
+    first = {(e.branch(), member) for e in experiments for member in e.members}
+    second = {(e.second().branch(), member) for e in experiments if e.fallback for member in e.fallback.members}
+    return len(first | second)
 
 
 def is_stored(experiment: Experiment) -> bool:
@@ -184,33 +207,57 @@ def _store_records(experiments: list[Experiment], device: str) -> None:
     fetch_or_run(experiments, device=device)
 
 
-def run(experiment: Experiment, store: ClipStore, *, device: str = "auto", progress: bool = False) -> Record:
-    """Retrieve, score, and make the record."""
-    found = retrieve(experiment, store, device=device, progress=progress)
+def run(experiment: Experiment, store: ClipStore, *, device: str = "auto", progress: bool = False,
+        trained: dict | None = None) -> Record:
+    """Retrieve, score, and make the record; ``trained`` as for ``retrieve``."""
+    found = retrieve(experiment, store, device=device, progress=progress, trained=trained)
+    model = found.members[0].model
     identity, ap = store.identity_of(found.gallery), found.ap
     labelled = identity >= 0
     right = found.predicted == identity
     precision = metrics.clip_precision(found.ranking, found.hits, len(found.gallery))
     measures = {"map_at_100": float(ap.mean()), "top1": float(found.hits[:, 0].mean()),
-                "clip_top1": float(right[labelled].mean()), "train_clips": len(found.train_clips),
+                "clip_top1": float(right[labelled].mean()), "train_clips": len(found.members[0].clips),
                 "gallery_clips": len(found.gallery), "queries": len(found.queries),
                 "identities": len(store.identities),
-                "parameters": sum(p.numel() for p in found.model.parameters()) if found.losses else 0}
+                "parameters": sum(p.numel() for p in model.parameters()) if found.members[0].losses else 0}
+    measures |= _of_members(experiment, store, found)
     clips = found.gallery[labelled]
     return Record(
         key=experiment.key(), library=library_hash(), experiment=asdict(experiment), simulated=store.meta["simulated"],
         measures=measures, ap=[round(float(a), 6) for a in ap],
         breakdown=_breakdown(store, experiment.modality, clips, right[labelled], precision[labelled]),
-        losses=[round(x, 5) for x in found.losses], seconds=found.seconds,
+        losses=[round(x, 5) for x in found.members[0].losses], seconds=found.seconds,
         versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         device=torch.cuda.get_device_name() if torch_device(device).type == "cuda" else "CPU",
         made=datetime.now(UTC).isoformat(timespec="seconds"), commit=_commit())
 
 
-def _breakdown(store: ClipStore, modality: str, clips: np.ndarray, right: np.ndarray,
+def _of_members(experiment: Experiment, store: ClipStore, found: Retrieval) -> dict[str, float]:
+    """Measure an ensemble and what its members lack; empty for one model without contexts."""
+    out = {f"train_without_{name}": int((store.modalities[name].count[found.members[0].clips] == 0).sum())
+           for name in experiment.context}
+    out |= {f"gallery_without_{name}": int((store.modalities[name].count[found.gallery] == 0).sum())
+            for name in experiment.context}
+    if len(found.members) > 1:
+        trained = store.identity_of(training_clips(experiment, store))
+        lost = [ensemble.lost_identities(trained, store.identity_of(member.clips)) for member in found.members]
+        scored = (found.by_member >= 0).all(0) & (store.identity_of(found.gallery) >= 0)
+        right = found.by_member[:, scored] == store.identity_of(found.gallery[scored])
+        out |= {"lost_identities": float(np.mean(lost)), "member_clip_top1": float(right.mean()),
+                "disagreement": ensemble.disagreement(found.by_member[:, scored])}
+    return out
+
+
+def _breakdown(store: ClipStore, modality: str | None, clips: np.ndarray, right: np.ndarray,
                precision: np.ndarray) -> dict[str, list[list[float]]]:
     """Group labelled gallery clips by length, quality and share of wrong frames; see ``Record``."""
+    modality = modality or "face"
+    if modality not in store.modalities:
+        return {}
     source = store.modalities[modality]
+    has = source.count[clips] > 0
+    clips, right, precision = clips[has], right[has], precision[has]
     known = {"frames": (source.count[clips], LENGTH_EDGES)}
     if "quality" in source.columns and len(clips):
         mean = store.clip_means(modality, "quality")[clips]

@@ -99,8 +99,9 @@ def test_residual_mlp_moves_away_from_the_identity_map():
 
 @pytest.mark.parametrize("dim, out", [(2048, 128), (1920, 120)])
 def test_context_branch_has_the_widths_of_the_released_code(dim, out):
-    branch = ContextBranch(dim, dropout=0.5)
-    assert branch(torch.randn(2, dim)).shape == (2, out) == (2, branch.out_dim)
+    branch = ContextBranch(dim, out, dropout=0.5)
+    assert branch.layers[0].out_features == dim // 4
+    assert branch(torch.randn(2, dim), torch.ones(2, dtype=torch.bool)).shape == (2, out) == (2, branch.out_dim)
 
 
 # -- the model -----------------------------------------------------------------------------------------------
@@ -141,8 +142,9 @@ def test_pooled_entries_are_of_order_one():
 
 
 def test_context_joins_the_clip_feature():
-    made = model(context=32)
-    one, two = (made.pool(*clips(), context=torch.randn(4, 32)) for _ in range(2))
+    made = model(contexts={"scene": 32}, context_dim=2)
+    present = torch.ones(4, dtype=torch.bool)
+    one, two = (made.pool(*clips(), {"scene": (torch.randn(4, 32), present)}) for _ in range(2))
     assert one.shape == (4, DIM + 2)
     assert torch.equal(one[:, :DIM], two[:, :DIM]) and not torch.allclose(one[:, DIM:], two[:, DIM:])
 
@@ -171,14 +173,14 @@ def test_concatenation_without_scores_names_them():
 
 
 def test_unknown_concatenation_is_refused():
-    with pytest.raises(ValueError, match="concat must be none, normalised or raw, got 'sum'"):
+    with pytest.raises(ValueError, match="concat must be one of none, normalised, raw, frames, got 'sum'"):
         model(concat="sum")
 
 
 @pytest.mark.parametrize("concat", ["none", "normalised"])
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_every_parameter_gets_a_gradient(name, concat):
-    made = model(name, concat=concat, context=32, dropout=0)
+    made = model(name, concat=concat, contexts={"scene": 32, "audio": 8}, context_dim=2, gated=True, dropout=0)
     generator = torch.Generator().manual_seed(1)
     for parameter in made.parameters():  # behind what starts at 0 nothing gets a gradient
         if not parameter.any():
@@ -186,7 +188,10 @@ def test_every_parameter_gets_a_gradient(name, concat):
     lengths = [made.aggregator.frames] * 16 if hasattr(made.aggregator, "frames") else [5, 2, 9, 3] * 4
     x, mask, quality, det = clips(lengths)
     x = x / 20  # attention over norms of 20 puts all weight on one frame, whose gradient is 0
-    cosine = made(x, mask, quality, det, torch.randn(16, 32, generator=generator))
+    present = torch.arange(16) % 4 > 0
+    contexts = {name: (torch.randn(16, dim, generator=generator), present) for name, dim in
+                (("scene", 32), ("audio", 8))}
+    cosine = made(x, mask, quality, det, contexts)
     F.cross_entropy(10 * cosine, torch.arange(16) % 3).backward()
     without = {
         name for name, p in made.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-12

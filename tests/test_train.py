@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.nn import functional as F
 
 from mmlib.clips.store import ClipStore
 from mmlib.losses import batch_focal_loss, focal_loss, margin_logits
@@ -160,10 +161,10 @@ def test_other_parameters_do_not_follow_the_aggregators_learning_rate(store):
 
 
 def test_context_is_trained_with_the_faces(store):
-    made = model(context=CONTEXT)
-    before = made.branch[0].weight.clone()
-    train(made, store, store.select(), SHORT, seed=0, context="scene")
-    assert not torch.equal(made.branch[0].weight, before)
+    made = model(contexts={"scene": CONTEXT}, context_dim=8)
+    before = made.branches["scene"].layers[0].weight.clone()
+    train(made, store, store.select(), SHORT, seed=0)
+    assert not torch.equal(made.branches["scene"].layers[0].weight, before)
 
 
 def test_training_leaves_the_model_ready_for_evaluation(store):
@@ -214,12 +215,13 @@ def test_pooled_features_are_those_of_every_clip_alone(store, device, aggregator
 
 
 def test_pooled_features_carry_each_clips_own_context(store):
-    made = model(context=CONTEXT).eval()
+    made = model(contexts={"scene": CONTEXT}, context_dim=8).eval()
     clips = np.random.default_rng(1).permutation(store.select())
-    found = pooled_features(made, store, clips, context="scene")
-    scene = torch.tensor(np.array(store.modalities["scene"].feature, np.float32))
+    found = pooled_features(made, store, clips)
+    scene = F.normalize(torch.tensor(np.array(store.modalities["scene"].feature, np.float32)), dim=1) * CONTEXT**0.5
+    one = torch.ones(1, dtype=torch.bool)
     with torch.no_grad():
-        expected = torch.stack([made.branch(scene[clip][None])[0] for clip in clips])
+        expected = torch.stack([made.branches["scene"](scene[clip][None], one)[0] for clip in clips])
     assert torch.allclose(found[:, DIM:], expected, atol=1e-5)
 
 

@@ -144,9 +144,19 @@ class ClipStore:
         return Batch(gather(source.feature, torch.empty(0) if buffer is None else buffer), mask, **scores, rows=rows)
 
     def clip_means(self, modality: str, column: str) -> np.ndarray:
-        """Average a per-frame column over the frames of each clip, (N,); NaN for a clip without frames."""
+        """Average a per-frame column over the frames of each clip, (N,); NaN for a clip without frames.
+
+        column: one of the store's, or ``norm``, the L2 norm of the raw embeddings.
+        """
         source = self._modality(modality)
-        total = np.concatenate([[0], np.cumsum(source.columns[column], dtype=float)])
+        if column == "norm":
+            step = max(1, _PIECE // source.feature.shape[1])
+            value = np.concatenate([np.zeros(0, np.float32), *(
+                torch.from_numpy(source.feature[i:i + step]).float().norm(dim=1).numpy()
+                for i in range(0, len(source.feature), step))])
+        else:
+            value = source.columns[column]
+        total = np.concatenate([[0], np.cumsum(value, dtype=float)])
         with np.errstate(invalid="ignore"):
             return (total[source.start + source.count] - total[source.start]) / source.count
 
