@@ -185,7 +185,7 @@ def verdict_grid(frame: pd.DataFrame, *, x: str, y: str, xlabel: str, ylabel: st
 
 
 def verdict_grids(frame: pd.DataFrame) -> Figure:
-    """Draw ``verdict_grid`` for every learned arm (rows) and reliability (columns) of ``reading.grid_frame``."""
+    """Draw ``verdict_grid`` for every learned arm (rows) and reliability (columns) of ``aggregation.grid_frame``."""
     arms, reliabilities = frame["aggregator"].unique(), sorted(frame["reliability"].unique())
     figure, axes = plt.subplots(max(1, len(arms)), max(1, len(reliabilities)), squeeze=False, layout="constrained",
                                 figsize=(3.0 * max(1, len(reliabilities)), 2.3 * max(1, len(arms))))

@@ -13,17 +13,20 @@ from mmlib.clips.simulate import Settings, settings_for
 from mmlib.experiment import Experiment
 from mmlib.models import AGGREGATORS, IdentityModel, make_aggregator
 from mmlib.reading import (
+    aggregation,
     as_frame,
     breakdown_frame,
     compare,
+    provenance,
+    scores_sentence,
+)
+from mmlib.reading.aggregation import (
     frame_weights,
     grid_frame,
     grid_sentences,
     grid_settings,
     grid_verdicts,
     mixed_clips,
-    provenance,
-    scores_sentence,
     weight_on_wrong,
 )
 from mmlib.runs import WRONG_EDGES
@@ -224,24 +227,24 @@ def test_weight_on_wrong_frames_is_their_share_where_all_frames_weigh_the_same(s
 
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_every_arm_is_given_as_many_trials(name):
-    trials = reading.tuning_grid(name)
-    assert len(set(trials)) == len(trials) == len(reading.tuning_grid("mean"))
+    trials = aggregation.tuning_grid(name)
+    assert len(set(trials)) == len(trials) == len(aggregation.tuning_grid("mean"))
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_training_of_an_arm_is_one_that_was_tried(name):
-    assert reading.tuned(name) in reading.tuning_grid(name)
+    assert aggregation.tuned(name) in aggregation.tuning_grid(name)
 
 
 def test_search_averages_over_worlds_and_names_the_training_that_is_used(monkeypatch):
-    trials = reading.tuning_grid("quality")
-    monkeypatch.setattr(reading, "TUNED", {"quality": {"lr": trials[3].lr, "epochs": trials[3].epochs}})
+    trials = aggregation.tuning_grid("quality")
+    monkeypatch.setattr(aggregation, "TUNED", {"quality": {"lr": trials[3].lr, "epochs": trials[3].epochs}})
     records = [
         record("quality", seed, [0.5 + 0.01 * i + gain], training=trial, key=f"{i} {seed}")
         for i, trial in enumerate(trials)
-        for seed, gain in zip(reading.TUNING_SEEDS, (0, 0.002), strict=True)
+        for seed, gain in zip(aggregation.TUNING_SEEDS, (0, 0.002), strict=True)
     ]
-    frame = reading.tuning_frame(records)
+    frame = aggregation.tuning_frame(records)
     best_first = list(reversed(trials))
     assert list(zip(frame["epochs"], frame["lr"], strict=True)) == [(t.epochs, t.lr) for t in best_first]
     assert frame["map_at_100"].iloc[0] == pytest.approx(0.501 + 0.01 * (len(trials) - 1))
@@ -256,7 +259,7 @@ def cell(share, quality, reliability, gain, seeds=(0, 1)):
     settings = grid_settings(share, quality, reliability, 60)
     return [
         record(name, seed, [0.5 + (gain + 0.001 * seed) * (name != "quality")], settings=settings)
-        for name in reading.GRID_ARMS
+        for name in aggregation.GRID_ARMS
         for seed in seeds
     ]
 
@@ -273,15 +276,15 @@ def test_grid_settings_scale_the_shares_of_contaminated_clips():
     )
 
 
-@pytest.mark.parametrize("name", reading.GRIDS)
+@pytest.mark.parametrize("name", aggregation.GRIDS)
 def test_cells_of_every_grid_are_worlds_that_can_be_drawn(name):
-    cells = [settings_for("quick", **dict(grid_settings(*at, 60))) for at in reading.GRIDS[name]]
+    cells = [settings_for("quick", **dict(grid_settings(*at, 60))) for at in aggregation.GRIDS[name]]
     assert len(set(cells)) == len(cells)
 
 
 def test_grid_compares_learned_arms_with_quality_weights_cell_by_cell():
     frame = grid_frame(cell(0.5, -1.0, 0.95, 0.02) + cell(2.0, -1.0, 0.95, -0.03))
-    assert set(frame["aggregator"]) == set(reading.GRID_LEARNED)
+    assert set(frame["aggregator"]) == set(aggregation.GRID_LEARNED)
     by_share = frame.groupby("share")["difference"].first()
     assert by_share.to_dict() == {0.5: pytest.approx(2.05), 2.0: pytest.approx(-2.95)}
 
