@@ -47,7 +47,7 @@ class Experiment:
 
     The ensemble.  ensemble: a kind of ``mmlib.ensemble``, ``regions``: blocks of ``views``.  members: which are used.
 
-    The ranking.  combine, scale: as in ``rank.combine_scores``.  fallback: when a second model on contexts counts; its
+    The ranking.  split: whose clips, ``val`` or ``test``.  combine, scale: as in ``rank.combine_scores``.  fallback: when a second model on contexts counts; its
     ensemble is of the same kind, with twice as many regions, as in the released code.
 
     Experiments that differ in ``RANKING`` only share their trained members.
@@ -70,6 +70,7 @@ class Experiment:
     start: str = "class means"
     shrinkage: float = .1
     distractors: str = "all"
+    split: str = "val"
     training: Training = field(default_factory=Training)
     ensemble: str = "seeds"
     regions: int = 16
@@ -80,7 +81,7 @@ class Experiment:
 
     def __post_init__(self):
         for name, known in (("classifier", CLASSIFIERS), ("fusion", FUSIONS), ("distractors", DISTRACTORS),
-                            ("start", STARTS), ("ensemble", ensemble.KINDS), ("combine", rank.COMBINE)):
+                            ("start", STARTS), ("ensemble", ensemble.KINDS), ("combine", rank.COMBINE), ("split", ("val", "test"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         trained = self.classifier in TRAINED
@@ -91,6 +92,8 @@ class Experiment:
                              f"{self.classifier!r}")
         if self.modality is None and not self.context:
             raise ValueError("modality None needs a context")
+        if self.split == "test" and self.distractors != "all":
+            raise ValueError(f"distractors are known in val only, so they cannot be {self.distractors!r} with split 'test'")
         if self.head == "dot" and self.training.margin:
             raise ValueError(f"a margin needs a cosine, so head cannot be 'dot' with margin {self.training.margin}")
         if not self.members or len(set(self.members)) < len(self.members) or min(self.members) < 0:
@@ -210,12 +213,10 @@ class Member:
 
 
 def gallery_of(experiment: Experiment, store: ClipStore) -> np.ndarray:
-    """Return the val clips that the experiment's model can score: those with its modality, or with a context."""
+    """Return the clips of its split that the experiment's model can score: those with its modality, or with a context."""
     e = experiment
-    if e.modality is not None:
-        gallery = store.select("val", having=e.modality)
-    else:
-        gallery = np.unique(np.concatenate([store.select("val", having=name) for name in e.context]))
+    sources = e.context if e.modality is None else (e.modality,)
+    gallery = np.unique(np.concatenate([store.select(e.split, having=name) for name in sources]))
     return gallery if e.distractors == "all" else np.setdiff1d(gallery, _training_distractors(e, store))
 
 
@@ -226,23 +227,30 @@ def _training_distractors(experiment: Experiment, store: ClipStore) -> np.ndarra
 
 
 @dataclass(frozen=True)
-class Retrieval:
-    """What a system retrieves: gallery (N,) positions of the val clips in the store, queries (Q,) identity codes,
-    ranking (Q, K) gallery rows with -1 beyond the end, hits (Q, K) bool, relevant (Q,) labelled val clips of each query,
-    predicted (N,) the best identity of each clip, by_member (M, N) that of each member, of clips it can score, else -1.
-
-    Clips that nothing can score are not in the gallery but count as relevant: the official denominator.
+class Ranked:
+    """What a system says of a gallery: gallery (N,) positions of clips in the store, ranking (C, K) the best gallery rows
+    of every identity with -1 beyond the end, predicted (N,) the best identity of each clip, by_member (M, N) that of
+    each member, of clips it can score, else -1.  A clip that nothing can score is not in the gallery.
     """
 
     gallery: np.ndarray
-    queries: np.ndarray
     ranking: np.ndarray
-    hits: np.ndarray
-    relevant: np.ndarray
     predicted: np.ndarray
     by_member: np.ndarray
     members: list[Member]
     seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Retrieval(Ranked):
+    """What a system retrieves: as ``Ranked``, of the queries (Q,), identity codes with labelled val clips: ranking (Q, K),
+    hits (Q, K) bool, relevant (Q,) the number of those clips, which counts clips outside the gallery too: the official
+    denominator.
+    """
+
+    queries: np.ndarray
+    hits: np.ndarray
+    relevant: np.ndarray
 
     @property
     def ap(self) -> np.ndarray:
@@ -251,18 +259,30 @@ class Retrieval:
 
 def retrieve(experiment: Experiment, store: ClipStore, *, device: str = "auto", progress: bool = False,
              trained: MutableMapping | None = None) -> Retrieval:
-    """Train if there is something to train, and rank the val clips for every identity.
+    """Rank the val clips for every identity, as ``rank_clips``, and hold them against their labels."""
+    relevant = np.bincount(store.identity_of(store.select(experiment.split, labelled=True)),
+                           minlength=len(store.identities))
+    queries = np.flatnonzero(relevant)
+    if not len(queries):
+        raise ValueError(f"{store.path}: no labelled {experiment.split} clip: nothing to score")
+    found = rank_clips(experiment, store, device=device, progress=progress, trained=trained)
+    ranking = found.ranking[queries]
+    hits, _ = metrics.match_ranking(ranking, store.identity_of(found.gallery), queries)
+    return Retrieval(found.gallery, ranking, found.predicted, found.by_member, found.members, found.seconds,
+                     queries, hits, relevant[queries])
+
+
+def rank_clips(experiment: Experiment, store: ClipStore, *, device: str = "auto", progress: bool = False,
+               trained: MutableMapping | None = None) -> Ranked:
+    """Train if there is something to train, and rank the clips of the experiment's split for every identity.
 
     trained: members of earlier calls on the same store, by ``(branch, member)``; new ones are added.
     """
     e, trained = experiment, {} if trained is None else trained
-    relevant = np.bincount(store.identity_of(store.select("val", labelled=True)), minlength=len(store.identities))
-    queries = np.flatnonzero(relevant)
     _require(e, store)
     gallery = gallery_of(e, store)
-    if not len(queries) or not len(gallery):
-        what = e.modality or " or ".join(e.context)
-        raise ValueError(f"{store.path}: no labelled val clip, or none with {what!r}: nothing to rank")
+    if not len(gallery):
+        raise ValueError(f"{store.path}: no {e.split} clip with {e.modality or ' or '.join(e.context)!r}: nothing to rank")
     began = time.perf_counter()
     members = _members(e, store, torch_device(device), progress, trained)
     second = _members(e.second(), store, torch_device(device), progress, trained) if e.fallback else []
@@ -275,16 +295,15 @@ def retrieve(experiment: Experiment, store: ClipStore, *, device: str = "auto", 
     if e.combine == "ranks":
         for _ in blocks:  # for the predictions
             pass
-        rows = torch.arange(len(gallery), device=members[0].embedded.device).split(BLOCK)
-        ranking = rank.fuse_ranks(rank.top_k(((r, torch.log_softmax(e.scale * m.cosines(r), 1)[:, :len(relevant)])
+        rows = torch.arange(len(gallery), device=members[0].model.prototype.device).split(BLOCK)
+        classes = len(store.identities)
+        ranking = rank.fuse_ranks(rank.top_k(((r, torch.log_softmax(e.scale * m.cosines(r), 1)[:, :classes])
                                               for r in rows), k=DEPTH) for m in members)
     else:
         ranking = rank.top_k(blocks)
-    ranking = ranking.clip.cpu().numpy()[queries]
-    hits, _ = metrics.match_ranking(ranking, store.identity_of(gallery), queries)
     seconds = {"fit": round(sum(m.seconds for m in members + second), 3),
                "rank": round(time.perf_counter() - fitted, 3), "waited": round(fitted - began, 3)}
-    return Retrieval(gallery, queries, ranking, hits, relevant[queries], predicted, by_member, members, seconds)
+    return Ranked(gallery, ranking.clip.cpu().numpy(), predicted, by_member, members, seconds)
 
 
 BLOCK = 2048  # clips scored at a time

@@ -32,6 +32,7 @@ OTHER = {
     "fusion": "gated",
     "start": "random",
     "distractors": "class",
+    "split": "test",
     "ensemble": "views",
     "regions": 8,
     "members": (1,),
