@@ -248,7 +248,7 @@ def paired_intervals(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def partition(frame: pd.DataFrame, *, xlabel: str, ax: Axes | None = None) -> Axes:
+def partition(frame: pd.DataFrame, *, xlabel: str, ylabel: str = "member", ax: Axes | None = None) -> Axes:
     """Draw one row a member, first on top: the dimensions that it keeps, pale, and those that it discards.
 
     frame: columns member, start, stop (exclusive), width, all but the first in dimensions.
@@ -256,7 +256,7 @@ def partition(frame: pd.DataFrame, *, xlabel: str, ax: Axes | None = None) -> Ax
     ax = ax or plt.gca()
     ax.barh(frame["member"], frame["width"], height=.7, color="0.88", label="kept")
     ax.barh(frame["member"], frame["stop"] - frame["start"], left=frame["start"], height=.7, color=RED, label="discarded")
-    ax.set(xlabel=xlabel, ylabel="member", ylim=(frame["member"].max() + .6, -.6), xlim=(0, frame["width"].max()))
+    ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(frame["member"].max() + .6, -.6), xlim=(0, frame["width"].max()))
     ax.grid(visible=False)
     return ax
 

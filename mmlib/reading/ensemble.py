@@ -287,6 +287,13 @@ def by_members(records: Iterable[Record]) -> pd.DataFrame:
     return frame.assign(order=order).sort_values(["order", "members"], ignore_index=True).drop(columns="order")
 
 
+def by_system_and_members(systems: dict[str, list[Record]]) -> pd.DataFrame:
+    """Return ``by_members`` of several systems, each against its own plain model: system and the columns there."""
+    parts = [by_members(records).assign(system=name) for name, records in systems.items()]
+    columns = ["system", "kind", "members", "map_at_100", "difference", "low", "high", "n"]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+
 def between_kinds(records: Iterable[Record], baseline: str = "seeds") -> pd.DataFrame:
     """Compare the kinds with each other at the largest number of members, by the rule ``MAIN``; as ``compare``."""
     records = list(records)
