@@ -77,10 +77,10 @@ def patchy(tmp_path_factory):
     The last identity has no train clip.
     """
     rng = np.random.default_rng(0)
-    identity = np.concatenate([np.arange(30) % 5, [-1] * 4, np.arange(36) % 6, [-1] * 15])
+    identity = np.concatenate([np.arange(30) // 6, [-1] * 4, np.arange(36) // 6, [-1] * 15])
     split = np.array(["train"] * 34 + ["val"] * 51)
     place = np.arange(len(identity))
-    count = {"face": np.where(place % 5 == 1, 0, rng.integers(1, 6, len(place))),
+    count = {"face": np.where(place % 7 == 1, 0, rng.integers(1, 6, len(place))),
              "scene": np.where(place % 4 == 2, 0, 1 + place % 2)}
     path = tmp_path_factory.mktemp("patchy") / "store"
     with ClipStore.create(path, simulated=True, provenance={}) as writer:

@@ -316,7 +316,7 @@ def test_training_with_all_no_or_one_context_in_a_batch(patchy, having, batch):
 
 
 def test_clips_without_an_identity_are_of_one_further_class(patchy):
-    clips = np.array([0, 30, 1, 33, 84])
+    clips = np.array([0, 30, 6, 33, 84])
     assert patchy.identity_of(clips).tolist() == [0, -1, 1, -1, -1]
     assert classes_of(patchy, clips).tolist() == [0, 6, 1, 6, 6]
 
