@@ -507,6 +507,16 @@ def test_members_repeat_themselves_and_differ_from_the_first(patchy, kind):
         : len(second[0].mlp.layers[0].weight), : second[0].dim])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_members_are_drawn_and_trained_with_seeds_of_their_own(patchy, monkeypatch, kind):
+    seeds = []
+    monkeypatch.setattr(experiment, "seed_torch", seeds.append)
+    monkeypatch.setattr(experiment, "train", lambda *_, seed, **__: seeds.append(seed) or [])
+    for member in (0, 1, 3):
+        fit(small(patchy, ensemble=kind, seed=7), patchy, member, device=CPU)
+    assert seeds == [7, 7, [7, 1], [7, 1], [7, 3], [7, 3]]
+
+
 def test_first_member_of_seeds_is_the_plain_model(patchy):
     plain = replace(small(patchy), members=(0,))
     one, two = run(plain, patchy), run(replace(plain, members=(0, 1)), patchy)

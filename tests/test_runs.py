@@ -460,7 +460,7 @@ def test_experiments_of_one_branch_are_grouped_in_their_order(patchy):
 
 def test_members_of_one_branch_are_trained_once(patchy, cache, fitted):
     fetch_or_run(rankings_of(patchy))
-    assert sorted(fitted, key=str) == [(None, 0), (None, 3), ("face", 0), ("face", 1), ("face", 2)]
+    assert sorted(fitted, key=str) == [("face", 0), ("face", 1), ("face", 2), (None, 0), (None, 3)]
 
 
 def test_sharing_members_does_not_change_a_record(patchy, cache):
