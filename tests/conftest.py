@@ -68,3 +68,28 @@ def made(asked, key="", **known):
         commit="abc1234",
     )
     return Record(**fields | known)
+
+
+@pytest.fixture(scope="session")
+def patchy(tmp_path_factory):
+    """Six identities and distractors, of which some clips lack the face, some the scene (of one or two images), some both.
+
+    The last identity has no train clip.
+    """
+    rng = np.random.default_rng(0)
+    identity = np.concatenate([np.arange(30) // 6, [-1] * 4, np.arange(36) // 6, [-1] * 15])
+    split = np.array(["train"] * 34 + ["val"] * 51)
+    place = np.arange(len(identity))
+    count = {"face": np.where(place % 7 == 1, 0, rng.integers(1, 6, len(place))),
+             "scene": np.where(place % 4 == 2, 0, 1 + place % 2)}
+    path = tmp_path_factory.mktemp("patchy") / "store"
+    with ClipStore.create(path, simulated=True, provenance={}) as writer:
+        for name, dim in (("face", 16), ("scene", 32)):
+            owner = place.repeat(count[name])
+            centre = np.concatenate([rng.normal(size=(6, dim)), np.zeros((1, dim))])
+            feature = centre[identity[owner]] + 1.2 * rng.normal(size=(len(owner), dim))
+            scores = {"quality": rng.uniform(5, 150, len(owner)), "det": rng.uniform(0.8, 1, len(owner))}
+            writer.append(name, feature.astype(np.float16), **scores if name == "face" else {})
+        clips = pd.DataFrame({"clip": [f"c{i:02d}" for i in place], "split": split, "identity": identity})
+        writer.finish(clips, list("012345"), {name: (n.cumsum() - n, n) for name, n in count.items()})
+    return ClipStore.open(path)

@@ -362,6 +362,69 @@ def test_coded_attention_has_the_gradients_and_statistics_of_its_layers(training
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+def slow_statistics(value):
+    """Mean and unbiased variance of (B, C, D) over clips and dimensions, channel by channel."""
+    parts = [[v for clip in value for v in clip[channel]] for channel in range(value.shape[1])]
+    means = [sum(part) / len(part) for part in parts]
+    return np.array(means), np.array([sum((v - m) ** 2 for v in part) / (len(part) - 1) for part, m in zip(parts, means)])
+
+
+def test_coded_attention_keeps_the_running_statistics_of_a_slow_loop():
+    """Three batches: running value = .9 running value + .1 of the batch, in all three batch norms; then evaluation."""
+    module = trained(aggregate.CodedAttention(DIM, frames=8), spread=0.2).train()
+    layers = (module.theta, module.phi, module.expand)
+    expected = [[layer[1].running_mean.numpy().copy(), layer[1].running_var.numpy().copy()] for layer in layers]
+    for seed in range(3):
+        batch = clips(lengths=(8, 8, 8), seed=seed)
+        frames = with_scores(batch[0], *batch[2:]).numpy()
+        theta, phi = (slow_norm(slow_convolution(frames, layer[0]), layer[1], True) for layer in layers[:2])
+        g = slow_convolution(frames, module.g)
+        mixed = np.array([[sum(a * part for a, part in zip(softmax([float(row @ other) for other in phi[clip]]), g[clip],
+                                                           strict=True)) for row in theta[clip]] for clip in range(3)])
+        for kept, layer, value in zip(expected, layers, (frames, frames, mixed), strict=True):
+            for i, new in enumerate(slow_statistics(slow_convolution(value, layer[0]))):
+                kept[i] = 0.9 * kept[i] + 0.1 * new
+        module(*batch)
+    for (mean, variance), layer in zip(expected, layers, strict=True):
+        np.testing.assert_allclose(layer[1].running_mean, mean, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(layer[1].running_var, variance, rtol=1e-9)
+        assert layer[1].num_batches_tracked == 3
+    before = copy.deepcopy(module.state_dict())
+    module.eval()(*batch)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: aggregate.NAN(3, scores=True),
+        lambda: aggregate.NAN(3, blocks=2, scores=True),
+        lambda: aggregate.CodedAttention(3, frames=4),
+    ],
+    ids=["NAN", "NAN, two blocks", "coded"],
+)
+def test_gradient_of_every_parameter_agrees_with_finite_differences(make, training):
+    module = trained(make()).train(training)
+    batch = clips(lengths=(4, 4, 4), dim=3)
+    names, values = zip(*module.named_parameters(), strict=True)
+
+    def pooled(*given):
+        # A copy of the statistics: every call would move them.
+        state = {name: value.clone() for name, value in module.named_buffers()}
+        return torch.func.functional_call(module, dict(zip(names, given, strict=True)) | state, batch)
+
+    assert torch.autograd.gradcheck(pooled, values, atol=1e-7)
+
+
+def test_nan_with_scores_agrees_with_a_slow_loop():
+    x, mask, quality, det = clips(lengths=(4, 1, 7))
+    module = trained(aggregate.NAN(DIM, scores=True))
+    frames = ragged(with_scores(x, quality, det), mask)
+    expected = np.array([slow_nan(clip, module.query.detach().numpy()) for clip in frames])
+    np.testing.assert_allclose(module(x, mask, quality, det).detach().numpy(), expected, rtol=1e-12)
+
+
 def test_coded_attention_in_float32_agrees_with_its_layers_on_raw_embeddings(device):
     x, mask, quality, det = clips(device, torch.float32, lengths=(40,) * 16, dim=512)
     batch = 22 / 512**0.5 * x, mask, quality, det

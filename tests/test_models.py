@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +14,11 @@ from mmlib.models import (
     IdentityModel,
     ResidualMLP,
     class_means,
+    kept_width,
     make_aggregator,
+    region,
     within_class_whitening,
+    without_region,
 )
 
 DIM = 8
@@ -324,3 +329,258 @@ def test_weights_of_a_fixed_pool_rebuild_its_feature(name):
     weight = pool.weights(x, mask, quality, det)
     assert torch.allclose(torch.einsum("bt,btd->bd", weight, x), pool(x, mask, quality, det), atol=1e-5)
     assert not weight[~mask].any()
+
+
+# -- regions -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width, blocks", [(512, 16), (2048, 32), (514, 16), (10, 4), (7, 7), (5, 1)])
+def test_regions_cover_every_dimension_once(width, blocks):
+    covered = [dimension for block in range(blocks) for dimension in range(width)[region(width, block, blocks)]]
+    assert covered == list(range(width))
+
+
+@pytest.mark.parametrize("width, blocks", [(514, 16), (10, 4), (129, 32)])
+def test_regions_differ_by_at_most_one_dimension(width, blocks):
+    sizes = {width - kept_width(width, (block, blocks)) for block in range(blocks)}
+    assert sizes == {width // blocks, width // blocks + 1}
+
+
+@pytest.mark.parametrize(
+    "width, discard, kept",
+    [(512, (3, 16), 480), (2048, (15, 16), 1920), (2048, (31, 32), 1984), (512, None, 512), (8, (0, 8), 7)],
+)
+def test_kept_widths_are_those_of_the_released_code(width, discard, kept):
+    assert kept_width(width, discard) == kept
+
+
+def test_without_region_by_hand():
+    x = torch.arange(12).view(2, 6)
+    assert without_region(x, region(6, 1, 3)).tolist() == [[0, 1, 4, 5], [6, 7, 10, 11]]
+
+
+@pytest.mark.parametrize("width, block, blocks", [(8, 4, 4), (8, -1, 4), (3, 0, 4), (8, 0, 0)])
+def test_region_that_does_not_exist_is_refused(width, block, blocks):
+    with pytest.raises(ValueError, match=f"block {block} of {blocks} does not exist in {width} dimensions"):
+        region(width, block, blocks)
+
+
+def viewing(name, block, **options):
+    """A member of views on clips of 8 dimensions and scenes of 32, away from where it starts, and inputs for it."""
+    made = model(name, dim=6, discard=(block, 4), contexts={"scene": 32}, context_dim=2, **options)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    x, mask, quality, det = clips([getattr(made.aggregator, "frames", 5)] * 3)
+    scene = torch.randn(3, 32, generator=generator), torch.tensor([True, True, False])
+    return made.eval(), [x / 20, mask, quality, det, {"scene": scene}]
+
+
+@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_discarded_dimensions_of_faces_and_scenes_change_nothing(name, block):
+    made, inputs = viewing(name, block, concat="normalised")
+    before = made(*inputs)
+    inputs[0][..., region(8, block, 4)] = 1e3
+    inputs[4]["scene"][0][..., region(32, block, 4)] = -1e3
+    assert torch.equal(made(*inputs), before)
+
+
+@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("name", ["norm", "NAN + scores", "as coded"])
+def test_every_other_dimension_counts(name, block):
+    made, inputs = viewing(name, block)
+    x, scene = inputs[0].requires_grad_(), inputs[4]["scene"][0].requires_grad_()
+    made(*inputs).square().sum().backward()
+    for given, blocks in ((x.grad.abs().amax((0, 1)), range(8)), (scene.grad.abs().amax(0), range(32))):
+        gone = list(blocks[region(len(given), block, 4)])
+        assert [dimension for dimension in blocks if not given[dimension] > 0] == gone
+
+
+@pytest.mark.parametrize("block", [0, 2, 3])
+def test_discarded_dimensions_are_cut_out_and_not_set_to_zero(block):
+    """A model without regions, with the same parameters, says the same of the dimensions that are left."""
+    made, inputs = viewing("NAN + scores", block, concat="normalised")
+    plain = model("NAN + scores", dim=6, contexts={"scene": 24}, context_dim=2, concat="normalised").eval()
+    plain.load_state_dict(made.state_dict())
+    keep = [d for d in range(8) if d // 2 != block]
+    scene, present = inputs[4]["scene"]
+    cut = [inputs[0][..., keep], *inputs[1:4], {"scene": (scene[:, [d for d in range(32) if d // 8 != block]], present)}]
+    assert torch.equal(made(*inputs), plain(*cut))
+
+
+# -- contexts ------------------------------------------------------------------------------------------------
+
+
+def branch_of(training=True, out=3):
+    """A branch away from where it starts, without dropout, and a feature of each of 6 clips."""
+    torch.manual_seed(0)
+    branch = ContextBranch(16, out, dropout=0.0)
+    for parameter in branch.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return branch.train(training), torch.randn(6, 16)
+
+
+SOME = torch.tensor([True, False, True, True, False, True])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_clip_without_a_context_gets_the_learned_vector(training):
+    branch, feature = branch_of(training)
+    assert torch.equal(branch(feature, SOME)[~SOME], branch.absent.expand(2, -1))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_clips_with_a_context_are_reduced_as_if_the_others_were_not_there(training):
+    branch, feature = branch_of(training)
+    alone = copy.deepcopy(branch)
+    assert torch.equal(branch(feature, SOME)[SOME], alone.layers(feature[SOME]))
+    for one, other in zip(branch.buffers(), alone.buffers(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_reduction_by_a_slow_computation():
+    branch, feature = branch_of(training=False)
+    first, norm, prelu, _, second, last, slope = branch.layers
+    for layer in (norm, last):
+        layer.running_mean.uniform_(-1, 1), layer.running_var.uniform_(0.5, 2)
+    expected = feature.double().numpy()
+    for linear, batch, rectify in ((first, norm, prelu), (second, last, slope)):
+        mean, variance, weight, bias, leak = (t.detach().double().numpy() for t in (
+            batch.running_mean, batch.running_var, batch.weight, batch.bias, rectify.weight))
+        value = expected @ linear.weight.detach().double().numpy().T
+        value = (value - mean) / np.sqrt(variance + 1e-5) * weight + bias
+        expected = np.where(value > 0, value, leak * value)
+    found = branch(feature, torch.ones(6, dtype=torch.bool)).detach()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_values_of_an_absent_context_do_not_count(training):
+    branch, feature = branch_of(training)
+    before = copy.deepcopy(branch)(feature, SOME)
+    feature[~SOME] = torch.nan
+    found = branch(feature, SOME)
+    assert torch.equal(found, before)
+    found.sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in branch.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_without_any_context_is_the_learned_vector_and_no_statistic(training):
+    branch, feature = branch_of(training)
+    before = copy.deepcopy(branch.state_dict())
+    assert torch.equal(branch(feature, torch.zeros(6, dtype=torch.bool)), branch.absent.expand(6, -1))
+    assert all(torch.equal(value, before[name]) for name, value in branch.state_dict().items())
+
+
+def test_one_context_in_a_batch_of_training_counts_as_absent():
+    """Batch statistics of one clip would be its own values."""
+    branch, feature = branch_of()
+    before = copy.deepcopy(branch.state_dict())
+    one = torch.arange(6) == 2
+    assert torch.equal(branch(feature, one), branch.absent.expand(6, -1))
+    assert all(torch.equal(value, before[name]) for name, value in branch.state_dict().items())
+
+
+def test_one_context_in_a_batch_of_evaluation_is_reduced():
+    branch, feature = branch_of(training=False)
+    found = branch(feature, torch.arange(6) == 2)
+    assert torch.allclose(found[2], branch.layers(feature[2:3])[0], atol=1e-6) and not torch.equal(found[2], branch.absent)
+
+
+def test_learned_vector_gets_the_gradient_of_the_clips_without_the_context():
+    branch, feature = branch_of()
+    weight = torch.randn(6, 3)
+    (branch(feature, SOME) * weight).sum().backward()
+    assert torch.allclose(branch.absent.grad, weight[1] + weight[4])
+
+
+def test_learned_vector_starts_at_zero():
+    assert not ContextBranch(16, 3, dropout=0.5).absent.any()
+
+
+def gated_pair(bias):
+    """The pooled feature of the same clips with and without gates, the gates' weights away from 0."""
+    made = model(contexts={"scene": 32}, context_dim=2, gated=True).eval()
+    torch.nn.init.normal_(made.gates["scene"].weight, std=0.2)
+    torch.nn.init.constant_(made.gates["scene"].bias, bias)
+    plain = model(contexts={"scene": 32}, context_dim=2).eval()
+    plain.branches.load_state_dict(made.branches.state_dict())
+    scene = {"scene": (torch.randn(4, 32), torch.tensor([True, True, True, False]))}
+    with torch.no_grad():
+        torch.nn.init.normal_(made.branches["scene"].absent)
+        plain.branches["scene"].absent.copy_(made.branches["scene"].absent)
+        return made, made.pool(*clips(), scene), plain.pool(*clips(), scene)
+
+
+def test_gate_is_a_logistic_function_of_face_and_context():
+    made, gated, plain = gated_pair(0.3)
+    layer = made.gates["scene"]
+    logit = plain.double().numpy() @ layer.weight[0].detach().double().numpy() + layer.bias.item()
+    expected = plain[:, DIM:].double().numpy() / (1 + np.exp(-logit))[:, None]
+    assert torch.equal(gated[:, :DIM], plain[:, :DIM])
+    np.testing.assert_allclose(gated[:, DIM:], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias, share", [(100.0, 1.0), (-100.0, 0.0)])
+def test_gate_can_open_and_shut(bias, share):
+    _, gated, plain = gated_pair(bias)
+    assert torch.allclose(gated[:, DIM:], share * plain[:, DIM:], atol=1e-6) and plain[:, DIM:].any(dim=1).all()
+
+
+def test_every_context_has_its_own_branch_and_place():
+    torch.manual_seed(0)
+    made = model(contexts={"scene": 32, "audio": 8}, context_dim=2).eval()
+    present = torch.ones(4, dtype=torch.bool)
+    contexts = {"audio": (torch.randn(4, 8), present), "scene": (torch.randn(4, 32), present)}
+    pooled = made.pool(*clips(), contexts)
+    parts = [made.branches[name](*contexts[name]) for name in ("scene", "audio")]
+    assert torch.equal(pooled[:, DIM:], torch.cat(parts, 1))
+
+
+def test_model_of_contexts_alone_needs_no_frames():
+    made = IdentityModel(None, 3, hidden=4, contexts={"scene": 32}, context_dim=5).eval()
+    scene = torch.randn(4, 32), torch.tensor([True, False, True, True])
+    assert torch.equal(made.pool(None, None, None, None, {"scene": scene}), made.branches["scene"](*scene))
+    assert made(None, None, None, None, {"scene": scene}).shape == (4, 3)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"contexts": {"scene": 8}, "gated": True}, {"contexts": {"scene": 8}, "concat": "normalised"}]
+)
+def test_model_without_an_aggregator_is_refused_what_needs_one(options):
+    with pytest.raises(ValueError, match="without an aggregator has at least one context, no gates and no scores"):
+        IdentityModel(None, 3, hidden=4, **options)
+
+
+# -- heads ---------------------------------------------------------------------------------------------------
+
+
+def test_dot_head_gives_inner_products():
+    made = model(head="dot", hidden=0).eval()
+    torch.nn.init.normal_(made.prototype, std=3.0)
+    pooled = made.pool(*clips()).detach()
+    slow = [[sum(a * b for a, b in zip(e, p)) for p in made.prototype.tolist()] for e in pooled.tolist()]
+    np.testing.assert_allclose(made(*clips()).detach(), slow, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("head, factor", [("dot", 2.0), ("cosine", 1.0)])
+def test_length_of_an_identitys_vector_counts_under_a_dot_head_only(head, factor):
+    made = model(head=head).eval()
+    before = made(*clips()).detach()
+    with torch.no_grad():
+        made.prototype.mul_(2)
+    torch.testing.assert_close(made(*clips()).detach(), factor * before)
+
+
+def test_unknown_head_is_refused():
+    with pytest.raises(ValueError, match="head must be cosine or dot, got 'euclid'"):
+        model(head="euclid")
+
+
+def test_frames_concatenation_leaves_the_aggregators_output_raw():
+    made = model("NAN + scores", concat="frames").eval()
+    torch.nn.init.normal_(made.aggregator.query, std=0.1)
+    pooled = made.pool(*clips())
+    assert torch.equal(pooled, made.aggregator(*clips())) and pooled.shape == (4, DIM + 2)

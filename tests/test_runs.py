@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from conftest import BRIEF, made, of
 
-from mmlib import runs
+from mmlib import retrieval, runs
 from mmlib.clips.simulate import simulate
 from mmlib.experiment import Experiment
-from mmlib.retrieval import retrieve
+from mmlib.rank import Fallback
+from mmlib.retrieval import retrieve, training_clips
 from mmlib.runs import (
     Record,
     cache_folder,
@@ -423,3 +424,168 @@ def test_hash_ignores_where_a_function_stands(library):
     path.write_text("from mmlib.rank import member_seed\n" + text.replace(moved, ""))
     other.write_text(other.read_text() + "\n\n" + moved)
     assert library() == before
+
+
+# -- ensembles -----------------------------------------------------------------------------------------------
+
+
+def small(store, **options):
+    fixed = dict(aggregator="norm", hidden=8, context=("scene",), context_dim=4, regions=4, combine="softmax", scale=5.0,
+                 training=Training(epochs=1, batch=16, frames=4, lr=1e-2))
+    return Experiment(data=str(store.path), **fixed | options)
+
+
+@pytest.fixture
+def fitted(monkeypatch):
+    """Write down what is trained: the modality and the member."""
+    calls, plain = [], retrieval.fit
+
+    def spy(asked, store, member, **options):
+        calls.append((asked.modality, member))
+        return plain(asked, store, member, **options)
+
+    monkeypatch.setattr(retrieval, "fit", spy)
+    return calls
+
+
+def rankings_of(store):
+    """Experiments of one branch: members, ways to combine them, and fallbacks."""
+    return [
+        small(store, members=(0,)),
+        small(store, members=(0, 1, 2)),
+        small(store, members=(2, 1), combine="ranks"),
+        small(store, members=(1,), combine="cosine"),
+        small(store, members=(0, 1), fallback=Fallback(share=0.2)),
+        small(store, members=(0,), fallback=Fallback(share=0.1, members=(0, 3))),
+    ]
+
+
+def measured(record):
+    return record.key, record.ap, record.measures, record.breakdown, record.losses
+
+
+def test_experiments_of_one_branch_are_grouped_in_their_order(patchy):
+    one, two = small(patchy), small(patchy, hidden=16)
+    asked = [one, two, replace(one, scale=2.0), replace(two, members=(1,)), replace(one, combine="cosine")]
+    assert runs._by_branch(asked) == [[asked[0], asked[2], asked[4]], [asked[1], asked[3]]]
+
+
+def test_members_of_one_branch_are_trained_once(patchy, cache, fitted):
+    fetch_or_run(rankings_of(patchy))
+    assert sorted(fitted, key=str) == [("face", 0), ("face", 1), ("face", 2), (None, 0), (None, 3)]
+
+
+def test_sharing_members_does_not_change_a_record(patchy, cache):
+    asked = rankings_of(patchy)
+    together = fetch_or_run(asked)
+    assert [measured(record) for record in together] == [measured(run(one, patchy)) for one in asked]
+
+
+def test_members_of_other_branches_are_not_kept(patchy, cache, monkeypatch):
+    given, plain = [], runs.run
+    monkeypatch.setattr(runs, "run", lambda *a, trained, **o: given.append(set(trained)) or plain(*a, trained=trained, **o))
+    one, two = small(patchy, members=(0, 1)), small(patchy, hidden=16)
+    fetch_or_run([one, two, replace(one, scale=2.0)])
+    assert given == [set(), {(one.branch(), 0), (one.branch(), 1)}, set()]
+
+
+def test_trainings_are_counted_once_with_those_of_second_models(patchy):
+    assert runs._trainings(rankings_of(patchy)) == 5
+    assert runs._trainings([small(patchy, members=(0, 4)), small(patchy, hidden=16, members=(0,))]) == 3
+
+
+class Pool:
+    """Run tasks here and write them down, in the place of a pool of processes."""
+
+    tasks: list = []
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def map(self, function, tasks, *rest):
+        Pool.tasks = list(tasks)
+        return [function(*arguments) for arguments in zip(Pool.tasks, *rest)]
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(runs.os, "cpu_count", lambda: 2)
+    Pool.tasks = []
+    return Pool
+
+
+def test_pool_gets_branches_whole_with_the_longest_first(patchy, cache, fitted, pool):
+    short, long = small(patchy, hidden=16, members=(0, 1, 2)), rankings_of(patchy)
+    records = runs.fetch_all([short, *long], device="cpu")
+    assert pool.tasks == [long, [short]] and len(fitted) == 5 + 3
+    assert [record.key for record in records] == [one.key() for one in (short, *long)]
+    assert records == runs.fetch_all([short, *long], device="cpu") and len(fitted) == 8
+
+
+def test_pool_is_left_alone_for_few_trainings_or_one_branch(patchy, cache, pool):
+    runs.fetch_all([small(patchy, members=(0, 1)), small(patchy, hidden=16)], device="cpu")
+    assert pool.tasks == []
+    runs.fetch_all([small(patchy, members=tuple(range(9)))], device="cpu")
+    assert pool.tasks == []
+
+
+@pytest.mark.parametrize("kind", ["seeds", "bagging", "stratified", "views"])
+def test_measures_of_an_ensemble_are_those_of_a_slow_count(patchy, kind):
+    asked = small(patchy, ensemble=kind, members=(0, 1, 2))
+    record, found = run(asked, patchy), retrieve(asked, patchy)
+    everyone = {patchy.identity_of(clip) for clip in training_clips(asked, patchy)}
+    lost = [len(everyone - {patchy.identity_of(clip) for clip in member.clips}) for member in found.members]
+    labelled = [(row, patchy.identity_of(clip)) for row, clip in enumerate(found.gallery) if patchy.identity_of(clip) >= 0]
+    right = [[found.by_member[member, row] == code for row, code in labelled] for member in range(3)]
+    differ = [[found.by_member[a, row] != found.by_member[b, row] for row, _ in labelled] for a, b in ((0, 1), (0, 2), (1, 2))]
+    assert record.measures["lost_identities"] == pytest.approx(np.mean(lost))
+    assert record.measures["member_clip_top1"] == pytest.approx(np.mean(right))
+    assert record.measures["disagreement"] == pytest.approx(np.mean(differ)) and np.mean(differ) > 0
+    combined = np.mean([found.predicted[row] == code for row, code in labelled])
+    assert record.measures["clip_top1"] == pytest.approx(combined)
+
+
+def test_bagging_that_loses_identities_says_how_many(patchy):
+    """A branch whose every identity has one clip loses about a third of them."""
+    few = replace(patchy, clips=patchy.clips.assign(split=["train" if i % 6 == 0 and i < 30 else split for i, split in
+                                                           enumerate(np.where(patchy.clips["split"] == "train", "test", "val"))]))
+    asked = small(few, ensemble="bagging", members=(0, 1, 2, 3))
+    lost = run(asked, few).measures["lost_identities"]
+    kept = [len(np.unique(member.clips)) for member in retrieve(asked, few).members]
+    assert len(training_clips(asked, few)) == 5 and lost == pytest.approx(5 - np.mean(kept)) and lost > 0
+    assert run(replace(asked, ensemble="stratified"), few).measures["lost_identities"] == 0
+
+
+def test_members_are_measured_on_clips_that_they_can_score(patchy):
+    asked = small(patchy, members=(0, 1), fallback=Fallback(share=0.2))
+    plain = run(replace(asked, fallback=None), patchy).measures
+    mixed = run(asked, patchy).measures
+    assert mixed["gallery_clips"] > plain["gallery_clips"]
+    for name in ("member_clip_top1", "disagreement", "lost_identities"):
+        assert mixed[name] == plain[name]
+
+
+def test_one_model_has_no_measures_of_an_ensemble(patchy):
+    assert not {"lost_identities", "member_clip_top1", "disagreement"} & run(small(patchy), patchy).measures.keys()
+
+
+def test_breakdown_leaves_out_clips_without_a_face(patchy):
+    asked = small(patchy, fallback=Fallback(share=0.2))
+    found, record = retrieve(asked, patchy), run(asked, patchy)
+    having = patchy.modalities["face"].count[found.gallery] > 0
+    clips = np.array(record.breakdown["frames"])[:, 2]
+    assert clips.sum() == np.sum(having & (patchy.identity_of(found.gallery) >= 0)) and (~having).any()
+
+
+def test_record_of_an_ensemble_survives_json(patchy):
+    record = run(small(patchy, members=(0, 1), fallback=Fallback(share=0.2)), patchy)
+    back = Record(**json.loads(json.dumps(asdict(record))))
+    assert measured(back) == measured(record)
+    assert back.experiment["fallback"]["share"] == 0.2 and back.experiment["members"] == [0, 1]

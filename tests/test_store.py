@@ -108,6 +108,22 @@ def test_clip_means_are_those_of_every_clip_alone(store):
     assert np.allclose(store.clip_means("face", "quality"), slow, equal_nan=True, rtol=1e-9)
 
 
+@pytest.mark.parametrize("piece", [1, 24, 2**20])
+def test_mean_norm_is_that_of_every_clips_raw_embeddings(store, monkeypatch, piece):
+    monkeypatch.setattr("mmlib.clips.store._PIECE", piece)
+    face, slow = store.modalities["face"], []
+    for start, count in zip(face.start, face.count, strict=True):
+        norms = [np.linalg.norm(row.astype(float)) for row in face.feature[start : start + count]]
+        slow.append(np.mean(norms) if norms else np.nan)
+    found = store.clip_means("face", "norm")
+    assert np.isnan(found).tolist() == [False, False, True]
+    np.testing.assert_allclose(found, slow, rtol=1e-6)
+
+
+def test_mean_norm_of_a_store_without_any_frame_is_nan(tmp_path):
+    assert np.isnan(make_store(tmp_path / "s", np.zeros(3, int)).clip_means("face", "norm")).all()
+
+
 def test_columns_of_truth_keep_their_dtype(tmp_path):
     with ClipStore.create(tmp_path / "s", simulated=True, provenance={}) as writer:
         writer.append("face", np.ones((2, 3), np.float16), wrong=np.array([True, False]))

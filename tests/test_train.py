@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from mmlib.clips.store import ClipStore
 from mmlib.losses import batch_focal_loss, focal_loss, margin_logits
 from mmlib.models import AGGREGATORS, IdentityModel, make_aggregator
-from mmlib.train import Training, pooled_features, train
+from mmlib.train import Training, batches, classes_of, pooled_features, train
 
 DIM, CONTEXT, IDENTITIES = 12, 32, 4
 SHORT = Training(epochs=4, batch=8, frames=6, lr=1e-2)
@@ -247,3 +247,141 @@ def test_features_of_a_trained_model_do_not_depend_on_dropout(store):
     made, _ = trained(store)
     one, two = (made.embed(pooled_features(made, store, store.select())) for _ in range(2))
     assert torch.equal(one, two)
+
+
+# -- contexts ------------------------------------------------------------------------------------------------
+
+
+def slow_context(store, clip, name="scene"):
+    """The mean of a clip's unit vectors, of length sqrt(D) if there is one: entries of order 1."""
+    source = store.modalities[name]
+    x = np.array(source.feature[source.start[clip] : source.start[clip] + source.count[clip]], float)
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).mean(axis=0) * x.shape[1] ** 0.5
+
+
+def scene_model(store, **options):
+    torch.manual_seed(0)
+    aggregator = make_aggregator("norm", store.modalities["face"].feature.shape[1])
+    return IdentityModel(aggregator, len(store.identities),
+                         **{"hidden": 8, "contexts": {"scene": 32}, "context_dim": 4} | options)
+
+
+def test_context_of_several_images_is_the_mean_of_their_directions(patchy):
+    clips = patchy.select("train")
+    (_, inputs), = batches(scene_model(patchy), patchy, [clips], "face", "all", None, None)
+    feature, present = inputs[4]["scene"]
+    count = patchy.modalities["scene"].count[clips]
+    assert {1, 2} < set(count) and present.tolist() == (count > 0).tolist()
+    for row, clip in enumerate(clips):
+        expected = slow_context(patchy, clip) if count[row] else np.zeros(32)
+        np.testing.assert_allclose(feature[row], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_clip_without_a_context_is_pooled_with_the_learned_vector(patchy):
+    made = scene_model(patchy).eval()
+    torch.nn.init.normal_(made.branches["scene"].absent)
+    clips = patchy.select(having="face")
+    without = patchy.modalities["scene"].count[clips] == 0
+    found = pooled_features(made, patchy, clips)[:, -4:]
+    assert 0 < without.sum() < len(clips)
+    assert torch.equal(found[without], made.branches["scene"].absent.detach().expand(without.sum(), -1))
+    assert not (found[~without] == made.branches["scene"].absent).all(dim=1).any()
+
+
+def test_contexts_alone_are_pooled_without_reading_a_face(patchy, read):
+    made = IdentityModel(None, 6, hidden=4, contexts={"scene": 32}, context_dim=3)
+    clips = patchy.select(having="scene")
+    train(made, patchy, clips[patchy.identity_of(clips) >= 0], SHORT, seed=0, modality=None)
+    assert pooled_features(made, patchy, clips, None).shape == (len(clips), 3)
+    assert {modality for _, modality, _ in read} == {"scene"}
+
+
+@pytest.mark.parametrize("having, batch", [("all", 8), ("none", 8), ("one", 9)])
+def test_training_with_all_no_or_one_context_in_a_batch(patchy, having, batch):
+    clips = patchy.select("train", labelled=True, having="face")
+    scenes = patchy.modalities["scene"].count[clips] > 0
+    chosen = {"all": clips[scenes], "none": clips[~scenes],
+              "one": np.concatenate([clips[~scenes], clips[scenes][:1]])}[having]
+    made = scene_model(patchy)
+    before = {name: value.clone() for name, value in made.branches["scene"].state_dict().items()}
+    history = train(made, patchy, chosen, replace(SHORT, batch=batch), seed=0)
+    assert np.isfinite(history).all() and torch.isfinite(pooled_features(made, patchy, clips)).all()
+    moved = {name for name, value in made.branches["scene"].state_dict().items() if not torch.equal(value, before[name])}
+    layers = {name for name in before if name.startswith("layers")}
+    # One clip in a batch has no batch statistics, so nothing of the layers can be learned from it.
+    assert moved == (layers if having == "all" else {"absent"})
+
+
+# -- classes -------------------------------------------------------------------------------------------------
+
+
+def test_clips_without_an_identity_are_of_one_further_class(patchy):
+    clips = np.array([0, 30, 6, 33, 84])
+    assert patchy.identity_of(clips).tolist() == [0, -1, 1, -1, -1]
+    assert classes_of(patchy, clips).tolist() == [0, 6, 1, 6, 6]
+
+
+def test_model_with_a_further_class_learns_the_distractors(patchy):
+    torch.manual_seed(0)
+    made = IdentityModel(make_aggregator("norm", 16), 7, hidden=32, dropout=0.0)
+    clips = patchy.select("train", having="face")
+    history = train(made, patchy, clips, replace(SHORT, epochs=40, margin=0.0, sample="first"), seed=0)
+    predicted = made.compare(made.embed(pooled_features(made, patchy, clips))).argmax(dim=1).numpy()
+    distractor = patchy.identity_of(clips) < 0
+    assert history[-1] < 0.1 * history[0]
+    assert 0 < distractor.sum() and (predicted[distractor] == 6).all() and not (predicted[~distractor] == 6).any()
+
+
+# -- optimisers ----------------------------------------------------------------------------------------------
+
+
+def test_sgd_takes_the_steps_of_momentum_and_weight_decay_along_a_cosine(store):
+    """v = .9 v + (gradient + decay p), p = p - lr v: three steps on all clips, in float64 and by hand."""
+    training = Training(epochs=3, batch=1000, frames=1, sample="first", lr=0.2, weight_decay=0.01, margin=0.0,
+                        scale=5.0, optimiser="sgd")
+    made = model(hidden=0)
+    face, prototype = store.modalities["face"], made.prototype.detach().double()
+    x = torch.tensor(np.array(face.feature[face.start], float))
+    label, velocity = torch.tensor(store.identity_of(store.select())), torch.zeros_like(prototype)
+    expected = []
+    for step in range(3):
+        free = prototype.clone().requires_grad_()
+        loss = F.cross_entropy(5 * F.normalize(x, dim=1) @ F.normalize(free, dim=1).T, label)
+        loss.backward()
+        velocity = 0.9 * velocity + free.grad + 0.01 * prototype
+        prototype = prototype - 0.2 * (1 + np.cos(np.pi * step / 3)) / 2 * velocity
+        expected.append(loss.item())
+    history = train(made, store, store.select(), training, seed=0)
+    np.testing.assert_allclose(history, expected, rtol=1e-5)
+    np.testing.assert_allclose(made.prototype.detach(), prototype, rtol=1e-4, atol=1e-6)
+    # Without momentum the last step would differ by more than that.
+    assert (velocity - free.grad - 0.01 * free).abs().max() > 1e-3
+
+
+def test_unknown_optimiser_is_refused():
+    with pytest.raises(ValueError, match="optimiser must be adamw or sgd, got 'lion'"):
+        Training(optimiser="lion")
+
+
+def test_loss_without_a_margin_is_the_cross_entropy_of_scaled_scores():
+    score, label = 3 * torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 1, 0])
+    slow = -np.mean([2 * row[y] - np.log(sum(np.exp(2 * row))) for row, y in zip(score.numpy(), label)])
+    assert Training(margin=0.0, scale=2.0).loss(score, label).item() == pytest.approx(slow)
+
+
+# -- seeds of members ----------------------------------------------------------------------------------------
+
+
+def test_seeds_of_members_repeat_themselves_and_differ_from_each_other(store):
+    found = [trained(store, seed=seed)[0].prototype for seed in ([5, 1], [5, 1], [5, 2], [6, 1], 5)]
+    assert torch.equal(found[0], found[1])
+    assert all(not torch.equal(found[i], found[j]) for i, j in ((0, 2), (0, 3), (0, 4), (2, 4)))
+
+
+def test_members_see_clips_in_another_order_and_other_frames(store, read):
+    seen = []
+    for seed in ([5, 1], [5, 2]):
+        read.clear()
+        trained(store, seed=seed, training=replace(SHORT, epochs=1, batch=len(store)))
+        seen.append(dict(zip(read[0][0], map(frozenset, read[0][2]), strict=True)))
+    assert list(seen[0]) != list(seen[1]) and seen[0] != seen[1] and seen[0].keys() == seen[1].keys()
