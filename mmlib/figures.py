@@ -27,6 +27,11 @@ COLOURS = {
     "nearest": GREY, "class means": SKY, "whitened means": PURPLE, "linear": ORANGE, "mlp": BLUE,
     "one identity": BLUE, "two identities": ORANGE, "labelled person": BLUE, "another person": RED,
     "paired": BLUE, "unpaired": ORANGE,
+    "softmax": GREY, "cosine softmax": SKY, "margin": BLUE, "margin + focal": ORANGE, "margin + batch focal": RED,
+    "margin, scores": GREEN, "margin + focal, scores": PURPLE, "margin + focal, raw scores": "#000000",
+    "margin 0": SKY, "margin 0.3": GREEN, "margin 0.5": BLUE, "margin 0.7": "#000000", "margin 0.5, gamma 2": ORANGE,
+    "gamma 0": BLUE, "gamma 0.5": SKY, "gamma 1": GREEN, "gamma 2": ORANGE, "gamma 4": RED,
+    "cross-entropy": BLUE, "focal, clip by clip": ORANGE, "focal, over the batch": RED,
 }
 MARKERS = "osD^vP*X<>"
 
@@ -243,4 +248,29 @@ def paired_intervals(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="seed", ylabel="difference in MAP@100", xticks=list(places.values()), xlim=(-.5, len(places) - .5))
     ax.set_xticklabels([str(seed) for seed in places])
     ax.legend()
+    return ax
+
+
+def traces(frame: pd.DataFrame, *, x: str, y: str, by: str, xlabel: str, ylabel: str, low: str | None = None,
+           high: str | None = None, markers: bool = False, dodge: float = 0.0, ax: Axes | None = None) -> Axes:
+    """Draw ``y`` over a quantity ``x``, one line a value of ``by``, with bars from ``low`` to ``high`` if they are given.
+
+    dodge: how far apart, in units of ``x``, the points of different lines stand; bars that are not finite are left out.
+    """
+    ax = ax or plt.gca()
+    names = list(frame[by].unique())
+    for place, (name, marker, dash) in enumerate(zip(names, cycle(MARKERS), cycle(("-", "--", "-.", ":")))):
+        part = frame[frame[by] == name]
+        at = part[x] + dodge * (place - (len(names) - 1) / 2)
+        colour = COLOURS.get(name, "0.2" if len(names) == 1 else None)
+        line, = ax.plot(at, part[y], linestyle=dash, marker=marker if markers else None, markersize=5, label=name,
+                        color=colour)
+        if low is not None:
+            error = np.abs([part[y] - part[low], part[high] - part[y]])
+            finite = np.isfinite(error).all(0)
+            ax.errorbar(at[finite], part.loc[finite, y], yerr=error[:, finite], fmt="none", capsize=3,
+                        ecolor=line.get_color(), elinewidth=1)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    if len(names) > 1:
+        ax.legend()
     return ax
