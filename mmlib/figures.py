@@ -252,10 +252,12 @@ def paired_intervals(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def traces(frame: pd.DataFrame, *, x: str, y: str, by: str, xlabel: str, ylabel: str, low: str | None = None,
-           high: str | None = None, markers: bool = False, dodge: float = 0.0, ax: Axes | None = None) -> Axes:
+           high: str | None = None, markers: bool = False, dodge: float = 0.0, legend: str = "best",
+           ax: Axes | None = None) -> Axes:
     """Draw ``y`` over a quantity ``x``, one line a value of ``by``, with bars from ``low`` to ``high`` if they are given.
 
     dodge: how far apart, in units of ``x``, the points of different lines stand; bars that are not finite are left out.
+    legend: where it stands, also ``outside`` (to the right) or ``none``; a single line has none.
     """
     ax = ax or plt.gca()
     names = list(frame[by].unique())
@@ -271,6 +273,6 @@ def traces(frame: pd.DataFrame, *, x: str, y: str, by: str, xlabel: str, ylabel:
             ax.errorbar(at[finite], part.loc[finite, y], yerr=error[:, finite], fmt="none", capsize=3,
                         ecolor=line.get_color(), elinewidth=1)
     ax.set(xlabel=xlabel, ylabel=ylabel)
-    if len(names) > 1:
-        ax.legend()
+    if len(names) > 1 and legend != "none":
+        ax.legend(**{"loc": "upper left", "bbox_to_anchor": (1, 1)} if legend == "outside" else {"loc": legend})
     return ax

@@ -10,10 +10,12 @@ import pandas as pd
 import torch
 
 from mmlib import arms, losses, metrics
-from mmlib.experiment import Experiment
+from mmlib.clips.store import ClipStore
+from mmlib.experiment import Experiment, make_model
 from mmlib.reading import compare
 from mmlib.reading.aggregation import longer_is_worth
 from mmlib.runs import Record
+from mmlib.train import pooled_features
 
 # -- logit and gradient ---------------------------------------------------------------------------------------------
 
@@ -33,8 +35,8 @@ def margin_curves(settings: Sequence[tuple[float, float]], *, identities: int, s
         logits = losses.margin_logits(cosine, label, margin=margin, scale=scale)
         loss = losses.focal_loss(logits, label, gamma=gamma) * len(angle)  # a sum, so that each clip has its own gradient
         pull, = torch.autograd.grad(loss, theta)
-        parts.append(pd.DataFrame({"setting": setting_name(margin, gamma), "angle": np.degrees(angle),
-                                   "logit": logits[:, 0].detach(), "pull": pull.abs()}))
+        parts.append(pd.DataFrame({"setting": setting_name(margin, gamma), "angle": np.degrees(angle.numpy()),
+                                   "logit": logits[:, 0].detach().numpy(), "pull": pull.abs().numpy()}))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -90,12 +92,12 @@ def batch_shares(gamma: float, probabilities: Sequence[float] = BATCH) -> pd.Dat
 
 def batch_sentence(shares: pd.DataFrame, hardest: int = 2) -> str:
     """Say how much of the gradient the hardest clips get under each loss, and what the batch-level term multiplies by."""
-    part = {name: group.nsmallest(hardest, "p")["share"].sum() for name, group in shares.groupby("loss", sort=False)}
+    plain, clip, batch = (group.nsmallest(hardest, "p")["share"].sum() for _, group in shares.groupby("loss", sort=False))
     factor = shares.loc[shares["loss"] == "focal, over the batch", "factor"]
-    spread = "the same factor for every clip" if np.ptp(factor) < 1e-9 else "factors that differ"
-    return (f"Of the gradient of {shares['p'].nunique()} clips the {hardest} hardest get "
-            + ", ".join(f"{share:.3f} under {name}" for name, share in part.items())
-            + f"; the last multiplies the gradient by {factor.mean():.3f}, {spread}.")
+    low, high = f"{factor.min():.3f}", f"{factor.max():.3f}"
+    return (f"Of the gradient of {shares['p'].nunique()} clips the {hardest} hardest get {plain:.3f} under the cross-entropy, "
+            f"{clip:.3f} under the focal term clip by clip, and {batch:.3f} under the focal term over the batch, which "
+            f"multiplies the gradient of every clip by {low if low == high else f'something from {low} to {high}'}.")
 
 
 # -- the search for learning rates ----------------------------------------------------------------------------------
@@ -144,8 +146,8 @@ STEPS = {  # one change each: the arm with it, and the arm without
     "focal term clip by clip (described)": ("margin + focal", "margin"),
     "focal term over the batch (coded)": ("margin + batch focal", "margin"),
     "scores on normalised features (described)": ("margin, scores", "margin"),
-    "the same, beside the focal term": ("margin + focal, scores", "margin + focal"),
-    "scores on raw features (coded), beside the focal term": ("margin + focal, raw scores", "margin + focal"),
+    "the same scores beside the focal term": ("margin + focal, scores", "margin + focal"),
+    "scores on raw features beside the focal term (coded)": ("margin + focal, raw scores", "margin + focal"),
     "normalising before the scores are appended": ("margin + focal, scores", "margin + focal, raw scores"),
 }
 REFERENCE = "margin"
@@ -165,33 +167,52 @@ def steps_frame(records: Sequence[Record], names: Sequence[str]) -> pd.DataFrame
 def change(row: dict | pd.Series, unit: str = "points of MAP@100") -> str:
     """Say what the interval of a difference supports, and the numbers; row: difference, low, high, n, interval."""
     if not np.isfinite(row["low"]):
-        return f"moves it by {row['difference']:+.2f} {unit} (without an interval)"
+        return f"differs by {_signed(row['difference'])} {unit} (no interval)"
     verb = "gains" if row["low"] > 0 else "loses" if row["high"] < 0 else "changes nothing that can be told apart,"
-    size = f"{row['difference']:+.2f}" if "told" in verb else f"{abs(row['difference']):.2f}"
-    return (f"{verb} {size} {unit} (95 % interval {row['low']:+.2f} to {row['high']:+.2f}, {row['n']:.0f} "
-            f"{row['interval']})")
+    size = _signed(row["difference"]) if verb.endswith(",") else f"{abs(row['difference']):.2f}"
+    return f"{verb} {size} {unit} ({_interval(row)}, {row['n']:.0f} {row['interval']})"
 
 
-def steps_sentences(steps: pd.DataFrame) -> list[str]:
-    """Say in a sentence a step what it changes."""
-    return [f"{row['step'][0].upper()}{row['step'][1:]}: {change(row)}." for row in steps.to_dict("records")]
+def _interval(row: dict | pd.Series) -> str:
+    return f"95 % interval {_signed(row['low'])} to {_signed(row['high'])}" if np.isfinite(row["low"]) else "no interval"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 2) + 0.0:+.2f}"  # + 0.0, because a rounded -0.001 is -0.0
+
+
+def steps_sentence(steps: pd.DataFrame) -> str:
+    """Say which steps gain, which lose, and which cannot be told apart from nothing."""
+    groups = {"gain": steps[steps["low"] > 0], "lose": steps[steps["high"] < 0]}
+    groups["change nothing that can be told apart"] = steps.drop(index=[*groups["gain"].index, *groups["lose"].index])
+    out = [f"{len(part)} {verb}: " + ", ".join(f"{row['step']} {_signed(row['difference'])}" for row in part.to_dict("records"))
+           for verb, part in groups.items() if len(part)]
+    return f"Of these {len(steps)} steps, " + "; ".join(out) + " (points of MAP@100)."
+
+
+_ASKED = {  # step, how the answer calls it
+    "a margin": "the margin is worth {} points over a cosine softmax", "focal term clip by clip (described)":
+    "the focal term {} as described", "focal term over the batch (coded)": "and {} as coded",
+    "scores on normalised features (described)": "the appended scores are worth {} as described",
+    "scores on raw features beside the focal term (coded)": "and {} as coded",
+}
 
 
 def answer(table: pd.DataFrame, steps: pd.DataFrame, where: str) -> str:
-    """Answer the chapter's question: the best arm against the margin alone, both focal terms, the scores.
+    """Answer the chapter's question: the best arm against the margin alone, the margin, both focal terms, both scores.
 
     table: of ``compare``, with the column ``arm``; where: the clips, as in "the simulated clips".
     """
     rest = table[table["arm"] != REFERENCE]
     best = rest.iloc[0]
-    parts = [f"On {where}, {best['arm']} is the best of {len(rest)} other arms and, against the margin alone, {change(best)}"]
-    by_arm = steps.set_index("step")
-    for step, text in (("a margin", "the margin itself"), ("focal term clip by clip (described)", "the focal term as described"),
-                       ("focal term over the batch (coded)", "as coded"),
-                       ("scores on normalised features (described)", "appending the scores")):
-        if step in by_arm.index:
-            parts.append(f"{text} {change(by_arm.loc[step], 'points')}")
-    return "; ".join(parts) + "."
+    head = (f"{best['arm']} is the best of {len(rest)} other arms and, against the margin alone, {change(best)}"
+            if best["difference"] > 0 else
+            f"no other arm has a higher MAP@100 than the margin alone, and the next of {len(rest)}, {best['arm']}, "
+            f"{change(best)}")
+    by_step = steps.set_index("step")
+    parts = [text.format(f"{_signed(row['difference'])} ({_signed(row['low'])} to {_signed(row['high'])})")
+             for step, text in _ASKED.items() if step in by_step.index for row in [by_step.loc[step]]]
+    return f"On {where}, {head}; " + ", ".join(parts).replace(", and", " and") + "."
 
 
 # -- the sweeps -----------------------------------------------------------------------------------------------------
@@ -222,16 +243,18 @@ def sweep_frame(records: Iterable[Record], field: str, baseline: float) -> pd.Da
 
 def sweep_sentence(frame: pd.DataFrame, field: str, baseline: float) -> str:
     """Say which value is best, and whether every world says so; a range over worlds is no interval."""
-    best = frame.loc[frame["map_at_100"].idxmax()]
-    if best[field] == baseline:
-        second = frame[frame[field] != baseline].nlargest(1, "map_at_100").iloc[0]
-        return (f"No {field} of the sweep has a higher mean than {baseline:g}; the next is {second[field]:g}, "
-                f"{second['difference']:+.2f} points.")
-    worlds = ("one world" if best["n"] == 1 else
-              f"{best['low']:+.2f} to {best['high']:+.2f} over {best['n']:.0f} worlds or seeds")
-    held = "in each of them" if best["low"] > 0 else "but not in each of them"
-    return (f"The best {field} of the sweep is {best[field]:g}, {best['difference']:+.2f} points from {baseline:g} "
-            f"({worlds}" + (")." if best["n"] == 1 else f"), ahead {held}."))
+    rest = frame[frame[field] != baseline]
+    best = rest.loc[rest["map_at_100"].idxmax()]
+    if best["difference"] <= 0:
+        return (f"No {field} of the sweep has a higher mean than {baseline:g}; the next is {best[field]:g}, "
+                f"{_signed(best['difference'])} points.")
+    edge = f", the {'largest' if best[field] == frame[field].max() else 'smallest'} tried" if best[field] in (
+        frame[field].min(), frame[field].max()) else ""
+    seeds = "one seed" if best["n"] == 1 else (
+        f"{_signed(best['low'])} to {_signed(best['high'])} over {best['n']:.0f} seeds, "
+        + ("ahead in each" if best["low"] > 0 else "not ahead in each"))
+    return (f"The best {field} of the sweep is {best[field]:g}{edge}, {_signed(best['difference'])} points from "
+            f"{baseline:g} ({seeds}).")
 
 
 # -- what the scores add --------------------------------------------------------------------------------------------
@@ -285,12 +308,29 @@ def scores_sentence(fifths: pd.DataFrame) -> str:
     fifths = fifths[fifths["arm"].str.contains("scores")]
     if fifths.empty:
         return "No arm here has scores appended."
-    out = []
-    for arm, part in fifths.groupby("arm", sort=False):
-        lowest, highest = part.loc[part["start"].idxmin()], part.loc[part["start"].idxmax()]
-        out.append(f"In the fifth of lowest quality, {arm} against {lowest['against']} "
-                   f"{change(lowest, 'points of precision')}, in the highest {highest['difference']:+.2f}.")
+    out, found = [], []
+    for place, where in ((fifths["start"].min(), "lowest"), (fifths["start"].max(), "highest")):
+        part = fifths[fifths["start"] == place]
+        found.append(part)
+        out.append(f"In the fifth of {where} quality the precision changes by "
+                   + ", ".join(f"{_signed(row['difference'])} points with “{row['arm']}” ({_interval(row)})"
+                               for row in part.to_dict("records")) + ".")
+    low = found[0]
+    out.append(f"In the fifth of lowest quality, where they should help, the scores gain in {(low['low'] > 0).sum()} of "
+               f"{len(low)} arms and lose in {(low['high'] < 0).sum()}, as far as the intervals tell.")
     return " ".join(out)
+
+
+def length_in_scores(asked: Experiment, store: ClipStore) -> dict[str, float]:
+    """Return the mean share of the squared length of a clip feature that appended scores make up, before any training.
+
+    By ``concat``, over the labelled val clips with a face.  It is the cosine of two clips that have the same scores and
+    nothing else in common.
+    """
+    clips = store.select("val", labelled=True, having="face")
+    pooled = pooled_features(make_model(replace(asked, concat="raw"), store), store, clips)
+    feature, scores = pooled[:, :-2].square().sum(1), pooled[:, -2:].square().sum(1)
+    return {"normalised": float((scores / (1 + scores)).mean()), "raw": float((scores / (feature + scores)).mean())}
 
 
 def _listed(names: Iterable[str]) -> str:
