@@ -80,7 +80,8 @@ def batch_shares(gamma: float, probabilities: Sequence[float] = BATCH) -> pd.Dat
     factor: the clip's gradient as a multiple of what cross-entropy gives it.
     """
     p = np.sort(np.asarray(probabilities, float))
-    kinds = {"cross-entropy": (0.0, "clip"), "focal, clip by clip": (gamma, "clip"), "focal, over the batch": (gamma, "batch")}
+    kinds = {"cross-entropy": (0.0, "clip"), "focal, clip by clip": (gamma, "clip"),
+             "focal, over the batch": (gamma, "batch")}
     plain = _gradient(p, 0.0, "clip")
     parts = []
     for name, kind in kinds.items():
@@ -95,9 +96,9 @@ def batch_sentence(shares: pd.DataFrame, hardest: int = 2) -> str:
     plain, clip, batch = (group.nsmallest(hardest, "p")["share"].sum() for _, group in shares.groupby("loss", sort=False))
     factor = shares.loc[shares["loss"] == "focal, over the batch", "factor"]
     low, high = f"{factor.min():.3f}", f"{factor.max():.3f}"
-    return (f"Of the gradient of {shares['p'].nunique()} clips the {hardest} hardest get {plain:.3f} under the cross-entropy, "
-            f"{clip:.3f} under the focal term clip by clip, and {batch:.3f} under the focal term over the batch, which "
-            f"multiplies the gradient of every clip by {low if low == high else f'something from {low} to {high}'}.")
+    return (f"Of the gradient of {shares['p'].nunique()} clips the {hardest} hardest get {plain:.3f} under the "
+            f"cross-entropy, {clip:.3f} under the focal term clip by clip, and {batch:.3f} under the focal term over the "
+            f"batch, which multiplies the gradient of every clip by {low if low == high else f'something from {low} to {high}'}.")
 
 
 # -- the search for learning rates ----------------------------------------------------------------------------------
@@ -185,7 +186,8 @@ def steps_sentence(steps: pd.DataFrame) -> str:
     """Say which steps gain, which lose, and which cannot be told apart from nothing."""
     groups = {"gain": steps[steps["low"] > 0], "lose": steps[steps["high"] < 0]}
     groups["change nothing that can be told apart"] = steps.drop(index=[*groups["gain"].index, *groups["lose"].index])
-    out = [f"{len(part)} {verb}: " + ", ".join(f"{row['step']} {_signed(row['difference'])}" for row in part.to_dict("records"))
+    out = [f"{len(part)} {verb}: "
+           + ", ".join(f"{row['step']} {_signed(row['difference'])}" for row in part.to_dict("records"))
            for verb, part in groups.items() if len(part)]
     return f"Of these {len(steps)} steps, " + "; ".join(out) + " (points of MAP@100)."
 
