@@ -29,6 +29,11 @@ COLOURS = {
     "paired": BLUE, "unpaired": ORANGE,
     "seeds": "#000000", "views": BLUE, "bagging": RED, "stratified": ORANGE,
     "as stored": BLUE, "principal axes": ORANGE,
+    "softmax": GREY, "cosine softmax": SKY, "margin": BLUE, "margin + focal": ORANGE, "margin + batch focal": RED,
+    "margin, scores": GREEN, "margin + focal, scores": PURPLE, "margin + focal, raw scores": "#000000",
+    "margin 0": SKY, "margin 0.3": GREEN, "margin 0.5": BLUE, "margin 0.7": "#000000", "margin 0.5, gamma 2": ORANGE,
+    "gamma 0": BLUE, "gamma 0.5": SKY, "gamma 1": GREEN, "gamma 2": ORANGE, "gamma 4": RED,
+    "cross-entropy": BLUE, "focal, clip by clip": ORANGE, "focal, over the batch": RED,
 }
 MARKERS = "osD^vP*X<>"
 
@@ -281,4 +286,28 @@ def gains(frame: pd.DataFrame, *, x: str, by: str, xlabel: str, ylabel: str, ax:
     ax.set_xticklabels([f"{value:g}" for value in sorted(frame[x].unique())])
     if legend:
         ax.legend()
+def traces(frame: pd.DataFrame, *, x: str, y: str, by: str, xlabel: str, ylabel: str, low: str | None = None,
+           high: str | None = None, markers: bool = False, dodge: float = 0.0, legend: str = "best",
+           ax: Axes | None = None) -> Axes:
+    """Draw ``y`` over a quantity ``x``, one line a value of ``by``, with bars from ``low`` to ``high`` if they are given.
+
+    dodge: how far apart, in units of ``x``, the points of different lines stand; bars that are not finite are left out.
+    legend: where it stands, also ``outside`` (to the right) or ``none``; a single line has none.
+    """
+    ax = ax or plt.gca()
+    names = list(frame[by].unique())
+    for place, (name, marker, dash) in enumerate(zip(names, cycle(MARKERS), cycle(("-", "--", "-.", ":")))):
+        part = frame[frame[by] == name]
+        at = part[x] + dodge * (place - (len(names) - 1) / 2)
+        colour = COLOURS.get(name, "0.2" if len(names) == 1 else None)
+        line, = ax.plot(at, part[y], linestyle=dash, marker=marker if markers else None, markersize=5, label=name,
+                        color=colour)
+        if low is not None:
+            error = np.abs([part[y] - part[low], part[high] - part[y]])
+            finite = np.isfinite(error).all(0)
+            ax.errorbar(at[finite], part.loc[finite, y], yerr=error[:, finite], fmt="none", capsize=3,
+                        ecolor=line.get_color(), elinewidth=1)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    if len(names) > 1 and legend != "none":
+        ax.legend(**{"loc": "upper left", "bbox_to_anchor": (1, 1)} if legend == "outside" else {"loc": legend})
     return ax

@@ -365,6 +365,15 @@ GAINS = pd.DataFrame(
         "difference": [0.0, 0.2, -0.1, 0.4],
         "low": [0.0, 0.1, -0.3, np.nan],
         "high": [0.0, 0.3, 0.1, np.nan],
+# -- traces --------------------------------------------------------------------------------------------------
+
+TRACED = pd.DataFrame(
+    {
+        "p": [0.0, 0.1, 1.0] * 2,
+        "gain": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+        "low": [0.5, np.nan, 2.0, 4.0, 4.0, 4.0],
+        "high": [2.0, np.nan, 3.0, 4.0, 6.0, 9.0],
+        "arm": ["one"] * 3 + ["two"] * 3,
     }
 )
 
@@ -389,3 +398,43 @@ def test_gains_have_their_intervals_and_stand_beside_each_other():
     assert (seeds[0].get_xdata() < views[0].get_xdata()).all()
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "2"]
     assert ax.get_xscale() == "log"
+def traced(frame=TRACED, **options):
+    ax = plt.subplots()[1]
+    return figures.traces(frame, x="p", y="gain", by="arm", xlabel="p", ylabel="gain", ax=ax, **options)
+
+
+def test_traces_stand_at_their_quantity():
+    ax = traced()
+    assert drawn(ax) == {"one": ([0, 0.1, 1], [1, 2, 3]), "two": ([0, 0.1, 1], [4, 5, 6])}
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_title()) == ("p", "gain", "")
+
+
+def test_traces_stand_apart_by_the_dodge():
+    assert [x for x, _ in drawn(traced(dodge=0.1)).values()] == [
+        pytest.approx([-0.05, 0.05, 0.95]),
+        pytest.approx([0.05, 0.15, 1.05]),
+    ]
+
+
+def test_bars_of_traces_reach_from_low_to_high_and_are_left_out_where_they_are_not_known():
+    ax = traced(low="low", high="high")
+    bars = [
+        [segment[:, 1].tolist() for segment in container.lines[2][0].get_segments()]
+        for container in ax.containers
+        if isinstance(container, ErrorbarContainer)
+    ]
+    assert bars == [[[0.5, 2], [2, 3]], [[4, 4], [4, 6], [4, 9]]]
+
+
+@pytest.mark.parametrize(
+    "frame, legend, drawn_legend",
+    [
+        (TRACED, "best", True),
+        (TRACED, "outside", True),
+        (TRACED, "none", False),
+        (TRACED[:3], "best", False),
+        (TRACED[:0], "best", False),
+    ],
+)
+def test_traces_have_a_legend_where_there_is_something_to_tell_apart(frame, legend, drawn_legend):
+    assert (traced(frame, legend=legend).get_legend() is not None) == drawn_legend

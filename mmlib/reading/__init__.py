@@ -36,18 +36,21 @@ def _range(group: str, low: float, high: float) -> str:
     return "none" if high == WRONG_EDGES[1] else f"{low:.2g}–{min(high, 1):.2g}" if low > 1e-6 else f"to {high:.2g}"
 
 
-def compare(records: Iterable[Record], by: str, baseline: str) -> pd.DataFrame:
+def compare(records: Iterable[Record], by: str, baseline: str, names: Iterable[str] | None = None) -> pd.DataFrame:
     """Compare every value of field ``by`` with ``baseline``, pair by pair, in points of MAP@100.
 
-    Records that differ in ``by`` and the seed only.  Returns, sorted by MAP: map_at_100 (mean over seeds), difference,
+    Records that differ in ``by`` and the seed only.  names: the arm of each record, where arms differ in more than one
+    field; ``by`` is then what the column of arms is called.  Returns, sorted by MAP: map_at_100 (mean over seeds), difference,
     low and high (95 %), sd (of the difference over worlds), n, and ``interval``: over worlds by a t interval where
     each seed is a world of its own, else over identities by a bootstrap of APs averaged over seeds.
     """
     groups: dict[str, dict[int, Record]] = {}
-    for record in records:
+    records = list(records)
+    names = [record.experiment[by] for record in records] if names is None else names
+    for name, record in zip(names, records, strict=True):
         seed = record.experiment["seed"]
-        if groups.setdefault(record.experiment[by], {}).setdefault(seed, record).key != record.key:
-            raise ValueError(f"two different experiments have {by} = {record.experiment[by]!r} and seed {seed}")
+        if groups.setdefault(name, {}).setdefault(seed, record).key != record.key:
+            raise ValueError(f"two different experiments have {by} = {name!r} and seed {seed}")
     if baseline not in groups:
         raise ValueError(f"no record has {by} = {baseline!r}, only {', '.join(map(str, groups))}")
     rows = []

@@ -124,9 +124,9 @@ def tuning_frame(records: Iterable[Record]) -> pd.DataFrame:
     return mean.sort_values(["aggregator", "map_at_100"], ascending=[True, False], ignore_index=True)
 
 
-def longer_is_worth(trials: pd.DataFrame) -> dict[str, float]:
-    """Return by how many points of MAP@100 the best long training of each arm beats its best short one."""
-    best = trials.groupby(["aggregator", "epochs"])["map_at_100"].max().unstack()
+def longer_is_worth(trials: pd.DataFrame, by: str = "aggregator") -> dict[str, float]:
+    """Return by how many points of MAP@100 the best long training of each arm, a value of ``by``, beats its best short one."""
+    best = trials.groupby([by, "epochs"])["map_at_100"].max().unstack()
     return (100 * (best.iloc[:, -1] - best.iloc[:, 0])).to_dict()
 
 

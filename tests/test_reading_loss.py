@@ -1,0 +1,389 @@
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import made, of
+
+from mmlib import arms, experiment, figures, runs
+from mmlib.experiment import Experiment
+from mmlib.reading import compare, loss
+
+# -- logit and gradient --------------------------------------------------------------------------------------
+
+
+def test_curve_without_a_margin_is_the_cosine_and_its_pull_the_slope_of_the_cross_entropy():
+    curve = loss.margin_curves([(0.0, 0.0)], identities=5)
+    theta = np.radians(curve["angle"])
+    p = np.exp(30 * np.cos(theta)) / (np.exp(30 * np.cos(theta)) + 4)
+    assert curve["logit"].to_numpy() == pytest.approx(30 * np.cos(theta))
+    assert curve["pull"].to_numpy() == pytest.approx(30 * np.sin(theta) * (1 - p), rel=1e-6)
+
+
+def test_curve_with_a_margin_is_shifted_and_falls_back():
+    curve = loss.margin_curves([(0.5, 0.0)], identities=2)
+    theta = np.radians(curve["angle"])
+    expected = np.where(theta > np.pi - 0.5, np.cos(theta) - 0.5 * np.sin(0.5), np.cos(theta + 0.5))
+    assert curve["logit"].to_numpy() == pytest.approx(30 * expected)
+
+
+def test_pull_of_a_clip_does_not_depend_on_the_other_settings():
+    both = loss.margin_curves([(0.0, 0.0), (0.5, 2.0)], identities=3)
+    alone = loss.margin_curves([(0.5, 2.0)], identities=3)
+    assert both.loc[both["setting"] == "margin 0.5, gamma 2", "pull"].tolist() == alone["pull"].tolist()
+
+
+def test_reach_is_the_first_angle_at_half_of_the_largest_pull():
+    curves = pd.DataFrame(
+        {"setting": ["a"] * 4 + ["b"] * 4, "angle": [0, 1, 2, 3] * 2, "pull": [0, 2, 4, 2, 0, 1, 2.1, 4]}
+    )
+    assert loss.reach(curves) == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_gradient_is_that_of_the_formula(gamma):
+    curve = loss.focal_curves([gamma])
+    p = curve["p"].to_numpy()
+    # d/dz of -(1 - p)^gamma log p, with dp/dz = p (1 - p)
+    expected = (1 - p) ** (gamma + 1) - gamma * p * (1 - p) ** gamma * np.log(p)
+    assert curve["gradient"].to_numpy() == pytest.approx(expected, rel=1e-9)
+    assert set(curve["gamma"]) == {f"gamma {gamma:g}"}
+
+
+def test_batch_level_focal_term_shares_out_as_the_cross_entropy_does():
+    p = np.array([0.2, 0.5, 0.9])
+    parts = dict(iter(loss.batch_shares(2.0, p).groupby("loss")))
+    plain, clip, batch = (
+        parts[name] for name in ("cross-entropy", "focal, clip by clip", "focal, over the batch")
+    )
+    assert plain["gradient"].tolist() == pytest.approx([0.8, 0.5, 0.1])
+    assert batch["share"].tolist() == pytest.approx(plain["share"].tolist())
+    mean = -np.log(p).mean()
+    easy = 1 - np.exp(-mean)
+    assert batch["factor"].tolist() == pytest.approx([easy**2 + 2 * mean * easy * np.exp(-mean)] * 3)
+    assert clip["share"].iloc[0] > plain["share"].iloc[0] and clip["share"].sum() == pytest.approx(1)
+
+
+def test_batch_sentence_adds_up_the_shares_of_the_hardest_clips():
+    shares = loss.batch_shares(0.0, (0.9, 0.2, 0.5, 0.6))  # gradients 0.8 + 0.5 of 1.8
+    sentence = loss.batch_sentence(shares)
+    assert sentence.startswith("Of the gradient of 4 clips the 2 hardest get 0.722 under the cross-entropy")
+    assert sentence.endswith("multiplies the gradient of every clip by 1.000.")
+
+
+# -- the search ----------------------------------------------------------------------------------------------
+
+
+def trials(**found):
+    """The frame of ``arms.best_trials``: by arm, the MAP of (rate, short, long)."""
+    rows = [
+        (arm, epochs, rate, value)
+        for arm, points in found.items()
+        for rate, *values in points
+        for epochs, value in zip(arms.EPOCHS, values, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=["arm", "epochs", "lr", "map_at_100"])
+
+
+def test_search_keeps_the_best_of_each_length():
+    best = loss.search_frame(
+        trials(margin=[(1e-3, 0.8, 0.7), (3e-3, 0.6, 0.802)], softmax=[(1e-2, 0.9, 0.9), (1e-3, 0.1, 0.1)])
+    )
+    assert best.values.tolist() == [
+        ["softmax", 1e-2, 0.9, 1e-2, 0.9, 0, True],
+        ["margin", 1e-3, 0.8, 3e-3, 0.802, pytest.approx(0.2), False],
+    ]
+
+
+def test_under_trained_arms_and_rates_at_the_edge_are_named():
+    best = loss.search_frame(trials(margin=[(1e-3, 0.8, 0.802)], softmax=[(1e-2, 0.9, 0.9005)]))
+    sentence = loss.search_sentence(best)
+    assert "more than 0.1 points to 1 of 2 arms" in sentence and "here: margin (+0.20 points)." in sentence
+    assert sentence.endswith("may lie outside, for softmax.")
+
+
+def test_no_arm_is_under_trained_where_longer_is_worth_little():
+    best = loss.search_frame(trials(margin=[(1e-3, 0.8, 0.8005)], softmax=[(3e-3, 0.9, 0.8)]))
+    assert loss.search_sentence(best) == (
+        "Twice the epochs are worth at most +0.05 points, to margin, so no arm is under-trained."
+    )
+
+
+def test_search_without_records_is_said():
+    best = loss.search_frame(arms.best_trials(arms.LOSSES, []))
+    assert best.empty and loss.search_sentence(best).startswith("There are no records of the search")
+
+
+@pytest.mark.parametrize("name", arms.LOSSES)
+def test_rate_of_an_arm_is_the_best_of_the_committed_search(name):
+    records = runs.read_results("05_search.jsonl.gz")
+    if not records:
+        pytest.skip("the records of the search are not here")
+    best = loss.search_frame(arms.best_trials(arms.LOSSES, records)).set_index("arm")
+    assert arms.CHOSEN[name] == best["lr"][name]
+
+
+# -- the arms ------------------------------------------------------------------------------------------------
+
+
+def ran(arm="margin", seed=0, ap=(0.5,), *, data="simulated", **known):
+    return made(replace(arms.LOSSES[arm], seed=seed, data=data), f"{arm} {seed}", ap=list(ap), **known)
+
+
+def worlds(gains):
+    """Records and names: every arm in two worlds, ahead of 0.5 by its gain there."""
+    records = [ran(name, seed, [0.5 + gain]) for name, found in gains.items() for seed, gain in enumerate(found)]
+    return records, [name for name in gains for _ in (0, 1)]
+
+
+def test_arms_are_compared_by_the_names_that_are_given():
+    records, names = worlds({"margin": [0.0, 0.0], "softmax": [0.1, 0.3]})
+    table = compare(records, by="arm", baseline="margin", names=names)
+    assert table["arm"].tolist() == ["softmax", "margin"]
+    assert table["difference"].tolist() == pytest.approx([20, 0])
+
+
+def test_two_arms_under_one_name_are_refused():
+    with pytest.raises(ValueError, match="two different experiments have arm = 'margin' and seed 0"):
+        compare([ran("margin"), ran("softmax")], by="arm", baseline="margin", names=["margin"] * 2)
+
+
+def test_as_many_names_as_records_are_needed():
+    with pytest.raises(ValueError, match="zip"):
+        compare([ran("margin")], by="arm", baseline="margin", names=[])
+
+
+@pytest.mark.parametrize("step", loss.STEPS)
+def test_step_changes_one_thing(step):
+    one, other = (arms.LOSSES[name] for name in loss.STEPS[step])
+    changed = [field for field in ("head", "concat") if getattr(one, field) != getattr(other, field)]
+    of_loss = [(t.margin, t.gamma, t.focal) for t in (one.training, other.training)]
+    assert len(changed) + (of_loss[0] != of_loss[1]) == 1
+
+
+def test_steps_are_those_whose_two_arms_were_run():
+    records, names = worlds(
+        {"margin": [0.0, 0.0], "cosine softmax": [-0.1, -0.2], "margin + focal": [0.0, 0.02]}
+    )
+    steps = loss.steps_frame(records, names)
+    assert steps[["step", "arm", "against", "n"]].values.tolist() == [
+        ["a margin", "margin", "cosine softmax", 2],
+        ["focal term clip by clip (described)", "margin + focal", "margin", 2],
+    ]
+    assert steps["difference"].tolist() == pytest.approx([15, 1])
+
+
+def row(difference, low, high, **more):
+    return {"difference": difference, "low": low, "high": high, "n": 5, "interval": "worlds"} | more
+
+
+@pytest.mark.parametrize(
+    "found, words",
+    [
+        (row(0.5, 0.1, 0.9), "gains 0.50 points of MAP@100 (95 % interval +0.10 to +0.90, 5 worlds)"),
+        (row(-0.5, -0.9, -0.1), "loses 0.50 points of MAP@100 (95 % interval -0.90 to -0.10, 5 worlds)"),
+        (
+            row(-0.001, -0.2, 0.2),
+            "changes nothing that can be told apart, +0.00 points of MAP@100 "
+            "(95 % interval -0.20 to +0.20, 5 worlds)",
+        ),
+        (row(-0.5, np.nan, np.nan), "differs by -0.50 points of MAP@100 (no interval)"),
+    ],
+)
+def test_change_is_said_as_its_interval_has_it(found, words):
+    assert loss.change(found) == words
+
+
+def test_steps_are_told_by_what_their_intervals_support():
+    steps = pd.DataFrame(
+        [row(1, 0.5, 1.5, step="a"), row(-1, -2, -0.1, step="b"), row(1, -1, 3, step="c")]
+    )
+    assert loss.steps_sentence(steps) == (
+        "Of these 3 steps, 1 gain: a +1.00; 1 lose: b -1.00; 1 change nothing that can be told apart: c +1.00 "
+        "(points of MAP@100)."
+    )
+
+
+def answered(gains):
+    records, names = worlds(gains)
+    return loss.answer(
+        compare(records, "arm", "margin", names), loss.steps_frame(records, names), "the simulated clips"
+    )
+
+
+def test_answer_names_the_best_arm_and_what_each_step_is_worth():
+    text = answered(
+        {
+            "margin": [0.0, 0.0],
+            "cosine softmax": [-0.01, -0.01],
+            "margin + focal": [0.02, 0.02],
+            "margin + batch focal": [0.0, 0.0],
+        }
+    )
+    assert text == (
+        "On the simulated clips, margin + focal is the best of 3 other arms and, against the margin alone, gains 2.00 "
+        "points of MAP@100 (95 % interval +2.00 to +2.00, 2 worlds); the margin is worth +1.00 (+1.00 to +1.00) points "
+        "over a cosine softmax, the focal term +2.00 (+2.00 to +2.00) as described and +0.00 (+0.00 to +0.00) as coded."
+    )
+
+
+def test_answer_says_so_where_the_margin_alone_is_best():
+    text = answered({"margin": [0.0, 0.0], "cosine softmax": [-0.01, -0.01]})
+    assert "no other arm has a higher MAP@100 than the margin alone, and the next of 1, cosine softmax, loses" in text
+
+
+# -- the sweeps ----------------------------------------------------------------------------------------------
+
+
+def test_sweep_changes_one_field_of_the_training():
+    swept = loss.sweep(arms.LOSSES["margin"], "gamma", [0, 7])
+    assert [(e.training.gamma, e.seed) for e in swept] == [(g, s) for g in loss.SWEEPS["gamma"] for s in (0, 7)]
+    assert {replace(e, seed=0, training=replace(e.training, gamma=0.0)) for e in swept} == {arms.LOSSES["margin"]}
+
+
+@pytest.mark.parametrize("field, arm", [("margin", "margin"), ("gamma", "margin"), ("gamma", "margin + focal")])
+def test_sweeps_share_their_records_with_the_arms(field, arm):
+    keys = {e.key() for e in loss.sweep(arms.LOSSES["margin"], field, [0])}
+    assert replace(arms.LOSSES[arm], seed=0).key() in keys
+
+
+def swept(field, **values):
+    """The frame of a sweep; by ``v`` and tenths of the value, the MAP of each world."""
+    records = []
+    for name, found in values.items():
+        value = int(name[1:]) / 10
+        for seed, ap in enumerate(found):
+            asked = Experiment(seed=seed)
+            asked = replace(asked, training=replace(asked.training, **{field: value}))
+            records.append(made(asked, ap=[ap]))
+    return records
+
+
+def test_sweep_is_compared_world_by_world():
+    frame = loss.sweep_frame(swept("margin", v5=[0.5, 0.7], v0=[0.49, 0.72], v7=[0.52, 0.73]), "margin", 0.5)
+    assert frame.values.tolist() == [
+        [0.0, pytest.approx(0.605), pytest.approx(0.5), pytest.approx(-1), pytest.approx(2), 2],
+        [0.5, pytest.approx(0.6), 0, 0, 0, 2],
+        [0.7, pytest.approx(0.625), pytest.approx(2.5), pytest.approx(2), pytest.approx(3), 2],
+    ]
+
+
+@pytest.mark.parametrize(
+    "found, words",
+    [
+        (
+            {"v0": [0.4, 0.4], "v5": [0.5, 0.7], "v7": [0.52, 0.73]},
+            "The best margin of the sweep is 0.7, the largest tried, +2.50 points from 0.5 "
+            "(+2.00 to +3.00 over 2 seeds, ahead in each).",
+        ),
+        (
+            {"v0": [0.4, 0.4], "v3": [0.49, 0.73], "v5": [0.5, 0.7]},
+            "The best margin of the sweep is 0.3, +1.00 points from 0.5 "
+            "(-1.00 to +3.00 over 2 seeds, not ahead in each).",
+        ),
+        (
+            {"v0": [0.4], "v3": [0.52], "v5": [0.5]},
+            "The best margin of the sweep is 0.3, +2.00 points from 0.5 (one seed).",
+        ),
+        (
+            {"v0": [0.4, 0.4], "v3": [0.5, 0.5], "v5": [0.5, 0.5]},
+            "No margin of the sweep has a higher mean than 0.5; the next is 0.3, +0.00 points.",
+        ),
+    ],
+)
+def test_sweep_is_told_with_its_range(found, words):
+    frame = loss.sweep_frame(swept("margin", **found), "margin", 0.5)
+    assert loss.sweep_sentence(frame, "margin", 0.5) == words
+
+
+# -- what the scores add -------------------------------------------------------------------------------------
+
+
+def by_quality(*precisions):
+    """A breakdown of three groups: one clip and three clips of the lowest fifth, two of the highest."""
+    edges = [(0, 1, 1), (8, 12, 3), (80, 100, 2)]
+    return {"quality": [[*at, 0.0, value] for at, value in zip(edges, precisions, strict=True)]}
+
+
+def scored(data="simulated", seeds=(0, 1)):
+    arms_ = {"margin": (0.4, 0.4, 0.8), "margin, scores": (0.8, 0.4, 0.7)}
+    pairs = [
+        (ran(name, seed, data=data, breakdown=by_quality(*values)), name)
+        for name, values in arms_.items()
+        for seed in seeds
+    ]
+    return [record for record, _ in pairs], [name for _, name in pairs]
+
+
+def test_gains_are_by_fifth_and_weigh_clips_alike():
+    frame = loss.gains(*scored())
+    assert frame[["arm", "against", "start", "end", "clips"]].values.tolist() == [
+        ["margin, scores", "margin", 0, 20, 4],
+        ["margin, scores", "margin", 80, 100, 2],
+    ]
+    # one clip of four gains 0.4
+    assert frame["difference"].tolist() == pytest.approx([10, -10])
+    assert frame["low"].tolist() == pytest.approx([10, -10])
+
+
+@pytest.mark.parametrize("data, seeds", [("simulated", [0]), ("some store", [0, 1])])
+def test_gains_have_no_interval_without_several_worlds(data, seeds):
+    frame = loss.gains(*scored(data, seeds))
+    assert len(frame) == 2 and frame[["low", "high"]].isna().all(axis=None)
+
+
+def test_gains_by_frames_keep_their_groups():
+    pairs = [
+        (ran(name, breakdown={"frames": [[1, 5, 3, 0, value], [5, 10, 2, 0, 0.5]]}), name)
+        for name, value in (("margin", 0.5), ("margin + focal", 0.6))
+    ]
+    frame = loss.gains(*zip(*pairs, strict=True), group="frames")
+    assert frame[["arm", "start", "end", "middle"]].values.tolist() == [
+        ["margin + focal", 1, 4, 2.5],
+        ["margin + focal", 5, 9, 7],
+    ]
+    assert frame["difference"].tolist() == pytest.approx([10, 0])
+
+
+def test_scores_are_judged_where_quality_is_lowest():
+    sentence = loss.scores_sentence(loss.gains(*scored()))
+    assert sentence.startswith(
+        "In the fifth of lowest quality the precision changes by +10.00 points with “margin, scores” "
+        "(95 % interval +10.00 to +10.00). In the fifth of highest quality the precision changes by -10.00 points"
+    )
+    assert "gain in 1 of 1 arms and lose in 0" in sentence
+
+
+def test_arms_without_scores_are_not_judged():
+    frame = loss.gains([ran("margin")], ["margin"])
+    assert frame.empty and loss.scores_sentence(frame) == "No arm here has scores appended."
+
+
+def test_length_in_scores_is_that_of_the_mean_scores(store):
+    found = loss.length_in_scores(of(store, "mlp", "norm"), store)
+    clips = store.select("val", labelled=True, having="face")
+    length = (store.clip_means("face", "quality")[clips] / 100) ** 2 + store.clip_means("face", "det")[clips] ** 2
+    assert found["normalised"] == pytest.approx((length / (1 + length)).mean(), rel=1e-3)
+    assert 0 < found["raw"] < 0.1 * found["normalised"]
+
+
+# -- names ---------------------------------------------------------------------------------------------------
+
+
+def test_every_arm_and_curve_has_a_colour_of_the_book():
+    drawn = {*arms.LOSSES, *loss.focal_curves(loss.SWEEPS["gamma"])["gamma"], *loss.batch_shares(2.0)["loss"]}
+    assert drawn <= set(figures.COLOURS)
+
+
+@pytest.mark.parametrize("name", loss.PAIRS)
+def test_pairs_are_of_arms(name):
+    assert {name, loss.PAIRS[name]} <= set(arms.LOSSES)
+
+
+def test_arms_with_scores_need_them(bare):
+    lacking = [
+        name
+        for name, arm in arms.LOSSES.items()
+        if experiment.missing_scores(replace(arm, data=str(bare.path), aggregator="norm"), bare)
+    ]
+    assert lacking == [name for name in arms.LOSSES if "scores" in name]
