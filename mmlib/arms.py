@@ -48,7 +48,10 @@ FUSIONS = {
     "all": replace(FUSED, context=("scene", "head", "body", "audio")),
 }
 # The rate with the best mean MAP@100 in the search at the shorter length, at which all arms are compared.
-CHOSEN: dict[str, float] = {}
+CHOSEN = {
+    "softmax": 3e-4, "cosine softmax": 1e-3, "margin": 1e-3, "margin + focal": 1e-3, "margin + batch focal": 1e-3,
+    "margin, scores": 1e-2, "margin + focal, scores": 3e-3, "margin + focal, raw scores": 1e-3,
+}
 
 
 def arms(group: dict[str, Experiment]) -> dict[str, Experiment]:

@@ -286,6 +286,9 @@ def gains(frame: pd.DataFrame, *, x: str, by: str, xlabel: str, ylabel: str, ax:
     ax.set_xticklabels([f"{value:g}" for value in sorted(frame[x].unique())])
     if legend:
         ax.legend()
+    return ax
+
+
 def traces(frame: pd.DataFrame, *, x: str, y: str, by: str, xlabel: str, ylabel: str, low: str | None = None,
            high: str | None = None, markers: bool = False, dodge: float = 0.0, legend: str = "best",
            ax: Axes | None = None) -> Axes:

@@ -365,15 +365,6 @@ GAINS = pd.DataFrame(
         "difference": [0.0, 0.2, -0.1, 0.4],
         "low": [0.0, 0.1, -0.3, np.nan],
         "high": [0.0, 0.3, 0.1, np.nan],
-# -- traces --------------------------------------------------------------------------------------------------
-
-TRACED = pd.DataFrame(
-    {
-        "p": [0.0, 0.1, 1.0] * 2,
-        "gain": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
-        "low": [0.5, np.nan, 2.0, 4.0, 4.0, 4.0],
-        "high": [2.0, np.nan, 3.0, 4.0, 6.0, 9.0],
-        "arm": ["one"] * 3 + ["two"] * 3,
     }
 )
 
@@ -398,6 +389,21 @@ def test_gains_have_their_intervals_and_stand_beside_each_other():
     assert (seeds[0].get_xdata() < views[0].get_xdata()).all()
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "2"]
     assert ax.get_xscale() == "log"
+
+
+# -- traces --------------------------------------------------------------------------------------------------
+
+TRACED = pd.DataFrame(
+    {
+        "p": [0.0, 0.1, 1.0] * 2,
+        "gain": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+        "low": [0.5, np.nan, 2.0, 4.0, 4.0, 4.0],
+        "high": [2.0, np.nan, 3.0, 4.0, 6.0, 9.0],
+        "arm": ["one"] * 3 + ["two"] * 3,
+    }
+)
+
+
 def traced(frame=TRACED, **options):
     ax = plt.subplots()[1]
     return figures.traces(frame, x="p", y="gain", by="arm", xlabel="p", ylabel="gain", ax=ax, **options)

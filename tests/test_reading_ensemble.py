@@ -8,7 +8,8 @@ from scipy import stats
 
 from mmlib import runs
 from mmlib.ensemble import KINDS, member_clips
-from mmlib.experiment import Experiment, training_clips
+from mmlib.experiment import Experiment
+from mmlib.retrieval import training_clips
 from mmlib.reading import ensemble
 from mmlib.reading.ensemble import MAIN, RULES
 

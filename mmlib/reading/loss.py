@@ -11,7 +11,8 @@ import torch
 
 from mmlib import arms, losses, metrics
 from mmlib.clips.store import ClipStore
-from mmlib.experiment import Experiment, make_model
+from mmlib.experiment import Experiment
+from mmlib.retrieval import make_model
 from mmlib.reading import compare
 from mmlib.reading.aggregation import longer_is_worth
 from mmlib.runs import Record
