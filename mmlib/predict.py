@@ -1,4 +1,4 @@
-"""Predict: train a system of the challenge on a store, rank its val clips and write the submission.
+"""Predict: train a system of the challenge on a store, rank its clips and write the submission.
 
 Every member of the ensemble is saved when it is trained, in a folder beside the result, so that a run that was killed
 goes on with the member it was in and ends with the result of an unbroken one.
@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 
 from mmlib.clips.store import ClipStore
 from mmlib.clips.truth import RESULT_LIMIT, write_result
-from mmlib.experiment import (Experiment, Member, Retrieval, make_model, missing_scores, retrieve, torch_device,
-                              training_clips)
+from mmlib.experiment import Experiment, torch_device
+from mmlib.retrieval import Member, Ranked, make_model, missing_scores, rank_clips, training_clips
 from mmlib.runs import library_hash
 from mmlib.systems import FACE_ONLY, SYSTEMS, with_members
 
@@ -31,12 +31,11 @@ Key = tuple[Experiment, int]  # a branch and the number of a member
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a prediction did: the file, its identities, the fate of val clips by modality, members, seconds.
+    """What a prediction did: the file, its lines, the fate of the split's clips by modality, members, seconds.
 
     alone: clips ranked by the fallback alone, for want of the modality.  unranked: clips that nothing could rank.
-    without: by context, ranked clips that have the modality and lack that context.  silent: identities without a line,
-    since no labelled val clip is theirs.  untrained: identities with a line and without a training clip.  foreign: files
-    of other runs in the folder of members.
+    without: by context, ranked clips that have the modality and lack that context.  unlabelled, untrained: identities
+    without a labelled clip in the split, without a training clip.  foreign: files of other runs among the members.
     """
 
     out: Path
@@ -48,7 +47,7 @@ class Prediction:
     alone: int
     unranked: int
     without: dict[str, int]
-    silent: int
+    unlabelled: int
     untrained: int
     trained: int
     loaded: int
@@ -62,37 +61,47 @@ class Prediction:
         second = " or ".join(e.fallback.context) if e.fallback else ""
         lines = [f"wrote {self.out}: {self.identities} identities, at most {RESULT_LIMIT} clips each",
                  f"members: {self.trained} trained, {self.loaded} loaded",
-                 f"val clips: {self.clips}, {self.ranked} ranked"]
+                 f"{e.split}: {self.clips} clips, {self.ranked} ranked"]
         if second:
             lines.append(f"without {e.modality}, ranked by {second} alone: {self.alone} clips")
         lines += [f"with {e.modality} and without {name}: {number} clips" for name, number in self.without.items()]
-        lines += [f"without {f'{e.modality} or {second}' if second else e.modality}, not ranked: {self.unranked} clips",
-                  f"without a labelled val clip, left out: {self.silent} identities"]
+        lines.append(f"without {f'{e.modality} or {second}' if second else e.modality}, not ranked: "
+                     f"{self.unranked} clips")
         if self.untrained:
             lines.append(f"without a train clip, ranked by chance: {self.untrained} identities")
+        if self.unlabelled and e.split == "val":
+            lines.append(f"without a labelled val clip: {self.unlabelled} identities; a ground truth that does not "
+                         "list them may refuse their lines, and --labelled-only leaves them out")
         if self.kept:
             lines.append(f"kept {self.kept}: {self.trained + self.loaded} members")
         if self.foreign:
-            lines.append(f"left in {members_folder(self.out)}: {self.foreign} files of other runs")
+            lines.append(f"left in {members_folder(self.out)}: {self.foreign} members of other runs")
         lines.append(f"{self.seconds:.1f} s")
         return lines + ["simulated: no score on it is a result on the challenge"] * self.simulated
 
 
-def predict(store_path: str | Path, out: str | Path, *, system: str = "one-name", epochs: int | None = None,
-            members: int | None = None, seed: int = 0, device: str = "auto", overwrite: bool = False,
-            keep_members: bool = False, progress: bool = False) -> Prediction:
-    """Train a system of ``systems.SYSTEMS`` on a store and write what it retrieves as a submission.
+def predict(store_path: str | Path, out: str | Path, *, system: str = "one-name", split: str = "val",
+            epochs: int | None = None, members: int | None = None, seed: int = 0, labelled_only: bool = False,
+            device: str = "auto", overwrite: bool = False, keep_members: bool = False,
+            progress: bool = False) -> Prediction:
+    """Train a system of ``systems.SYSTEMS`` on a store and write its ranking of a split's clips as a submission.
 
-    epochs, members: fewer than the system has, to be quicker; members are its first ones.  A result that exists is
-    refused unless ``overwrite``, and is then replaced when the new one is complete.  Members that an earlier run of the
-    same system, store and library left in ``members_folder`` are used, whatever device they were trained on; the files
-    are removed once the result is there, unless ``keep_members``.
+    epochs; members: the first so many of its ensembles.  labelled_only: no line for identities without a labelled clip in
+    the split.  A result that exists is refused unless ``overwrite``, and is then replaced when the new one is complete.
+    Members that an earlier run of the same system, store and library left in ``members_folder`` are used, whatever split
+    they were for and whatever device they were trained on; the files are removed once the result is there, unless
+    ``keep_members``.
     """
     began = time.perf_counter()
     out = Path(out)
     _check_target(out, overwrite)
     store = ClipStore.open(store_path)
-    e = system_on(store, system, epochs=epochs, members=members, seed=seed)
+    e = system_on(store, system, split=split, epochs=epochs, members=members, seed=seed)
+    identities = np.arange(len(store.identities))
+    if labelled_only:
+        identities = np.unique(store.identity_of(store.select(split, labelled=True)))
+        if not len(identities):
+            raise ValueError(f"{store.path}: no labelled {split} clip, so labelled-only leaves no identity")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda: there is no GPU here")
     folder = members_folder(out)
@@ -100,16 +109,16 @@ def predict(store_path: str | Path, out: str | Path, *, system: str = "one-name"
     try:
         saved = SavedMembers(folder, e, store, torch_device(device), progress=progress)
         with saved.bar:
-            found = retrieve(e, store, device=device, progress=progress, trained=saved)
+            found = rank_clips(e, store, device=device, progress=progress, trained=saved)
         _check_target(out, overwrite)
-        names = store.clips["clip"].to_numpy(object)
-        write_result(out, store.identities[found.queries], found.ranking[:, :RESULT_LIMIT], names[found.gallery])
+        names = store.clips["clip"].to_numpy(object)[found.gallery]
+        write_result(out, store.identities[identities], found.ranking[identities, :RESULT_LIMIT], names)
         if not keep_members:
             saved.remove()
-        foreign = len(list(folder.glob("*.pt"))) - keep_members * len(saved)
+        foreign = len({*folder.glob("*.pt")} - {*saved.paths.values()})
     finally:
         _remove_if_empty(folder)
-    return _report(out, e, store, found, trained=saved.trained, loaded=saved.loaded,
+    return _report(out, e, store, identities, found, trained=saved.trained, loaded=saved.loaded,
                    kept=folder if keep_members else None, foreign=foreign, seconds=time.perf_counter() - began)
 
 
@@ -118,13 +127,13 @@ def members_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.members")
 
 
-def system_on(store: ClipStore, system: str, *, epochs: int | None = None, members: int | None = None,
-              seed: int = 0) -> Experiment:
+def system_on(store: ClipStore, system: str, *, split: str = "val", epochs: int | None = None,
+              members: int | None = None, seed: int = 0) -> Experiment:
     """Return a system of the challenge as an experiment on a store, refusing a store that lacks what it needs."""
     if system not in SYSTEMS:
         raise ValueError(f"system must be one of {', '.join(SYSTEMS)}, got {system!r}")
     # Absolute, as an experiment takes the word "simulated" for something else.
-    e = replace(SYSTEMS[system], data=str(store.path.absolute()), seed=seed)
+    e = replace(SYSTEMS[system], data=str(store.path.absolute()), seed=seed, split=split)
     if epochs is not None:
         e = replace(e, training=replace(e.training, epochs=epochs))
     if members is not None:
@@ -140,10 +149,11 @@ def system_on(store: ClipStore, system: str, *, epochs: int | None = None, membe
 
 
 class SavedMembers(UserDict):
-    """The trained members of an experiment by (branch, member), as ``retrieve`` takes them; each is saved when it is set.
+    """The trained members of an experiment by (branch, member), as ``rank_clips`` takes them; each is saved when it is set.
 
     folder: where; those that it holds already are loaded at once, so that a damaged file is found before hours of
-    training.  The name of a file is a hash of what decides the member: branch, content of the store, number, library.
+    training.  The name of a file is a hash of what decides the member: branch, content of the store, number, library; the split that is ranked is no
+    part of it.
     trained, loaded: how many.
     """
 
@@ -154,7 +164,7 @@ class SavedMembers(UserDict):
         numbers = {e.branch(): e.members} | ({e.second().branch(): e.fallback.members} if e.fallback else {})
         self.paths: dict[Key, Path] = {}
         for branch, members in numbers.items():
-            key = branch.key()
+            key = replace(branch, split="val").key()
             for member in members:
                 digest = hashlib.sha256(f"{key} {member} {library_hash()}".encode()).hexdigest()
                 self.paths[branch, member] = folder / f"{digest[:20]}.pt"
@@ -198,6 +208,7 @@ def read_member(path: Path, branch: Experiment, number: int, store: ClipStore, d
     try:
         if zipfile.ZipFile(content).testzip() is not None:  # torch does not compare check sums
             raise ValueError("a check sum is wrong")
+        content.seek(0)
         saved = torch.load(content, map_location="cpu", weights_only=True)
         model.load_state_dict(saved["state"])
         clips, losses, seconds = saved["clips"].numpy(), saved["losses"], saved["seconds"]
@@ -223,13 +234,13 @@ def _remove_if_empty(folder: Path) -> None:
         pass
 
 
-def _report(out: Path, e: Experiment, store: ClipStore, found: Retrieval, **known) -> Prediction:
-    clips = store.select("val")
+def _report(out: Path, e: Experiment, store: ClipStore, identities: np.ndarray, found: Ranked, **known) -> Prediction:
+    clips = store.select(e.split)
     has = {name: source.count[found.gallery] > 0 for name, source in store.modalities.items()}
-    taught = store.identity_of(training_clips(e, store))
+    lacking = [np.setdiff1d(identities, store.identity_of(of)) for of in
+               (store.select(e.split, labelled=True), training_clips(e, store))]
     return Prediction(
-        out=out, experiment=e, simulated=store.meta["simulated"], identities=len(found.queries), clips=len(clips),
+        out=out, experiment=e, simulated=store.meta["simulated"], identities=len(identities), clips=len(clips),
         ranked=len(found.gallery), alone=int((~has[e.modality]).sum()), unranked=len(clips) - len(found.gallery),
         without={name: int((has[e.modality] & ~has[name]).sum()) for name in e.context},
-        silent=len(store.identities) - len(found.queries),
-        untrained=len(np.setdiff1d(found.queries, taught)), **known)
+        unlabelled=len(lacking[0]), untrained=len(lacking[1]), **known)
