@@ -18,7 +18,7 @@ from mmlib.retrieval import retrieve
 from mmlib.runs import run
 from mmlib.systems import SYSTEMS, with_members
 
-SHORT = {"epochs": 1, "members": 2}
+SHORT = {"epochs": 1, "members": 2, "device": "cpu"}  # where training twice gives the same bytes
 
 
 def asked(store, system):
@@ -63,8 +63,8 @@ def small(tmp_path_factory):
 @pytest.mark.parametrize("system", ["one-name", "one-name-as-coded", "face-only"])
 def test_result_is_what_retrieve_ranks(store, tmp_path, system):
     members = None if system == "face-only" else 2
-    predict(store.path, tmp_path / "result.txt", system=system, epochs=1, members=members)
-    found = retrieve(asked(store, system), store)
+    predict(store.path, tmp_path / "result.txt", system=system, epochs=1, members=members, device="cpu")
+    found = retrieve(asked(store, system), store, device="cpu")
     clips = store.clips["clip"].to_numpy()[found.gallery]
     expected = {store.identities[code]: [clips[row] for row in line if row >= 0]
                 for code, line in zip(found.queries, found.ranking)}
@@ -77,7 +77,7 @@ def test_official_score_of_the_result_is_the_map_of_the_record(store, tmp_path):
     predict(store.path, tmp_path / "result.txt", **SHORT)
     export_folder(store, tmp_path / "official")
     score = official_score(read_val_truth(tmp_path / "official/val_gt.txt"), read_result(tmp_path / "result.txt"))
-    assert score.map_at_k == pytest.approx(run(asked(store, "one-name"), store).measures["map_at_100"], abs=1e-12)
+    assert score.map_at_k == pytest.approx(run(asked(store, "one-name"), store, device="cpu").measures["map_at_100"], abs=1e-12)
 
 
 def test_report_counts_what_is_missing(tmp_path):
@@ -189,6 +189,15 @@ def test_a_complete_result_needs_its_members_no_more(small, kept):
     report = predict(small, out, **SHORT, overwrite=True)
     assert (report.trained, report.loaded, report.kept, report.foreign) == (0, 4, None, 0)
     assert out.read_bytes() == content and names_in(out.parent) == ["result.txt"]
+
+
+def test_loaded_members_rank_as_trained_ones(small, tmp_path, device):
+    out, contents = tmp_path / "result.txt", []
+    for trained in (4, 0):
+        report = predict(small, out, **SHORT | {"device": device}, keep_members=True, overwrite=True)
+        assert report.trained == trained
+        contents.append(out.read_bytes())
+    assert contents[0] == contents[1]
 
 
 def test_a_moved_store_has_the_same_members(small, kept, tmp_path):
