@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 CHAPTERS = Path(mmlib.__file__).parents[1] / "book" / "chapters"
 Profile = StrEnum("Profile", ["tiny", "quick", "full"])
+System = StrEnum("System", ["one-name", "one-name-as-coded", "face-only"])
+Split = StrEnum("Split", ["val", "test"])
+Device = StrEnum("Device", ["auto", "cpu", "cuda"])
 
 
 class OneLineErrors(TyperGroup):
@@ -57,7 +60,7 @@ Store = Annotated[Path, typer.Argument(metavar="STORE", show_default=False, help
 
 @app.callback()
 def describe() -> None:
-    """Simulate or import clips, score a submission, rerun a chapter."""
+    """Simulate or import clips, predict, score a submission, rerun a chapter."""
 
 
 @app.command(epilog="""\b
@@ -173,6 +176,44 @@ def import_lfw(
 
     with _writing(store):
         report = features.import_lfw(folder, store, seed=seed, overwrite=overwrite)
+    print(*report.lines(), sep="\n")
+
+
+@app.command(epilog="""\b
+Examples:
+  mmlib predict store/ --out result.txt
+  mmlib predict store/ --out quick.txt --members 2 --epochs 2
+  mmlib predict store/ --out test.txt --system face-only --split test""")
+def predict(
+    store: Annotated[Path, typer.Argument(metavar="STORE", show_default=False, help=(
+        "Clip store with labelled train clips."))],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Submission to write.")] = Path("result.txt"),
+    system: Annotated[System, typer.Option(help=(
+        "What is trained: the system as described, as its released code has it, or faces alone."))] = System["one-name"],
+    split: Annotated[Split, typer.Option(help="Whose clips are ranked.")] = Split.val,
+    epochs: Annotated[int | None, typer.Option(min=1, show_default=False, help=(
+        "Epochs of a training; else what the system has."))] = None,
+    members: Annotated[int | None, typer.Option(min=1, show_default=False, help=(
+        "Use the first so many members of its ensembles; else all."))] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the training.")] = 0,
+    labelled_only: Annotated[bool, typer.Option("--labelled-only", help=(
+        "Leave out identities without a labelled clip in the split."))] = False,
+    device: Annotated[Device, typer.Option(help="auto is a GPU where there is one.")] = Device.auto,
+    keep_members: Annotated[bool, typer.Option("--keep-members", help=(
+        "Leave the trained members in FILE.members."))] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a system and write its submission.
+
+    It trains on the train clips of a store and ranks the val clips for every identity. A run that was stopped
+    goes on with the member it was in when the same command is given again.
+    """
+    from mmlib.predict import predict as train_and_rank
+
+    with _writing(out):
+        report = train_and_rank(store, out, system=system.value, split=split.value, epochs=epochs, members=members,
+                                seed=seed, labelled_only=labelled_only, device=device.value, overwrite=overwrite,
+                                keep_members=keep_members, progress=sys.stderr.isatty())
     print(*report.lines(), sep="\n")
 
 

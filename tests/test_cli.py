@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -23,6 +24,7 @@ from mmlib.clips import arrays, features
 from mmlib.clips.iqiyi import pickle_path
 from mmlib.clips.simulate import PROFILES
 from mmlib.clips.store import ClipStore
+from mmlib.systems import SYSTEMS
 
 SMALL = ["--profile", "tiny", "--set", "identities=12"]
 COMMANDS = typer.main.get_command(cli.app).commands
@@ -81,10 +83,14 @@ def test_profiles_are_those_of_the_simulator():
     assert [*cli.Profile] == [*PROFILES]
 
 
+def test_systems_are_those_of_the_library():
+    assert [*cli.System] == [*SYSTEMS]
+
+
 @pytest.mark.parametrize("arguments", [
     ["simulate", "store", "--profile", "huge"], ["simulate", "store", "--seed", "-1"], ["simulate"],
     ["simulat"], ["import-features", "table.csv", "array.bin", "store", "--width", "0"],
-    ["evaluate", "val_gt.txt"]])
+    ["evaluate", "val_gt.txt"], ["predict", "store", "--system", "two-name"], ["predict", "store", "--epochs", "0"]])
 def test_wrong_usage_has_status_2(tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     assert run(*arguments).exit_code == 2
@@ -321,6 +327,68 @@ def test_evaluate_refuses_a_bad_file_by_name_and_line(tmp_path, truth, result, m
 def test_evaluate_names_a_missing_file(tmp_path):
     truth, _ = write_lines(tmp_path)
     assert_refused("nothing.txt: missing", "evaluate", truth, tmp_path / "nothing.txt")
+
+
+# Predict
+
+def test_three_commands_from_the_official_files_to_a_score(simulated, tmp_path):
+    official, result = simulated[0] / "official", tmp_path / "result.txt"
+    succeed("import-iqiyi", official, tmp_path / "store")
+    printed = succeed("predict", tmp_path / "store", "--out", result, "--epochs", 1, "--members", 2)
+    assert printed[:2] == [f"wrote {result}: 12 identities, at most 100 clips each", "members: 4 trained, 0 loaded"]
+    assert printed[-1].startswith("simulated: ")
+    assert names_in(tmp_path) == ["result.txt", "store"]
+    score = succeed("evaluate", official / "val_gt.txt", result)
+    # class means alone find most clips; by chance it would be about 0.1
+    assert score[0].startswith("MAP@100 ") and float(score[0].split()[1]) > 0.5
+    assert score[-1] == "queries 12"
+
+    before = result.read_bytes()
+    assert_refused("result.txt: exists already", "predict", tmp_path / "store", "--out", result)
+    assert result.read_bytes() == before
+
+
+@pytest.fixture
+def one_thread():
+    """As many threads as `start` gives, for results that are the same to the byte."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_stopped_prediction_goes_on_with_the_member_it_was_in(simulated, tmp_path, one_thread):
+    result, folder = tmp_path / "result.txt", tmp_path / "result.txt.members"
+    arguments = ["predict", str(simulated[0] / "direct"), "--epochs", "4", "--members", "3", "--device", "cpu"]
+    saved = {}
+    for sent, status in ((signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)):
+        process = start(tmp_path, *arguments)
+        deadline = time.monotonic() + 120
+        while not {*folder.glob("*.pt")} - {*saved}:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(sent)
+        assert process.communicate(timeout=120) == ("", "") and process.returncode == status
+        assert names_in(tmp_path) == ["result.txt.members"]
+        saved = saved | {path: path.stat().st_mtime_ns for path in folder.glob("*.pt") if path not in saved}
+        if sent == signal.SIGTERM:  # what cannot be caught may leave a part, under another name
+            assert {*folder.iterdir()} == {*saved}
+    assert 2 <= len(saved) < 6
+
+    printed = succeed(*arguments, "--out", result, "--keep-members")
+    assert printed[1] == f"members: {6 - len(saved)} trained, {len(saved)} loaded"
+    assert {path: path.stat().st_mtime_ns for path in saved} == saved and len([*folder.glob("*.pt")]) == 6
+    succeed(*arguments, "--out", tmp_path / "whole.txt")
+    assert result.read_bytes() == (tmp_path / "whole.txt").read_bytes()
+
+
+def test_a_damaged_member_stops_the_prediction(simulated, tmp_path):
+    arguments = ["predict", simulated[0] / "direct", "--out", tmp_path / "result.txt", "--system", "face-only",
+                 "--epochs", 1]
+    succeed(*arguments, "--keep-members")
+    (path,) = (tmp_path / "result.txt.members").iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    assert_refused(f"{path.name}: damaged", *arguments, "--overwrite")
 
 
 # Features of one's own
