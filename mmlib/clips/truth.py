@@ -110,6 +110,6 @@ def _write(path: Path, lines: Iterable[str]) -> None:
     try:
         with open(partial, "w", encoding="utf-8", newline="\n") as file:
             file.writelines(lines)
-        partial.rename(path)
+        os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
