@@ -88,6 +88,8 @@ class Experiment:
                              f"{self.classifier!r}")
         if self.modality is None and not self.context:
             raise ValueError("modality None needs a context")
+        if self.modality in self.context or len(set(self.context)) < len(self.context):
+            raise ValueError(f"context has {self.modality!r} or something else twice: {self.context!r}")
         if self.split == "test" and self.distractors != "all":
             raise ValueError(f"distractors are known in val only, so they cannot be {self.distractors!r} with split 'test'")
         if self.head == "dot" and self.training.margin:
@@ -99,6 +101,8 @@ class Experiment:
         if self.fallback and (self.modality is None or not trained or self.combine not in ("softmax", "cosine")):
             raise ValueError("a fallback mixes the scores of two trained models, so it needs a modality and combine "
                              f"'softmax' or 'cosine', got {self.modality!r} and {self.combine!r}")
+        if self.fallback:
+            self.second()  # it may be impossible too
 
     def branch(self) -> Experiment:
         """Return what decides the trained members: the experiment with its ranking set aside."""

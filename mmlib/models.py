@@ -173,16 +173,17 @@ class IdentityModel(nn.Module):
 
         contexts: by name the feature (B, D) and whether a clip has it (B,).
         """
-        parts = [] if self.aggregator is None else [self._clip_feature(self._seen(x), mask, quality, det)]
+        parts = [] if self.aggregator is None else [self._clip_feature(self.seen(x), mask, quality, det)]
         for name, branch in self.branches.items():
             feature, present = contexts[name]
-            reduced = branch(self._seen(feature), present)
+            reduced = branch(self.seen(feature), present)
             if name in self.gates:
                 reduced = reduced * torch.sigmoid(self.gates[name](torch.cat([*parts[:1], reduced], 1)))
             parts.append(reduced)
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
-    def _seen(self, x: Tensor) -> Tensor:
+    def seen(self, x: Tensor) -> Tensor:
+        """Drop the region that the model discards from the last axis."""
         return x if self.discard is None else without_region(x, region(x.shape[-1], *self.discard))
 
     def _clip_feature(self, x: Tensor, mask: Tensor, quality: Tensor | None, det: Tensor | None) -> Tensor:

@@ -67,7 +67,7 @@ def combine_scores(cosines: Iterable[Tensor], how: str, *, scale: float) -> Tens
         score = cosine.float()
         if how != "cosine":
             score = (torch.log_softmax if how == "log softmax" else torch.softmax)(scale * score, dim=1)
-        total, members = score if total is None else total.add_(score), members + 1
+        total, members = score if total is None else total + score, members + 1
     if total is None:
         raise ValueError("there is no member whose scores could be averaged")
     return total if members == 1 else total / members
@@ -85,8 +85,8 @@ def fuse_ranks(rankings: Iterable["Ranking"], *, k: int = 100, constant: int = 6
     """
     rankings = list(rankings)
     clip = torch.cat([ranking.clip for ranking in rankings], dim=1)
-    share = torch.cat([(1 / (constant + 1 + torch.arange(r.clip.shape[1], device=r.clip.device))).expand(r.clip.shape)
-                       for r in rankings], dim=1).double()
+    share = torch.cat([(1 / (constant + 1 + torch.arange(r.clip.shape[1], dtype=torch.float64, device=r.clip.device)))
+                       .expand(r.clip.shape) for r in rankings], dim=1)
     clip, order = clip.sort(dim=1)
     share = torch.where(clip >= 0, share.gather(1, order), 0.0)
     # Sums within runs of one clip: the difference of a running total at the ends of the run.

@@ -71,7 +71,7 @@ def _training_distractors(experiment: Experiment, store: ClipStore) -> np.ndarra
 class Ranked:
     """What a system says of a gallery: gallery (N,) positions of clips in the store, ranking (C, K) the best gallery rows
     of every identity with -1 beyond the end, predicted (N,) the best identity of each clip, by_member (M, N) that of
-    each member, of clips it can score, else -1.  A clip that nothing can score is not in the gallery.
+    each member, of clips whose score it has a part in, else -1.  A clip that nothing can score is not in the gallery.
     """
 
     gallery: np.ndarray

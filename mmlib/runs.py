@@ -248,10 +248,10 @@ def _of_members(experiment: Experiment, store: ClipStore, found: Retrieval) -> d
            for name in experiment.context}
     out |= {f"gallery_without_{name}": int((store.modalities[name].count[found.gallery] == 0).sum())
             for name in experiment.context}
-    if len(found.members) > 1:
+    scored = (found.by_member >= 0).all(0) & (store.identity_of(found.gallery) >= 0)
+    if len(found.members) > 1 and scored.any():
         trained = store.identity_of(training_clips(experiment, store))
         lost = [ensemble.lost_identities(trained, store.identity_of(member.clips)) for member in found.members]
-        scored = (found.by_member >= 0).all(0) & (store.identity_of(found.gallery) >= 0)
         right = found.by_member[:, scored] == store.identity_of(found.gallery[scored])
         out |= {"lost_identities": float(np.mean(lost)), "member_clip_top1": float(right.mean()),
                 "disagreement": ensemble.disagreement(found.by_member[:, scored])}

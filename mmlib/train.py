@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mmlib import losses
-from mmlib.aggregate import mean_pool
+from mmlib.aggregate import norm_pool
 from mmlib.clips.store import ClipStore
 from mmlib.models import IdentityModel
 
@@ -131,7 +131,9 @@ def batches(model: IdentityModel, store: ClipStore, groups: list[np.ndarray], mo
         contexts = {}
         for name in model.branches:
             batch = store.batch(members, name, buffer=buffers[name])
-            feature = mean_pool(batch.feature, batch.mask) * batch.feature.shape[-1] ** .5
+            kept = model.seen(batch.feature)  # a view must not know even the length of what it discards
+            length = kept.norm(dim=-1, keepdim=True)
+            feature = norm_pool(batch.feature / torch.where(length > 0, length, 1.0), batch.mask) * kept.shape[-1] ** .5
             contexts[name] = feature.to(device), batch.mask.any(1).to(device)
         yield members, (*(None if x is None else x.to(device) for x in inputs), contexts)
 

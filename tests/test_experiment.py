@@ -549,8 +549,7 @@ def test_training_of_a_view_never_sees_its_block(patchy, tmp_path):
 
     def change(name, array):
         block = array[:, array.shape[1] // 4 : array.shape[1] // 2]
-        # A scene is normalised as a whole, so its length stays.
-        block[:] = np.random.default_rng(5).normal(size=block.shape) if name == "face" else -block
+        block[:] = np.random.default_rng(5).normal(size=block.shape)
 
     asked = small(patchy, aggregator="NAN + scores", ensemble="views", members=(1,))
     other = altered(patchy, tmp_path / "store", change)
@@ -558,6 +557,17 @@ def test_training_of_a_view_never_sees_its_block(patchy, tmp_path):
     assert losses == others
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()) if a is not None)
     assert fit(asked, patchy, 2, device=CPU)[2] != fit(asked, other, 2, device=CPU)[2]
+
+
+@pytest.mark.parametrize("fields", [{"context": ("face",)}, {"context": ("scene", "scene")}])
+def test_context_that_is_there_already_is_refused(fields):
+    with pytest.raises(ValueError, match="context has .* twice"):
+        Experiment(**fields)
+
+
+def test_members_that_the_fallback_cannot_have_are_refused_before_anything_is_trained():
+    with pytest.raises(ValueError, match="member 8 of views does not exist with 8 regions"):
+        Experiment(ensemble="views", regions=4, combine="softmax", fallback=Fallback(members=(8,)))
 
 
 def test_trained_members_are_reused_and_added(patchy, monkeypatch):

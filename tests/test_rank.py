@@ -207,7 +207,7 @@ def test_softmax_averages_probabilities_and_log_softmax_their_logarithms():
     torch.testing.assert_close(rank.combine_scores(cosines, "log softmax", scale=1.0), expected, check_dtype=False)
 
 
-@pytest.mark.parametrize("how", ["softmax", "log softmax"])
+@pytest.mark.parametrize("how", ["softmax", "log softmax", "cosine"])
 def test_combining_leaves_its_input_alone(how):
     cosines = said()
     before = cosines.clone()
@@ -362,3 +362,12 @@ def test_neutral_fallback_gives_the_second_model_no_weight():
 def test_meaningless_fallback_is_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         Fallback(**bad)
+
+
+def test_equal_sums_of_different_ranks_tie():
+    """1 / 63 + 1 / 234 = 1 / 65 + 1 / 210, so the lower row comes first."""
+    one, two = torch.full((1, 180), -1), torch.full((1, 180), -1)
+    one[0, 2], two[0, 173] = 9, 9  # ranks 3 and 174
+    one[0, 4], two[0, 149] = 4, 4  # ranks 5 and 150
+    fused = rank.fuse_ranks([rank.Ranking(one, torch.zeros(1, 180)), rank.Ranking(two, torch.zeros(1, 180))], k=2)
+    assert fused.clip.tolist() == [[4, 9]] and fused.score[0, 0] == fused.score[0, 1]
