@@ -408,7 +408,10 @@ def slow_scores(member, store, clips):
         for name in e.context:
             source = store.modalities[name]
             x = np.array(source.feature[source.start[clip] : source.start[clip] + source.count[clip]], float)
-            mean = (x / np.linalg.norm(x, axis=1, keepdims=True)).sum(axis=0) / max(1, len(x)) * x.shape[1] ** 0.5
+            block, blocks = model.discard or (0, 1)
+            gap = np.arange(block * x.shape[1] // blocks, (block + 1) * x.shape[1] // blocks)
+            kept = np.delete(x, gap, axis=1) if model.discard else x
+            mean = (x / np.linalg.norm(kept, axis=1, keepdims=True)).sum(axis=0) / max(1, len(x)) * kept.shape[1] ** 0.5
             contexts[name] = torch.tensor(mean)[None], torch.tensor([len(x) > 0])
         with torch.no_grad():
             out.append(model(*inputs, contexts)[0].numpy())
