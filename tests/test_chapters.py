@@ -232,12 +232,12 @@ def real_store(tmp_path_factory):
 
 
 @pytest.mark.chapters
-@pytest.mark.parametrize("name", ["03_baselines", "04_aggregation"])
+@pytest.mark.parametrize("name", ["03_baselines", "04_aggregation", "07_fusion"])
 def test_chapter_runs_on_real_faces(name, real_store, tiny_cache, tmp_path):
     chapter = ROOT / "book" / "chapters" / f"{name}.md"
     found = glued(run_chapter(chapter, tmp_path, tiny_cache, "-p", "data", str(real_store), "-p", "seeds", "[0]"))
     assert "own" in found["notice"] and "imulated" not in found["notice"]
-    key = {"03_baselines": "base-mlp", "04_aggregation": "agg-trained"}[name]
+    key = {"03_baselines": "base-mlp", "04_aggregation": "agg-trained", "07_fusion": "fus-face"}[name]
     assert .9 < float(found[key]) <= 1  # clean photographs: far above the chance level, and never above 1
 
 

@@ -42,7 +42,10 @@ def _range(group: str, low: float, high: float) -> str:
 def _named(records: Iterable[Record], by: str, names: Iterable[str] | None) -> list[tuple[str, Record]]:
     """Put the name of its arm before each record: its value of field ``by`` unless ``names`` are given."""
     records = list(records)
-    return list(zip([r.experiment[by] for r in records] if names is None else names, records, strict=True))
+    names = [record.experiment[by] for record in records] if names is None else list(names)
+    if len(names) != len(records):
+        raise ValueError(f"names has {len(names)} entries for {len(records)} records")
+    return list(zip(names, records))
 
 
 def compare(records: Iterable[Record], by: str, baseline: str, *, names: Iterable[str] | None = None) -> pd.DataFrame:

@@ -158,8 +158,9 @@ def absent_sentence(found: dict[str, list[Record]]) -> str:
     if not any(sum(pair) for pair in rows.values()):
         return (f"Of the clips with a face, in training and in the gallery, none lacks its {_listed(rows, 'or')}: on these "
                 "clips the learned vector is never used, and nothing on this page says what it is worth.")
-    return "Of the clips with a face lack, in training and in the gallery: " + "; ".join(
-        f"{name} {train:.0f} and {gallery:.0f}" for name, (train, gallery) in rows.items()) + "."
+    return "Of the clips with a face, " + "; ".join(
+        f"{train:,.0f} in training and {gallery:,.0f} in the gallery have no {name}"
+        for name, (train, gallery) in rows.items()) + "."
 
 
 # -- the weight of a second score -----------------------------------------------------------------------------------
@@ -189,7 +190,8 @@ def held_out(found: dict[str, list[Record]]) -> tuple[list[Record], pd.DataFrame
     chosen = np.take(best, np.arange(ap.shape[2]) % 2)
     records = [replace(table[whole][i], ap=one.tolist(), measures=table[whole][i].measures | {"map_at_100": float(one.mean())})
                for i, one in enumerate(np.take_along_axis(ap, chosen[None, None], axis=0)[0])]
-    return records, pd.DataFrame({"judged": ["identities 0, 2, …", "identities 1, 3, …"], "weight": [weights[w] for w in best]})
+    judged = ["identities 0, 2, …", "identities 1, 3, …"]
+    return records, pd.DataFrame({"judged": judged, "weight": [weights[w] for w in best]})
 
 
 def weight_frame(found: dict[str, list[Record]]) -> pd.DataFrame:
@@ -224,9 +226,9 @@ def budget(group: dict[str, Experiment], trials: Iterable[Record]) -> pd.DataFra
     rate is the lowest or the highest that was tried.  Without trials only the first three are known.
     """
     trials = list(trials)
-    frame = pd.DataFrame(
-        [(name, r.experiment["training"]["epochs"], r.experiment["training"]["lr"], r.experiment["seed"], r.measures["map_at_100"])
-         for name, r in zip(arms.names_of(arms.FUSIONS, trials), trials)], columns=["arm", "epochs", "lr", "seed", "map"])
+    frame = pd.DataFrame([(name, *(r.row()[key] for key in ("training.epochs", "training.lr", "seed", "map_at_100")))
+                          for name, r in zip(arms.names_of(arms.FUSIONS, trials), trials)],
+                         columns=["arm", "epochs", "lr", "seed", "map"])
     rows = []
     for name, arm in group.items():
         own, row = frame[frame["arm"] == name], {"arm": name, "lr": arm.training.lr, "epochs": arm.training.epochs}
@@ -287,8 +289,9 @@ def width_sentence(found: dict[str, list[Record]]) -> str:
         return "No scene was reduced."
     table = costs(found).set_index("arm")
     size, wide = table["parameters"]["scene 128"], table["parameters"]["scene 256"]
-    return (f"Reduced to 128 dimensions instead of 256, the model has {size:,.0f} parameters instead of {wide:,.0f}, and "
-            f"{verdict(found, 'scene 128', 'scene 256')}. At a quarter of the width, {verdict(found, 'scene 32', 'scene 128')}.")
+    up, down = verdict(found, "scene 128", "scene 256"), verdict(found, "scene 32", "scene 128")
+    return (f"Reduced to 128 dimensions instead of 256, the model has {size:,.0f} parameters instead of {wide:,.0f}, and {up}. "
+            f"At a quarter of the width, {down}.")
 
 
 def published_sentence(found: dict[str, list[Record]], simulated: bool) -> str:
@@ -312,21 +315,30 @@ def rate_sentence(found: dict[str, list[Record]]) -> str:
     own, shared = (found[name][0].experiment["training"]["lr"] for name in ("scene", MATCHED))
     if own == shared:
         return f"Both of its models are trained at the rate {own:g}, as the two arms are."
-    return (f"Its scene model is trained at the rate of the face arm, {shared:g}, although {own:g} was chosen for scene: over "
-            f"the same clips {verdict(found, 'scene', MATCHED)}. The search had no rate of its own for the pair.")
+    out = f"Its scene model is trained at the rate of the face arm, {shared:g}, although {own:g} was chosen for scene"
+    same = f": over the same clips {verdict(found, 'scene', MATCHED)}" if _have_scenes(found) else ""
+    return f"{out}{same}. The search had no rate of its own for the pair."
 
 
 def gallery_sentence(found: dict[str, list[Record]]) -> str:
     """Say how many clips the arm of scenes alone learns from and ranks, against the others."""
     if "scene" not in found:
         return ""
-    face, scene = ({key: np.mean([r.measures[key] for r in found[name]]) for key in ("train_clips", "gallery_clips", "map_at_100")}
-                   for name in ("face", "scene"))
-    inside = np.mean([r.measures["map_at_100"] for r in found[weight_name(1.0)]])
-    return (f"The arm of scenes alone needs no face, so it learns from {scene['train_clips']:,.0f} clips instead of "
-            f"{face['train_clips']:,.0f} and ranks {scene['gallery_clips']:,.0f} instead of {face['gallery_clips']:,.0f}: its "
-            f"MAP@100 is {scene['map_at_100']:.4f}. Among the clips with a face alone, a scene model reaches {inside:.4f}, "
-            f"since the others then count as not found, and the face arm {face['map_at_100']:.4f}.")
+    keys = ("train_clips", "gallery_clips", "map_at_100")
+    face, scene = ({key: np.mean([r.measures[key] for r in found[name]]) for key in keys} for name in ("face", "scene"))
+    out = (f"The arm of scenes alone needs no face, so it learns from {scene['train_clips']:,.0f} clips instead of "
+           f"{face['train_clips']:,.0f} and ranks {scene['gallery_clips']:,.0f} instead of {face['gallery_clips']:,.0f}: its "
+           f"MAP@100 is {scene['map_at_100']:.4f}.")
+    if _have_scenes(found):
+        inside = np.mean([r.measures["map_at_100"] for r in found[weight_name(1.0)]])
+        out += (f" Over the gallery of the others a scene model reaches {inside:.4f}, since a clip without a face then counts "
+                "as not found.")
+    return out
+
+
+def _have_scenes(found: dict[str, list[Record]]) -> bool:
+    """Say whether every clip with a face has a scene too, so that a weight of 1 is the scene model and nothing else."""
+    return not any(record.measures["gallery_without_scene"] for record in found["scene 128"])
 
 
 def where_sentence(groups: pd.DataFrame) -> str:
@@ -343,7 +355,7 @@ def where_sentence(groups: pd.DataFrame) -> str:
             if len(mean) == 4:  # both arms, both kinds of clips
                 gain = {kind: 100 * (mean["precision"][kind, arm] - mean["precision"][kind, "face"]) for kind in (True, False)}
                 parts.append(f"{arm} gains {gain[True]:+.2f} points of precision among {what} ({mean['clips'][True, arm]:.0f} "
-                             f"clips a world), {gain[False]:+.2f} among the others")
+                             f"clips), {gain[False]:+.2f} among the others")
     return "; ".join(parts) + "." if parts else "There is nothing to break down beside the face arm."
 
 
@@ -351,8 +363,9 @@ def answer(found: dict[str, list[Record]], simulated: bool) -> str:
     """Answer the question of the chapter in a sentence."""
     if "scene 128" not in found:
         return "These clips have no scene, so the question has no answer here."
-    clauses = [verdict(found, "scene 128", "face"), verdict(found, SCORE, "scene 128"), verdict(found, "scene 128", "scene 256")]
-    return f"On {'the simulated' if simulated else 'these'} clips, over {sample(found)}, {'; '.join(clauses)}."
+    pairs = (("scene 128", "face"), (SCORE, "scene 128"), ("scene 128", "scene 256"))
+    clauses = "; ".join(verdict(found, *pair) for pair in pairs)
+    return f"On {'the simulated' if simulated else 'these'} clips, over {sample(found)}, {clauses}."
 
 
 def _listed(names: Iterable[str], word: str = "and") -> str:
