@@ -34,6 +34,8 @@ COLOURS = {
     "margin 0": SKY, "margin 0.3": GREEN, "margin 0.5": BLUE, "margin 0.7": "#000000", "margin 0.5, gamma 2": ORANGE,
     "gamma 0": BLUE, "gamma 0.5": SKY, "gamma 1": GREEN, "gamma 2": ORANGE, "gamma 4": RED,
     "cross-entropy": BLUE, "focal, clip by clip": ORANGE, "focal, over the batch": RED,
+    "face": BLUE, "scene": GREY, "scene 32": GREEN, "scene 64": GREEN, "scene 128": GREEN, "scene 256": GREEN,
+    "scene 128, gated": PURPLE, "score fusion": ORANGE, "head": SKY, "body": SKY, "audio": SKY, "all": RED,
 }
 MARKERS = "osD^vP*X<>"
 
@@ -313,4 +315,24 @@ def traces(frame: pd.DataFrame, *, x: str, y: str, by: str, xlabel: str, ylabel:
     ax.set(xlabel=xlabel, ylabel=ylabel)
     if len(names) > 1 and legend != "none":
         ax.legend(**{"loc": "upper left", "bbox_to_anchor": (1, 1)} if legend == "outside" else {"loc": legend})
+    return ax
+
+
+def sweep(frame: pd.DataFrame, *, x: str, y: str, xlabel: str, ylabel: str, low: str = "low", high: str = "high",
+          each: pd.DataFrame | None = None, reference: float | None = 0.0, colour: str = BLUE, ax: Axes | None = None) -> Axes:
+    """Draw ``y`` with its interval over the values of a setting, evenly spaced in the order of the frame and joined.
+
+    each: columns seed, ``x`` and ``y``, drawn as a thin line a seed behind the mean.
+    """
+    ax = ax or plt.gca()
+    places = {value: i for i, value in enumerate(frame[x])}
+    for style, (_, part) in zip(cycle((":", "--", "-.")), [] if each is None else each.groupby("seed")):
+        part = part[part[x].isin(places)]
+        ax.plot(part[x].map(places), part[y], linestyle=style, linewidth=1, color="0.6")
+    error = np.nan_to_num([frame[y] - frame[low], frame[high] - frame[y]]).clip(min=0)
+    ax.errorbar(range(len(frame)), frame[y], yerr=error, fmt="o-", capsize=3, markersize=5, color=colour)
+    if reference is not None:
+        ax.axhline(reference, color="0.5", linewidth=.8)
+    ax.set(xticks=range(len(frame)), xticklabels=[value if isinstance(value, str) else f"{value:g}" for value in places],
+           xlabel=xlabel, ylabel=ylabel, xlim=(-.5, len(frame) - .5))
     return ax

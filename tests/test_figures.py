@@ -338,6 +338,9 @@ DRAWINGS = {
     "paired_intervals": lambda ax: figures.paired_intervals(
         one_point(seed=0, kind="paired", difference=0.1, low=0, high=0.2), ax
     ),
+    "sweep": lambda ax: figures.sweep(
+        one_point(width=32, y=0.1, low=0, high=0.2), x="width", y="y", xlabel="dimensions", ylabel="points", ax=ax
+    ),
 }
 
 
@@ -444,3 +447,22 @@ def test_bars_of_traces_reach_from_low_to_high_and_are_left_out_where_they_are_n
 )
 def test_traces_have_a_legend_where_there_is_something_to_tell_apart(frame, legend, drawn_legend):
     assert (traced(frame, legend=legend).get_legend() is not None) == drawn_legend
+
+
+SWEEP = pd.DataFrame(
+    {"weight": [0.0, 0.1, 0.5], "difference": [0.0, 2.0, -1.0], "low": [np.nan, 1.0, -4.0], "high": [np.nan, 4.0, 0.0]}
+)
+
+
+def test_sweep_draws_intervals_where_there_are_some_and_a_line_a_seed():
+    each = pd.DataFrame({"seed": [3, 4, 3, 4, 3], "weight": [0, 0, 0.5, 0.5, 1.0], "difference": [0, 0, 7, 8, 9.0]})
+    ax = figures.sweep(
+        SWEEP, x="weight", y="difference", xlabel="weight", ylabel="points", each=each, ax=plt.subplots()[1]
+    )
+    (bars,) = ax.collections
+    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    assert ends == [[0, 0], [1, 4], [-4, 0]]
+    seeds = [list(zip(*line.get_data())) for line in ax.lines[:2]]
+    assert seeds == [[(0, 0), (2, 7)], [(0, 0), (2, 8)]]  # a weight that the frame leaves out is not drawn
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "0.1", "0.5"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("weight", "points")

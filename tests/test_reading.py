@@ -70,6 +70,25 @@ def test_worlds_are_compared_by_the_t_interval_of_their_differences(over_worlds)
     )
 
 
+def test_arms_that_differ_in_several_fields_are_compared_by_their_names():
+    records = [record("mean", seed, ap) for seed, ap in enumerate([[0.5], [0.4]])]
+    others = [record("norm", seed, [0.8], training=Training(lr=9.0)) for seed in (0, 1)]
+    frame = compare(records + others, by="arm", baseline="a", names=["a", "a", "b", "b"])
+    assert frame["arm"].tolist() == ["b", "a"]
+    assert frame["difference"].tolist() == pytest.approx([35, 0])
+
+
+def test_a_record_without_a_name_is_refused():
+    with pytest.raises(ValueError, match="1 entries for 2 records"):
+        compare([record(), record(seed=1)], by="arm", baseline="a", names=["a"])
+
+
+def test_breakdown_takes_names_too():
+    one, two = (record(breakdown={"frames": [[1, 5, 2, 0.5, value]]}) for value in (0.25, 0.75))
+    frame = breakdown_frame([one, two], "arm", names=["a", "b"])
+    assert frame[["arm", "precision"]].values.tolist() == [["a", 0.25], ["b", 0.75]]
+
+
 def test_map_is_the_mean_over_seeds_and_best_comes_first(over_worlds):
     assert over_worlds.index.tolist() == ["norm", "mean"]
     assert over_worlds["map_at_100"].tolist() == pytest.approx([3.8 / 6, 3.2 / 6])

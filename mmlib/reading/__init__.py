@@ -20,11 +20,14 @@ def as_frame(records: Iterable[Record]) -> pd.DataFrame:
     return pd.DataFrame([record.row() for record in records])
 
 
-def breakdown_frame(records: Iterable[Record], by: str) -> pd.DataFrame:
-    """Return the breakdowns of records, averaged over seeds: ``by``, group, range, clips, top1, precision."""
-    rows = [(record.experiment[by], group, f"{low:g}–{high:g}" if group == "quality" else _range(group, low, high),
+def breakdown_frame(records: Iterable[Record], by: str, *, names: Iterable[str] | None = None) -> pd.DataFrame:
+    """Return the breakdowns of records, averaged over seeds: ``by``, group, range, clips, top1, precision.
+
+    names: as for ``compare``.
+    """
+    rows = [(name, group, f"{low:g}–{high:g}" if group == "quality" else _range(group, low, high),
              clips, top1, precision)
-            for record in records for group, parts in record.breakdown.items()
+            for name, record in _named(records, by, names) for group, parts in record.breakdown.items()
             for low, high, clips, top1, precision in parts]
     frame = pd.DataFrame(rows, columns=[by, "group", "range", "clips", "top1", "precision"])
     return frame.groupby([by, "group", "range"], sort=False)[["clips", "top1", "precision"]].mean().reset_index()
@@ -36,18 +39,25 @@ def _range(group: str, low: float, high: float) -> str:
     return "none" if high == WRONG_EDGES[1] else f"{low:.2g}–{min(high, 1):.2g}" if low > 1e-6 else f"to {high:.2g}"
 
 
-def compare(records: Iterable[Record], by: str, baseline: str, names: Iterable[str] | None = None) -> pd.DataFrame:
+def _named(records: Iterable[Record], by: str, names: Iterable[str] | None) -> list[tuple[str, Record]]:
+    """Put the name of its arm before each record: its value of field ``by`` unless ``names`` are given."""
+    records = list(records)
+    names = [record.experiment[by] for record in records] if names is None else list(names)
+    if len(names) != len(records):
+        raise ValueError(f"names has {len(names)} entries for {len(records)} records")
+    return list(zip(names, records))
+
+
+def compare(records: Iterable[Record], by: str, baseline: str, *, names: Iterable[str] | None = None) -> pd.DataFrame:
     """Compare every value of field ``by`` with ``baseline``, pair by pair, in points of MAP@100.
 
-    Records that differ in ``by`` and the seed only.  names: the arm of each record, where arms differ in more than one
-    field; ``by`` is then what the column of arms is called.  Returns, sorted by MAP: map_at_100 (mean over seeds), difference,
+    Records that differ in ``by`` and the seed only.  names: the arm of each record, for arms that differ in several
+    fields; ``by`` is then only what their column is called.  Returns, sorted by MAP: map_at_100 (mean over seeds), difference,
     low and high (95 %), sd (of the difference over worlds), n, and ``interval``: over worlds by a t interval where
     each seed is a world of its own, else over identities by a bootstrap of APs averaged over seeds.
     """
     groups: dict[str, dict[int, Record]] = {}
-    records = list(records)
-    names = [record.experiment[by] for record in records] if names is None else names
-    for name, record in zip(names, records, strict=True):
+    for name, record in _named(records, by, names):
         seed = record.experiment["seed"]
         if groups.setdefault(name, {}).setdefault(seed, record).key != record.key:
             raise ValueError(f"two different experiments have {by} = {name!r} and seed {seed}")
