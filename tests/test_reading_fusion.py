@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from conftest import made
 
-from mmlib import arms, experiment
+from mmlib import arms, retrieval
 from mmlib.clips.store import ClipStore
 from mmlib.experiment import Experiment
 from mmlib.rank import Fallback
