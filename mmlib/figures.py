@@ -262,5 +262,5 @@ def dodged(frame: pd.DataFrame, *, label: str, value: str, by: str, xlabel: str,
     ax.set(yticks=[-i for i in range(len(rows))], yticklabels=rows, xlabel=xlabel, ylim=(-len(rows) + .5, .5))
     ax.grid(axis="y", visible=False)
     if kinds:
-        ax.legend()
+        ax.legend(loc="lower center", bbox_to_anchor=(.5, 1), ncols=len(kinds))
     return ax

@@ -57,18 +57,20 @@ def climb(system: Experiment, *, scene: bool = True, scores: bool = True) -> dic
     return rungs
 
 
-def plan(*, members: int = 16, scene: bool = True, scores: bool = True) -> dict[str, Experiment]:
+def plan(*, members: int = 16, scene: bool = True, scores: bool = True,
+         distractors: bool = True) -> dict[str, Experiment]:
     """Name every experiment of the chapter: ``described: scene``, ``as coded: scene``, …, the arms beside the ladders.
 
-    members: at most so many of an ensemble.
+    members: at most so many of an ensemble.  scene, scores, distractors: what the clips have.
     """
     out = {f"{name}: {step}": experiment for name, system in LADDERS.items()
            for step, experiment in climb(with_members(system, members), scene=scene, scores=scores).items()}
     start, attention = out["described: baseline"], "attention + scores" if scores else "attention"
     out |= {ATTENTION: replace(start, aggregator=attention),
             NO_MARGIN: replace(start, training=replace(BUDGET, margin=0.0))}
-    return out | {f"{name}, {kind}": replace(out[f"described: {step}"], distractors=kind)
-                  for name, step in SIDES.items() if f"described: {step}" in out for kind in (HELD_OUT, CLASS)}
+    sides = {name: out[f"described: {step}"] for name, step in SIDES.items() if f"described: {step}" in out}
+    return out | {f"{name}, {kind}": replace(experiment, distractors=kind) for name, experiment in sides.items()
+                  if distractors for kind in (HELD_OUT, CLASS)}
 
 
 def settings(profile: str, identities: int) -> tuple:
@@ -79,17 +81,20 @@ def settings(profile: str, identities: int) -> tuple:
 def has(store: ClipStore) -> dict[str, bool]:
     """Say what of the system's needs a store has, as ``plan`` takes it."""
     return {"scene": "scene" in store.modalities,
-            "scores": {"quality", "det"} <= set(store.modalities["face"].columns)}
+            "scores": {"quality", "det"} <= set(store.modalities["face"].columns),
+            "distractors": len(store.select("val", labelled=False)) > 1}
 
 
-def missing_sentence(scene: bool, scores: bool) -> str:
+def missing_sentence(scene: bool, scores: bool, distractors: bool) -> str:
     """Say what is left out for what a store lacks; empty if nothing is."""
-    out = [] if scene else ["These clips have no scene feature, so the steps scene and fallback are left out."]
+    out = []
+    if not scene:
+        out.append("These clips have no scene feature, so the steps scene and fallback are left out.")
     if not scores:
-        out.append("They have no quality and det scores, so norm weights stand in for quality weights, and the coded "
-                   "attention, which needs the scores, is left out." if out else
-                   "These clips have no quality and det scores, so norm weights stand in for quality weights, the lowest "
-                   "percent is by norm, and the coded attention, which needs the scores, is left out.")
+        out.append("These clips have no quality and det scores, so norms stand in for them, and the coded attention, which "
+                   "needs them, is left out.")
+    if not distractors:
+        out.append("These clips have no distractors, so none are trained on.")
     return " ".join(out)
 
 
@@ -293,13 +298,20 @@ def coded_sentence(records: Iterable[Record], steps: pd.DataFrame) -> str:
 def distractor_sentence(frame: pd.DataFrame) -> str:
     """Say what training on distractors is worth."""
     parts = [f"{worth(row)} for {row['system']}" for row in frame.to_dict("records")]
-    return f"Training on half of the distractors is worth {' and '.join(parts)}." if parts else "This was not run."
+    return f"Training on half of the distractors is worth {' and '.join(parts)}." if parts else "These clips have none."
 
 
 def scope_sentence(simulated: bool, identities: int) -> str:
     """Say for what the verdicts hold."""
     clips = "simulated clips, a stand-in for the challenge's" if simulated else "the clips of this store"
     return f"The verdicts hold for {clips}, and for {identities:.0f} identities, where the challenge had 10,034."
+
+
+def own_sentence(committed: bool, members: int, identities: int) -> str:
+    """Say what the page's own run is beside the committed records."""
+    text = f"These rungs were run for this page, with up to {members} members and {identities:.0f} identities a world"
+    return text + (", where the committed records have all members and larger worlds; they show that the commands work."
+                   if committed else "; there are no committed records of these clips, so all of the page is read off them.")
 
 
 def claims_sentence(frame: pd.DataFrame) -> str:
