@@ -234,6 +234,14 @@ def test_the_published_ladder_is_the_sum_of_its_steps(steps):
     assert len(gains[gains["ladder"] == "described"]) == 4
 
 
+def test_steps_that_a_ladder_lacks_keep_their_place():
+    worlds = {name: [[0.5]] for name in ("described: baseline", "described: ensemble")}
+    steps = step_frame(found(worlds))
+    assert ladder.heights(steps)["step"].unique().tolist() == list(STEPS[:4])
+    assert ladder.gains(steps)["step"].unique().tolist() == list(STEPS[1:4])
+    assert ladder.heights(steps)["ladder"].unique().tolist() == ["described", "published"]
+
+
 def test_the_answer_reports_losses_like_gains(steps):
     text = ladder.answer(steps, "some clips")
     assert text.startswith("On some clips, the system as described stands at 0.9000, +5.00 points")

@@ -169,7 +169,7 @@ def heights(steps: pd.DataFrame) -> pd.DataFrame:
     gains = list(PUBLISHED_LADDER.values())
     total = gains[0] + np.cumsum([0.0, *gains[1:]]) / 100
     published = pd.DataFrame({"ladder": "published", "step": list(PUBLISHED_LADDER), "map_at_100": total})
-    return pd.concat([here, published], ignore_index=True)
+    return _in_order(pd.concat([here, published]))
 
 
 def gains(steps: pd.DataFrame) -> pd.DataFrame:
@@ -178,7 +178,12 @@ def gains(steps: pd.DataFrame) -> pd.DataFrame:
                      ["ladder", "step", "difference", "low", "high"]]
     published = [("published", step, value, np.nan, np.nan) for step, value in PUBLISHED_LADDER.items()
                  if step != "baseline"]
-    return pd.concat([here, pd.DataFrame(published, columns=here.columns)], ignore_index=True)
+    return _in_order(pd.concat([here, pd.DataFrame(published, columns=here.columns)]))
+
+
+def _in_order(frame: pd.DataFrame) -> pd.DataFrame:
+    """Sort rows by step, where a ladder may lack some."""
+    return frame.sort_values("step", key=lambda step: step.map(STEPS.index), kind="stable", ignore_index=True)
 
 
 def most_members(records: Iterable[Record]) -> int:
