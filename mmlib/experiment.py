@@ -1,26 +1,22 @@
-"""Say everything that decides a number, train what it names, and rank the clips for every identity."""
+"""Say everything that decides a number: an experiment, and the key it hashes to."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from mmlib import ensemble, metrics, rank
+from mmlib import ensemble, rank
 from mmlib.clips.simulate import Settings, settings_for
 from mmlib.clips.store import ClipStore
-from mmlib.models import LEARNED, NEEDS_SCORES, IdentityModel, kept_width, make_aggregator, within_class_whitening
+from mmlib.models import LEARNED
 from mmlib.rank import Fallback
-from mmlib.train import Training, classes_of, pooled_features, seed_torch, train
+from mmlib.train import Training
 
 CLASSIFIERS = ("nearest", "class means", "whitened means", "linear", "mlp")
 TRAINED = ("linear", "mlp")
@@ -47,7 +43,7 @@ class Experiment:
 
     The ensemble.  ensemble: a kind of ``mmlib.ensemble``, ``regions``: blocks of ``views``.  members: which are used.
 
-    The ranking.  combine, scale: as in ``rank.combine_scores``.  fallback: when a second model on contexts counts; its
+    The ranking.  split: whose clips, ``val`` or ``test``.  combine, scale: as in ``rank.combine_scores``.  fallback: when a second model on contexts counts; its
     ensemble is of the same kind, with twice as many regions, as in the released code.
 
     Experiments that differ in ``RANKING`` only share their trained members.
@@ -70,6 +66,7 @@ class Experiment:
     start: str = "class means"
     shrinkage: float = .1
     distractors: str = "all"
+    split: str = "val"
     training: Training = field(default_factory=Training)
     ensemble: str = "seeds"
     regions: int = 16
@@ -80,7 +77,7 @@ class Experiment:
 
     def __post_init__(self):
         for name, known in (("classifier", CLASSIFIERS), ("fusion", FUSIONS), ("distractors", DISTRACTORS),
-                            ("start", STARTS), ("ensemble", ensemble.KINDS), ("combine", rank.COMBINE)):
+                            ("start", STARTS), ("ensemble", ensemble.KINDS), ("combine", rank.COMBINE), ("split", ("val", "test"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         trained = self.classifier in TRAINED
@@ -91,6 +88,8 @@ class Experiment:
                              f"{self.classifier!r}")
         if self.modality is None and not self.context:
             raise ValueError("modality None needs a context")
+        if self.split == "test" and self.distractors != "all":
+            raise ValueError(f"distractors are known in val only, so they cannot be {self.distractors!r} with split 'test'")
         if self.head == "dot" and self.training.margin:
             raise ValueError(f"a margin needs a cosine, so head cannot be 'dot' with margin {self.training.margin}")
         if not self.members or len(set(self.members)) < len(self.members) or min(self.members) < 0:
@@ -173,250 +172,3 @@ def torch_device(name: str) -> torch.device:
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-class Member:
-    """A trained model over the gallery of its experiment: model, clips (n,) trained on, losses by epoch, seconds."""
-
-    def __init__(self, experiment: Experiment, store: ClipStore, model: IdentityModel, clips: np.ndarray,
-                 losses: list[float], seconds: float):
-        self.experiment, self.store = experiment, store
-        self.model, self.clips, self.losses, self.seconds = model, clips, losses, seconds
-
-    @cached_property
-    def embedded(self) -> Tensor:
-        """The embeddings of the gallery of its experiment, (N, dim)."""
-        return self._embed(gallery_of(self.experiment, self.store))
-
-    @cached_property
-    def _known(self) -> tuple[Tensor, Tensor]:
-        known = self._embed(self.clips)
-        return known, torch.from_numpy(self.store.identity_of(self.clips)).to(known.device)
-
-    @torch.no_grad()
-    def _embed(self, clips: np.ndarray) -> Tensor:
-        e = self.experiment
-        return self.model.embed(pooled_features(self.model, self.store, clips, e.modality, seed=e.seed))
-
-    @torch.no_grad()
-    def cosines(self, rows: Tensor) -> Tensor:
-        """Compare gallery rows (n,) with every identity, (n, C); a class of distractors comes last."""
-        embedded = self.embedded[rows]
-        if self.experiment.classifier != "nearest":
-            return self.model.compare(embedded)
-        known, label = self._known
-        nearest = torch.full((len(rows), len(self.model.prototype)), -1.0, device=known.device)
-        return nearest.scatter_reduce_(1, label.expand(len(rows), -1), embedded @ known.T, "amax")
-
-
-def gallery_of(experiment: Experiment, store: ClipStore) -> np.ndarray:
-    """Return the val clips that the experiment's model can score: those with its modality, or with a context."""
-    e = experiment
-    if e.modality is not None:
-        gallery = store.select("val", having=e.modality)
-    else:
-        gallery = np.unique(np.concatenate([store.select("val", having=name) for name in e.context]))
-    return gallery if e.distractors == "all" else np.setdiff1d(gallery, _training_distractors(e, store))
-
-
-def _training_distractors(experiment: Experiment, store: ClipStore) -> np.ndarray:
-    """Return a random half of the distractors in val, which have the modality or not."""
-    distractors = store.select("val", labelled=False)
-    return np.sort(np.random.default_rng([experiment.seed, 6]).permutation(distractors)[: len(distractors) // 2])
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """What a system retrieves: gallery (N,) positions of the val clips in the store, queries (Q,) identity codes,
-    ranking (Q, K) gallery rows with -1 beyond the end, hits (Q, K) bool, relevant (Q,) labelled val clips of each query,
-    predicted (N,) the best identity of each clip, by_member (M, N) that of each member, of clips it can score, else -1.
-
-    Clips that nothing can score are not in the gallery but count as relevant: the official denominator.
-    """
-
-    gallery: np.ndarray
-    queries: np.ndarray
-    ranking: np.ndarray
-    hits: np.ndarray
-    relevant: np.ndarray
-    predicted: np.ndarray
-    by_member: np.ndarray
-    members: list[Member]
-    seconds: dict[str, float]
-
-    @property
-    def ap(self) -> np.ndarray:
-        return metrics.average_precision(self.hits, self.relevant)
-
-
-def retrieve(experiment: Experiment, store: ClipStore, *, device: str = "auto", progress: bool = False,
-             trained: MutableMapping | None = None) -> Retrieval:
-    """Train if there is something to train, and rank the val clips for every identity.
-
-    trained: members of earlier calls on the same store, by ``(branch, member)``; new ones are added.
-    """
-    e, trained = experiment, {} if trained is None else trained
-    relevant = np.bincount(store.identity_of(store.select("val", labelled=True)), minlength=len(store.identities))
-    queries = np.flatnonzero(relevant)
-    _require(e, store)
-    gallery = gallery_of(e, store)
-    if not len(queries) or not len(gallery):
-        what = e.modality or " or ".join(e.context)
-        raise ValueError(f"{store.path}: no labelled val clip, or none with {what!r}: nothing to rank")
-    began = time.perf_counter()
-    members = _members(e, store, torch_device(device), progress, trained)
-    second = _members(e.second(), store, torch_device(device), progress, trained) if e.fallback else []
-    fitted = time.perf_counter()
-    if e.fallback and e.fallback.absent is not None:
-        gallery = np.union1d(gallery, gallery_of(e.second(), store))
-    predicted = np.full(len(gallery), -1)
-    by_member = np.full((len(members), len(gallery)), -1)
-    blocks = _score_blocks(e, store, members, second, gallery, predicted, by_member)
-    if e.combine == "ranks":
-        for _ in blocks:  # for the predictions
-            pass
-        rows = torch.arange(len(gallery), device=members[0].embedded.device).split(BLOCK)
-        ranking = rank.fuse_ranks(rank.top_k(((r, torch.log_softmax(e.scale * m.cosines(r), 1)[:, :len(relevant)])
-                                              for r in rows), k=DEPTH) for m in members)
-    else:
-        ranking = rank.top_k(blocks)
-    ranking = ranking.clip.cpu().numpy()[queries]
-    hits, _ = metrics.match_ranking(ranking, store.identity_of(gallery), queries)
-    seconds = {"fit": round(sum(m.seconds for m in members + second), 3),
-               "rank": round(time.perf_counter() - fitted, 3), "waited": round(fitted - began, 3)}
-    return Retrieval(gallery, queries, ranking, hits, relevant[queries], predicted, by_member, members, seconds)
-
-
-BLOCK = 2048  # clips scored at a time
-DEPTH = 1000  # clips of a member's ranking that take part in a fusion of ranks
-
-
-def _members(e: Experiment, store: ClipStore, device: torch.device, progress: bool,
-             trained: MutableMapping) -> list[Member]:
-    branch = e.branch()
-    for member in e.members:
-        if (branch, member) not in trained:
-            began = time.perf_counter()
-            fitted = fit(branch, store, member, device=device, progress=progress)
-            trained[branch, member] = Member(branch, store, *fitted, time.perf_counter() - began)
-    return [trained[branch, member] for member in e.members]
-
-
-def _score_blocks(e: Experiment, store: ClipStore, members: list[Member], second: list[Member], gallery: np.ndarray,
-                  predicted: np.ndarray, by_member: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (gallery rows, scores (n, C)) as ``rank.top_k`` takes them, and note the best identities on the way."""
-    device = members[0].model.prototype.device
-    first_rows = _rows_in(gallery, gallery_of(e, store))
-    second_rows = _rows_in(gallery, gallery_of(e.second(), store)) if second else np.full(len(gallery), -1)
-    weight = _second_weight(e, store, gallery, first_rows, second_rows)
-    how = "log softmax" if e.combine == "ranks" else e.combine
-    for start in range(0, len(gallery), BLOCK):
-        block = np.arange(start, min(start + BLOCK, len(gallery)))
-        scores = torch.zeros(len(block), len(store.identities), device=device)
-        for group, rows, share in ((members, first_rows, 1 - weight), (second, second_rows, weight)):
-            at = np.flatnonzero((rows[block] >= 0) & (share[block] != 0)) if group else block[:0]
-            if not len(at):
-                continue
-            chosen = torch.from_numpy(rows[block[at]]).to(device)
-            cosines = (member.cosines(chosen) for member in group)
-            if group is members:
-                cosines = _noting(cosines, by_member, block[at], scores.shape[1])
-            part = rank.combine_scores(cosines, how, scale=e.scale)[:, :scores.shape[1]]
-            scores[torch.from_numpy(at).to(device)] += torch.from_numpy(share[block[at]]).to(part)[:, None] * part
-        predicted[block] = scores.argmax(1).cpu()
-        yield torch.from_numpy(block).to(device), scores
-
-
-def _noting(cosines: Iterable[Tensor], by_member: np.ndarray, at: np.ndarray, identities: int) -> Iterator[Tensor]:
-    """Pass on what each member says, writing its best identity of every clip into ``by_member``."""
-    for member, cosine in enumerate(cosines):
-        by_member[member, at] = cosine[:, :identities].argmax(1).cpu()
-        yield cosine
-
-
-def _rows_in(gallery: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Return where each clip of a gallery stands in another one, -1 if nowhere."""
-    place = np.minimum(np.searchsorted(known, gallery), len(known) - 1)
-    return np.where(known[place] == gallery, place, -1)
-
-
-def _second_weight(e: Experiment, store: ClipStore, gallery: np.ndarray, first: np.ndarray,
-                   second: np.ndarray) -> np.ndarray:
-    """Return the weight of the second model for every gallery clip (N,); a clip that it cannot score has 0."""
-    weight = np.zeros(len(gallery))
-    if e.fallback is None:
-        return weight
-    has = first >= 0
-    clips = gallery[has]
-    weight[has] = e.fallback.weights(store.clip_means(e.modality, e.fallback.by)[clips])
-    weight[~has] = e.fallback.absent or 0
-    return np.where(second >= 0, weight, 0)
-def fit(experiment: Experiment, store: ClipStore, member: int = 0, *, device: torch.device,
-        progress: bool = False) -> tuple[IdentityModel, np.ndarray, list[float]]:
-    """Return a member's model, its training clips and its loss by epoch (empty where nothing is trained)."""
-    e = experiment
-    _require(e, store)
-    clips = training_clips(e, store)
-    clips = ensemble.member_clips(e.ensemble, clips, store.identity_of(clips), seed=e.seed, member=member)
-    model = make_model(e, store, member).to(device)
-    label = torch.from_numpy(classes_of(store, clips)).to(device)
-    if e.start == "class means" or e.classifier not in TRAINED:
-        pooled = pooled_features(model, store, clips, e.modality, seed=e.seed)
-        if e.classifier == "whitened means":
-            unit = F.normalize(pooled, dim=1)
-            model.centre = unit.mean(0)
-            model.whitening = within_class_whitening(unit, label, shrinkage=e.shrinkage)
-            pooled = pooled_features(model, store, clips, e.modality, seed=e.seed)
-        model.start_from_class_means(pooled, label)
-    if e.classifier not in TRAINED:
-        return model.eval(), clips, []
-    return model, clips, train(model, store, clips, e.training, seed=ensemble.member_seed(e.seed, member),
-                               modality=e.modality, progress=progress)
-
-
-def make_model(experiment: Experiment, store: ClipStore, member: int = 0) -> IdentityModel:
-    """Return a member's model before it has seen a clip."""
-    e = experiment
-    seed_torch(ensemble.member_seed(e.seed, member))
-    widths = {name: source.feature.shape[1] for name, source in store.modalities.items()}
-    discard = (member, e.regions) if e.ensemble == "views" else None
-    aggregator = None if e.modality is None else make_aggregator(e.aggregator, kept_width(widths[e.modality], discard))
-    return IdentityModel(aggregator, len(store.identities) + (e.distractors == "class"), dropout=e.dropout,
-                         hidden=e.hidden if e.classifier == "mlp" else 0, concat=e.concat, head=e.head,
-                         contexts={name: widths[name] for name in e.context}, context_dim=e.context_dim,
-                         gated=e.fusion == "gated" and e.modality is not None, discard=discard)
-
-
-def training_clips(experiment: Experiment, store: ClipStore) -> np.ndarray:
-    """Return the clips that can be trained on: labelled, with the modality or a context, and distractors if asked."""
-    e = experiment
-    sources = e.context if e.modality is None else (e.modality,)
-    clips = np.unique(np.concatenate([store.select("train", labelled=True, having=name) for name in sources]))
-    if not len(clips):
-        raise ValueError(f"{store.path}: no labelled train clip has {' or '.join(sources)}, so nothing can be trained")
-    if e.distractors == "class":
-        having = np.unique(np.concatenate([store.select("val", labelled=False, having=name) for name in sources]))
-        clips = np.concatenate([clips, np.intersect1d(_training_distractors(e, store), having)])
-    return clips
-
-
-def missing_scores(experiment: Experiment, store: ClipStore) -> list[str]:
-    """Name the scores that the experiment's arm needs and the store lacks."""
-    e = experiment
-    wanted = []
-    appended = e.concat in ("normalised", "raw")
-    if e.modality is not None and (e.aggregator in NEEDS_SCORES or appended):
-        wanted = ["quality"] if e.aggregator == "best half" and not appended else ["quality", "det"]
-    if e.fallback and e.fallback.by == "quality" and "quality" not in wanted:
-        wanted.append("quality")
-    return [name for name in wanted if name not in store.modalities[e.modality].columns]
-
-
-def _require(e: Experiment, store: ClipStore) -> None:
-    asked = [e.modality, *e.context, *(e.fallback.context if e.fallback else ())]
-    for name in asked:
-        if name is not None and name not in store.modalities:
-            raise ValueError(f"{store.path}: no modality {name!r}, it has {', '.join(store.modalities)}")
-    if missing := missing_scores(e, store):
-        raise ValueError(f"{store.path}: {e.aggregator!r} needs {' and '.join(missing)} scores of "
-                         f"{e.modality!r}, and the store has none")

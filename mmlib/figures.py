@@ -29,6 +29,8 @@ COLOURS = {
     "paired": BLUE, "unpaired": ORANGE,
     "no fallback": GREY, "clips without a face": SKY, "described": BLUE, "coded": RED, "coded, scale 30": ORANGE,
     "lowest 1%": BLUE, "lowest 5%": ORANGE, "published": "#000000",
+    "seeds": "#000000", "views": BLUE, "bagging": RED, "stratified": ORANGE,
+    "as stored": BLUE, "principal axes": ORANGE,
 }
 MARKERS = "osD^vP*X<>"
 
@@ -263,4 +265,37 @@ def dodged(frame: pd.DataFrame, *, label: str, value: str, by: str, xlabel: str,
     ax.grid(axis="y", visible=False)
     if kinds:
         ax.legend(loc="lower center", bbox_to_anchor=(.5, 1), ncols=len(kinds))
+def partition(frame: pd.DataFrame, *, xlabel: str, ylabel: str = "member", ax: Axes | None = None) -> Axes:
+    """Draw one row a member, first on top: the dimensions that it keeps, pale, and those that it discards.
+
+    frame: columns member, start, stop (exclusive), width, all but the first in dimensions.
+    """
+    ax = ax or plt.gca()
+    ax.barh(frame["member"], frame["width"], height=.7, color="0.88", label="kept")
+    ax.barh(frame["member"], frame["stop"] - frame["start"], left=frame["start"], height=.7, color=RED, label="discarded")
+    ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(frame["member"].max() + .6, -.6), xlim=(0, frame["width"].max()))
+    ax.grid(visible=False)
+    return ax
+
+
+def gains(frame: pd.DataFrame, *, x: str, by: str, xlabel: str, ylabel: str, ax: Axes | None = None,
+          legend: bool = True) -> Axes:
+    """Draw differences with their intervals over numbers that double, a line for every value of ``by``.
+
+    frame: columns ``x`` (positive), ``by``, difference, low, high (points; NaN where there is no interval).
+    """
+    ax = ax or plt.gca()
+    names = list(frame[by].unique())
+    for place, (marker, name) in enumerate(zip(cycle(MARKERS), names)):
+        part = frame[frame[by] == name]
+        error = [(part["difference"] - part["low"]).clip(lower=0), (part["high"] - part["difference"]).clip(lower=0)]
+        shift = 2 ** (.1 * (place - (len(names) - 1) / 2))  # beside each other, so that no bar hides another
+        ax.errorbar(part[x] * shift, part["difference"], yerr=error, marker=marker, markersize=5, capsize=3,
+                    linewidth=1.2, label=name, color=COLOURS.get(name))
+    ax.axhline(0, color="0.5", linewidth=.8)
+    ax.set_xscale("log", base=2)
+    ax.set(xticks=sorted(frame[x].unique()), xlabel=xlabel, ylabel=ylabel)
+    ax.set_xticklabels([f"{value:g}" for value in sorted(frame[x].unique())])
+    if legend:
+        ax.legend()
     return ax

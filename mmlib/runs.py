@@ -32,13 +32,14 @@ from mmlib import ensemble, metrics
 from mmlib.clips.calibration import QUALITY_EDGES
 from mmlib.clips.simulate import simulate
 from mmlib.clips.store import ClipStore
-from mmlib.experiment import Experiment, Retrieval, retrieve, torch_device, training_clips
+from mmlib.experiment import Experiment, torch_device
+from mmlib.retrieval import Retrieval, retrieve, training_clips
 
 PACKAGE = Path(__file__).parent
 RESULTS = PACKAGE.parent / "book" / "results"  # committed records
 DECIDING = ("clips/arrays.py", "clips/sampling.py", "clips/store.py", "clips/writer.py", "clips/calibration.py",
             "clips/simulate.py", "aggregate.py", "losses.py", "models.py", "ensemble.py", "train.py", "rank.py", "metrics.py",
-            "experiment.py", "runs.py")
+            "experiment.py", "retrieval.py", "runs.py")
 LENGTH_EDGES = [1, 5, 10, 15, 20, 30, 40, 241]  # frames
 PERCENTILE_EDGES = [*QUALITY_EDGES, 40, 60, 80, 100]
 WRONG_EDGES = [0, 1e-9, .1, .25, .5, .8, 1.001]  # share of frames
@@ -84,12 +85,20 @@ def cache_folder() -> Path:
 
 @cache
 def library_hash() -> str:
-    """Hash the modules that decide numbers, as syntax trees without docstrings, 12 hexadecimal digits."""
+    """Hash what stands in the modules that decide numbers, 12 hexadecimal digits.
+
+    As syntax trees without docstrings, sorted, and without the imports of the library's own modules: in which of them
+    a function stands, and in which place, decides nothing.
+    """
     digest = hashlib.sha256()
-    for name in DECIDING:
-        digest.update(repr(_tree(ast.parse((PACKAGE / name).read_text()))).encode())
+    parts = [repr(part) for name in DECIDING for part in _tree(ast.parse((PACKAGE / name).read_text()).body)]
+    for part in sorted(part for part in parts if not part.startswith(_OWN_IMPORT)):
+        digest.update(part.encode() + b"\0")
     digest.update((PACKAGE / "clips" / "clips_per_identity_joint.csv").read_bytes())
     return digest.hexdigest()[:12]
+
+
+_OWN_IMPORT = "('ImportFrom', [('module', \"'mmlib"
 
 
 def _tree(node):

@@ -8,7 +8,8 @@ from conftest import BRIEF, of
 
 from mmlib import metrics
 from mmlib.rank import Fallback
-from mmlib.experiment import Experiment, as_seeds, fit, missing_scores, retrieve, torch_device
+from mmlib.experiment import Experiment, as_seeds, torch_device
+from mmlib.retrieval import fit, missing_scores, retrieve
 from mmlib.runs import run
 from mmlib.train import Training
 
@@ -32,6 +33,7 @@ OTHER = {
     "fusion": "gated",
     "start": "random",
     "distractors": "class",
+    "split": "test",
     "ensemble": "views",
     "regions": 8,
     "members": (1,),

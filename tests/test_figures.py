@@ -377,3 +377,35 @@ def test_dodged_marks_stand_in_rows_from_the_top_each_with_its_interval():
     assert two[2][0].get_segments()[0][:, 0].tolist() == [3, 3]  # no interval is known
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["one", "two"]
     assert (ax.get_title(), ax.get_xlabel()) == ("", "points")
+PARTITION = pd.DataFrame({"member": [0, 1], "start": [0, 4], "stop": [4, 8], "width": [32, 32]})
+GAINS = pd.DataFrame(
+    {
+        "members": [1, 2, 1, 2],
+        "kind": ["seeds", "seeds", "views", "views"],
+        "difference": [0.0, 0.2, -0.1, 0.4],
+        "low": [0.0, 0.1, -0.3, np.nan],
+        "high": [0.0, 0.3, 0.1, np.nan],
+    }
+)
+
+
+def test_partition_shows_the_discarded_block_of_every_member_first_on_top():
+    ax = figures.partition(PARTITION, xlabel="dimension")
+    kept, gone = ax.containers
+    assert [(bar.get_x(), bar.get_width()) for bar in kept] == [(0, 32), (0, 32)]
+    assert [(bar.get_x(), bar.get_width()) for bar in gone] == [(0, 4), (4, 4)]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]
+    assert (ax.get_title(), ax.get_xlabel(), ax.get_ylabel()) == ("", "dimension", "member")
+
+
+def test_gains_have_their_intervals_and_stand_beside_each_other():
+    elsewhere, ax = plt.subplots()[1], plt.subplots()[1]
+    plt.sca(elsewhere)
+    assert figures.gains(GAINS, x="members", by="kind", xlabel="members", ylabel="points", ax=ax) is ax
+    assert not elsewhere.has_data() and ax.get_title() == ""
+    seeds, views = (bar for bar in ax.containers if isinstance(bar, ErrorbarContainer))
+    assert seeds[0].get_ydata().tolist() == [0, 0.2]
+    assert [part[:, 1].tolist() for part in seeds[2][0].get_segments()] == [[0, 0], pytest.approx([0.1, 0.3])]
+    assert (seeds[0].get_xdata() < views[0].get_xdata()).all()
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "2"]
+    assert ax.get_xscale() == "log"

@@ -10,7 +10,8 @@ from conftest import BRIEF, made, of
 
 from mmlib import runs
 from mmlib.clips.simulate import simulate
-from mmlib.experiment import Experiment, retrieve
+from mmlib.experiment import Experiment
+from mmlib.retrieval import retrieve
 from mmlib.runs import (
     Record,
     cache_folder,
@@ -411,3 +412,14 @@ def test_truncated_file_of_records_is_refused(results):
     results.write_bytes(results.read_bytes()[:-20])
     with pytest.raises(ValueError, match="some.json.gz: not a file of records"):
         read_results("some.json.gz")
+
+
+def test_hash_ignores_where_a_function_stands(library):
+    before = library()
+    path, other = library.path / "ensemble.py", library.path / "rank.py"
+    text = path.read_text()
+    start = text.index("def member_seed(")
+    moved = text[start : text.index("def lost_identities(")]
+    path.write_text("from mmlib.rank import member_seed\n" + text.replace(moved, ""))
+    other.write_text(other.read_text() + "\n\n" + moved)
+    assert library() == before
