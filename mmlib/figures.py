@@ -265,6 +265,9 @@ def dodged(frame: pd.DataFrame, *, label: str, value: str, by: str, xlabel: str,
     ax.grid(axis="y", visible=False)
     if kinds:
         ax.legend(loc="lower center", bbox_to_anchor=(.5, 1), ncols=len(kinds))
+    return ax
+
+
 def partition(frame: pd.DataFrame, *, xlabel: str, ylabel: str = "member", ax: Axes | None = None) -> Axes:
     """Draw one row a member, first on top: the dimensions that it keeps, pale, and those that it discards.
 

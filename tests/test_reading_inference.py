@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from conftest import made, of
 
-from mmlib import experiment
+from mmlib import retrieval
 from mmlib.clips.store import ClipStore
 from mmlib.experiment import Experiment
 from mmlib.reading import inference
@@ -233,7 +233,7 @@ def test_points_lost_are_counted_clip_by_clip(faceless):
 
 
 def test_points_lost_add_up_to_what_is_missing(store):
-    found = experiment.retrieve(of(store, aggregator="norm"), store)
+    found = retrieval.retrieve(of(store, aggregator="norm"), store)
     lost = inference.lost_points(found, store, inference.quality_groups(store, "quality"))
     assert lost["lost"].sum() == pytest.approx(100 - 100 * found.ap.mean())
     assert lost["clips"].sum() == len(store.select("val", labelled=True))

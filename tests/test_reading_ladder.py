@@ -273,7 +273,7 @@ def test_distractors_are_compared_by_system():
 
 
 def ensemble_records(kind, members, heights, **fields):
-    asked = Experiment(ensemble=kind, members=tuple(range(members)), **fields)
+    asked = Experiment(ensemble=kind, members=tuple(range(members)), **{"combine": "softmax"} | fields)
     return [record(replace(asked, seed=seed), [height]) for seed, height in enumerate(heights)]
 
 
@@ -285,6 +285,8 @@ def test_views_are_compared_with_bagging_at_the_most_members_of_both():
         *ensemble_records("bagging", 4, [0.5, 0.6]),
         *ensemble_records("views", 8, [0.9, 0.9]),
         *ensemble_records("seeds", 8, [0.9, 0.9]),
+        *ensemble_records("views", 6, [0.1, 0.1], scale=1.0),
+        *ensemble_records("bagging", 6, [0.9, 0.9], scale=1.0),
     ]
     assert ladder.views_against_bagging(records)["difference"] == pytest.approx(10)
 

@@ -10,9 +10,10 @@ import pandas as pd
 
 from mmlib import arms, metrics
 from mmlib.clips.store import ClipStore
-from mmlib.experiment import Experiment, Retrieval
+from mmlib.experiment import Experiment
 from mmlib.rank import Fallback
 from mmlib.reading import compare
+from mmlib.retrieval import Retrieval
 from mmlib.runs import Record
 
 THRESHOLD = 8.867  # mean raw norm of the face embeddings of a clip, in the released code

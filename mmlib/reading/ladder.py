@@ -202,11 +202,14 @@ def distractor_frame(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def views_against_bagging(records: Iterable[Record]) -> dict | None:
-    """Compare views with bagging, the most members that both have, everything else equal; None without such records."""
+    """Compare views with bagging, the most members that both have and everything else equal, by the ranking of the
+    described ladder; None without such records.
+    """
     groups: dict[tuple, list[Record]] = {}
     for record in records:
         e = record.experiment
-        if e["ensemble"] in ("views", "bagging") and len(e["members"]) > 1:
+        same_rule = (e["combine"], e["scale"]) == (ONE_NAME.combine, ONE_NAME.scale)
+        if e["ensemble"] in ("views", "bagging") and len(e["members"]) > 1 and same_rule:
             shape = _shape(e, "ensemble", "regions")
             groups.setdefault((len(e["members"]), shape), []).append(
                 replace(record, experiment=e | {"name": e["ensemble"]}))
