@@ -27,6 +27,8 @@ COLOURS = {
     "nearest": GREY, "class means": SKY, "whitened means": PURPLE, "linear": ORANGE, "mlp": BLUE,
     "one identity": BLUE, "two identities": ORANGE, "labelled person": BLUE, "another person": RED,
     "paired": BLUE, "unpaired": ORANGE,
+    "no fallback": GREY, "clips without a face": SKY, "described": BLUE, "coded": RED, "coded, scale 30": ORANGE,
+    "lowest 1%": BLUE, "lowest 5%": ORANGE, "published": "#000000",
     "seeds": "#000000", "views": BLUE, "bagging": RED, "stratified": ORANGE,
     "as stored": BLUE, "principal axes": ORANGE,
     "softmax": GREY, "cosine softmax": SKY, "margin": BLUE, "margin + focal": ORANGE, "margin + batch focal": RED,
@@ -252,6 +254,24 @@ def paired_intervals(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="seed", ylabel="difference in MAP@100", xticks=list(places.values()), xlim=(-.5, len(places) - .5))
     ax.set_xticklabels([str(seed) for seed in places])
     ax.legend()
+    return ax
+
+
+def dodged(frame: pd.DataFrame, *, label: str, value: str, by: str, xlabel: str, low: str = "low", high: str = "high",
+           ax: Axes | None = None) -> Axes:
+    """Draw one row a ``label``, in the order of the frame from the top, and in it one mark a ``by`` with its interval."""
+    ax = ax or plt.gca()
+    rows, kinds = list(frame[label].unique()), list(frame[by].unique())
+    for marker, (shift, kind) in zip(cycle(MARKERS), enumerate(kinds)):
+        part = frame[frame[by] == kind]
+        place = [-rows.index(name) - .5 * (shift - (len(kinds) - 1) / 2) / max(1, len(kinds) - 1) for name in part[label]]
+        error = [(part[value] - part[low]).clip(lower=0).fillna(0), (part[high] - part[value]).clip(lower=0).fillna(0)]
+        ax.errorbar(part[value], place, xerr=error, fmt=marker, capsize=3, markersize=5, label=kind, color=COLOURS.get(kind))
+    ax.axvline(0, color="0.5", linewidth=.8)
+    ax.set(yticks=[-i for i in range(len(rows))], yticklabels=rows, xlabel=xlabel, ylim=(-len(rows) + .5, .5))
+    ax.grid(axis="y", visible=False)
+    if kinds:
+        ax.legend(loc="lower center", bbox_to_anchor=(.5, 1), ncols=len(kinds))
     return ax
 
 

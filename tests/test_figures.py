@@ -360,6 +360,26 @@ def test_drawing_without_axes_takes_the_current_ones(name):
     assert DRAWINGS[name](None) is ax and ax.has_data()
 
 
+def test_dodged_marks_stand_in_rows_from_the_top_each_with_its_interval():
+    frame = pd.DataFrame(
+        {
+            "step": ["a", "b", "a"],
+            "kind": ["one", "one", "two"],
+            "gain": [1.0, 2.0, 3.0],
+            "low": [0.5, 1.0, np.nan],
+            "high": [2.0, 2.5, np.nan],
+        }
+    )
+    ax = figures.dodged(frame, label="step", value="gain", by="kind", xlabel="points", ax=plt.subplots()[1])
+    one, two = (container.lines for container in ax.containers)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+    assert one[0].get_xdata().tolist() == [1, 2] and two[0].get_xdata().tolist() == [3]
+    assert one[0].get_ydata().tolist() == pytest.approx([0.25, -0.75])
+    assert two[0].get_ydata().tolist() == pytest.approx([-0.25])
+    assert [part[:, 0].tolist() for part in one[2][0].get_segments()] == [[0.5, 2.0], [1.0, 2.5]]
+    assert two[2][0].get_segments()[0][:, 0].tolist() == [3, 3]  # no interval is known
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["one", "two"]
+    assert (ax.get_title(), ax.get_xlabel()) == ("", "points")
 PARTITION = pd.DataFrame({"member": [0, 1], "start": [0, 4], "stop": [4, 8], "width": [32, 32]})
 GAINS = pd.DataFrame(
     {

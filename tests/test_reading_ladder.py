@@ -1,0 +1,380 @@
+import re
+from dataclasses import asdict, fields, replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import made
+from scipy import stats
+
+from mmlib import metrics
+from mmlib.experiment import Experiment
+from mmlib.reading import ladder
+from mmlib.reading.ladder import (
+    ATTENTION,
+    BUDGET,
+    CLASS,
+    HELD_OUT,
+    LADDERS,
+    NO_MARGIN,
+    STEPS,
+    climb,
+    difference,
+    named,
+    plan,
+    step_frame,
+)
+from mmlib.systems import ONE_NAME, ONE_NAME_AS_CODED
+from mmlib.train import Training
+
+# -- the experiments -----------------------------------------------------------------------------------------
+
+
+def changed(before, after):
+    """The fields in which two experiments differ."""
+    return {item.name for item in fields(Experiment) if getattr(before, item.name) != getattr(after, item.name)}
+
+
+def test_described_steps_change_what_they_name_and_nothing_else():
+    rungs = list(climb(ONE_NAME).values())
+    assert [changed(a, b) for a, b in zip(rungs, rungs[1:])] == [
+        {"aggregator", "concat", "training"},
+        {"context"},  # 128 dimensions are the default
+        {"ensemble", "members"},
+        {"fallback"},
+    ]
+
+
+def test_coded_steps_change_what_they_name_and_nothing_else():
+    rungs = list(climb(ONE_NAME_AS_CODED).values())
+    assert [changed(a, b) for a, b in zip(rungs, rungs[1:])] == [
+        {"aggregator", "concat", "training"},
+        {"context", "context_dim", "hidden"},
+        {"ensemble", "members"},
+        {"fallback"},
+    ]
+
+
+@pytest.mark.parametrize("name", LADDERS)
+def test_the_last_rung_is_the_system_but_for_the_budget(name):
+    last = climb(LADDERS[name])["fallback"]
+    assert changed(last, LADDERS[name]) <= {"training", "start"}
+    loss = ("margin", "scale", "gamma", "focal")
+    assert [getattr(last.training, f) for f in loss] == [getattr(LADDERS[name].training, f) for f in loss]
+
+
+def test_every_experiment_has_one_budget_start_and_rule_of_ranking():
+    every = list(plan().values())
+    loss = dict(margin=0.5, scale=30.0, gamma=0.0, focal="clip")
+    assert {replace(e.training, **loss) for e in every} == {BUDGET}
+    assert {(e.start, e.combine) for e in every} == {("class means", "softmax")}
+    assert BUDGET == Training(epochs=8, batch=256, lr=1e-3, aggregator_lr=1e-3)
+
+
+def test_arms_beside_the_ladder_differ_from_it_in_one_thing():
+    every = plan()
+    start = every["described: baseline"]
+    assert changed(start, every[ATTENTION]) == {"aggregator"}
+    assert changed(start, every[NO_MARGIN]) == {"training"} and every[NO_MARGIN].training.margin == 0
+    for side, rung in (("face", "baseline"), ("face and scene", "scene")):
+        assert changed(every[f"{side}, {CLASS}"], every[f"{side}, {HELD_OUT}"]) == {"distractors"}
+        assert changed(every[f"{side}, {CLASS}"], every[f"described: {rung}"]) == {"distractors"}
+
+
+def test_members_are_limited_in_both_models():
+    rung = plan(members=3)["as coded: fallback"]
+    assert (rung.members, rung.fallback.members) == ((0, 1, 2), (1, 2, 3))
+
+
+def test_without_a_scene_its_step_and_the_fallback_are_left_out():
+    every = plan(scene=False)
+    assert [name for name in every if name.startswith("described")] == [
+        "described: baseline",
+        "described: aggregation and loss",
+        "described: ensemble",
+    ]
+    assert not any(e.context or e.fallback for e in every.values())
+
+
+def test_without_scores_nothing_needs_them():
+    every = plan(scores=False)
+    assert {e.aggregator for e in every.values()} == {"norm", "attention"}
+    assert "as coded: aggregation and loss" not in every
+    assert {e.concat for e in every.values()} == {"none"}
+    assert {e.fallback.by for e in every.values() if e.fallback} == {"norm"}
+
+
+def test_without_distractors_none_are_trained_on():
+    assert {e.distractors for e in plan(distractors=False).values()} == {"all"}
+
+
+def test_what_is_left_out_is_said():
+    said = ladder.missing_sentence(scene=False, scores=False, distractors=False)
+    assert all(word in said for word in ("scene", "quality", "distractors"))
+    assert ladder.missing_sentence(scene=True, scores=True, distractors=True) == ""
+
+
+def test_a_store_is_asked_for_what_the_plan_needs(store, bare):
+    assert ladder.has(store) == {"scene": True, "scores": True, "distractors": True}
+    assert ladder.has(bare) == {"scene": False, "scores": False, "distractors": False}
+
+
+def test_worlds_are_made_smaller_never_larger():
+    assert ladder.settings("quick", 100) == (("identities", 100),)
+    assert ladder.settings("tiny", 100) == ladder.settings("quick", 0) == ladder.settings("quick", 500) == ()
+
+
+# -- records -------------------------------------------------------------------------------------------------
+
+
+def record(asked, ap, **known):
+    ap = list(ap)
+    return made(asked, "" if asked.simulated else f"{hash(asked)}", ap=ap, measures={"map_at_100": float(np.mean(ap))}, **known)
+
+
+def test_records_are_named_whatever_their_world_and_number_of_members():
+    every = plan()
+    few = plan(members=2)
+    found = named(
+        [record(replace(e, seed=4, settings=(("identities", 60),)), [0.5]) for e in few.values()], every
+    )
+    assert [r.experiment["name"] for r in found] == list(every)
+
+
+def test_a_record_of_another_experiment_is_refused():
+    strange = replace(plan()["described: scene"], context_dim=64)
+    with pytest.raises(ValueError, match="no experiment of this ladder"):
+        named([record(strange, [0.5])], plan())
+
+
+def test_a_record_from_before_a_field_has_its_default():
+    every = plan()
+    old = record(every["described: fallback"], [0.5])
+    for part, name in ((old.experiment, "shrinkage"), (old.experiment["training"], "sample")):
+        del part[name]
+    del old.experiment["fallback"]["weight"]
+    assert named([old], every)[0].experiment["name"] == "described: fallback"
+
+
+def found(aps, every=None):
+    """Named records; aps by name, a list of APs a world."""
+    every = every or plan()
+    return named(
+        [record(replace(every[name], seed=seed), ap) for name, worlds in aps.items() for seed, ap in
+         enumerate(worlds)], every
+    )  # fmt: skip
+
+
+def test_a_difference_has_an_interval_over_worlds_and_one_over_identities():
+    one = [[0.5, 0.7, 0.9], [0.4, 0.4, 0.1]]
+    other = [[0.4, 0.7, 0.3], [0.4, 0.2, 0.0]]
+    row = difference(
+        found({"described: scene": one, "described: baseline": other}),
+        "described: scene",
+        "described: baseline",
+    )
+    worlds = stats.ttest_1samp([100 * 0.7 / 3, 100 * 0.3 / 3], 0).confidence_interval(0.95)
+    assert (row["difference"], row["low"], row["high"]) == pytest.approx(
+        (100 / 6, worlds.low, worlds.high)
+    )
+    pooled = metrics.paired_test(np.concatenate(one), np.concatenate(other))
+    assert (row["within_low"], row["within_high"]) == pytest.approx((100 * pooled.low, 100 * pooled.high))
+
+
+def test_on_a_given_store_seeds_are_averaged_before_identities_are_drawn():
+    every = {name: replace(e, data="/faces") for name, e in plan().items()}
+    one, other = [[0.5, 0.7], [0.3, 0.9]], [[0.1, 0.7], [0.1, 0.3]]
+    row = difference(
+        found({"described: scene": one, "described: baseline": other}, every),
+        "described: scene",
+        "described: baseline",
+    )
+    pair = metrics.paired_test(np.array([0.4, 0.8]), np.array([0.1, 0.5]))
+    assert row["interval"] == "identities"
+    assert (row["low"], row["within_low"]) == pytest.approx((100 * pair.low, 100 * pair.low))
+
+
+HEIGHTS = {
+    "described: baseline": 0.80,
+    "described: aggregation and loss": 0.83,
+    "described: scene": 0.82,
+    "described: ensemble": 0.82,
+    "described: fallback": 0.85,
+    "as coded: baseline": 0.70,
+    "as coded: ensemble": 0.75,
+}
+
+
+@pytest.fixture
+def steps():
+    worlds = {name: [[height], [height + 0.1]] for name, height in HEIGHTS.items()}
+    return step_frame(found(worlds))
+
+
+def test_each_step_is_compared_with_the_rung_before(steps):
+    described = steps[steps["ladder"] == "described"].set_index("step")
+    assert list(described.index) == [*STEPS, "all steps"]
+    assert described["difference"].tolist() == pytest.approx([np.nan, 3, -1, 0, 3, 5], nan_ok=True)
+    assert described["map_at_100"].tolist() == pytest.approx([0.85, 0.88, 0.87, 0.87, 0.90, 0.90])
+    assert described["published"].tolist() == pytest.approx([np.nan, 2, 0.5, 0.3, np.nan, 2.8], nan_ok=True)
+
+
+def test_a_rung_that_was_not_run_is_stepped_over(steps):
+    coded = steps[steps["ladder"] == "as coded"].set_index("step")
+    assert coded["difference"].drop("baseline").to_dict() == pytest.approx({"ensemble": 5, "all steps": 5})
+
+
+def test_the_published_ladder_is_the_sum_of_its_steps(steps):
+    rungs = ladder.heights(steps)
+    published = rungs[rungs["ladder"] == "published"]
+    assert published["map_at_100"].tolist() == pytest.approx([0.87, 0.89, 0.895, 0.898])
+    assert "all steps" not in set(rungs["step"])
+    gains = ladder.gains(steps)
+    assert gains[gains["ladder"] == "published"]["difference"].tolist() == [2.0, 0.5, 0.3]
+    assert len(gains[gains["ladder"] == "described"]) == 4
+
+
+def test_steps_that_a_ladder_lacks_keep_their_place():
+    worlds = {name: [[0.5]] for name in ("described: baseline", "described: ensemble")}
+    steps = step_frame(found(worlds))
+    assert ladder.heights(steps)["step"].unique().tolist() == list(STEPS[:4])
+    assert ladder.gains(steps)["step"].unique().tolist() == list(STEPS[1:4])
+    assert ladder.heights(steps)["ladder"].unique().tolist() == ["described", "published"]
+
+
+def test_the_answer_reports_losses_like_gains(steps):
+    text = ladder.answer(steps, "some clips")
+    assert text.startswith("On some clips, the system as described stands at 0.9000, +5.00 points")
+    assert "baseline of 0.8500, over 2 worlds" in text
+    assert "scene -1.00 points (-1.00 to -1.00, a loss)" in text
+    assert "ensemble +0.00 points (+0.00 to +0.00, open)" in text
+
+
+def test_the_two_ladders_are_compared_at_their_ends():
+    records = found({name: [[height], [height + 0.1]] for name, height in HEIGHTS.items()})
+    text = ladder.coded_sentence(records, step_frame(records))
+    assert "worth +5.00 points" in text and "behind the described one, -10.00 points" in text
+    only = [r for r in records if r.experiment["name"].startswith("described")]
+    assert "was not run" in ladder.coded_sentence(only, step_frame(only))
+
+
+def test_distractors_are_compared_by_system():
+    worlds = {
+        f"face, {CLASS}": [[0.6], [0.7]],
+        f"face, {HELD_OUT}": [[0.5], [0.6]],
+    }
+    frame = ladder.distractor_frame(found(worlds))
+    assert frame[["system", "difference"]].values.tolist() == [["face", pytest.approx(10)]]
+    assert "+10.00 points (+10.00 to +10.00) for face" in ladder.distractor_sentence(frame)
+    assert ladder.distractor_frame([]).empty
+
+
+# -- views and bagging ---------------------------------------------------------------------------------------
+
+
+def ensemble_records(kind, members, heights, **fields):
+    asked = Experiment(ensemble=kind, members=tuple(range(members)), **{"combine": "softmax"} | fields)
+    return [record(replace(asked, seed=seed), [height]) for seed, height in enumerate(heights)]
+
+
+def test_views_are_compared_with_bagging_at_the_most_members_of_both():
+    records = [
+        *ensemble_records("views", 2, [0.5, 0.5]),
+        *ensemble_records("bagging", 2, [0.1, 0.1]),
+        *ensemble_records("views", 4, [0.6, 0.7]),
+        *ensemble_records("bagging", 4, [0.5, 0.6]),
+        *ensemble_records("views", 8, [0.9, 0.9]),
+        *ensemble_records("seeds", 8, [0.9, 0.9]),
+        *ensemble_records("views", 6, [0.1, 0.1], scale=1.0),
+        *ensemble_records("bagging", 6, [0.9, 0.9], scale=1.0),
+    ]
+    assert ladder.views_against_bagging(records)["difference"] == pytest.approx(10)
+
+
+def test_views_are_not_compared_with_bagging_of_another_system():
+    records = [
+        *ensemble_records("views", 2, [0.5], context=("scene",)),
+        *ensemble_records("bagging", 2, [0.1]),
+    ]
+    assert ladder.views_against_bagging(records) is None
+    assert ladder.views_against_bagging([]) is None
+
+
+# -- the claims ----------------------------------------------------------------------------------------------
+
+SPREAD = {  # name: MAP in two worlds
+    "described: baseline": (0.50, 0.60),
+    ATTENTION: (0.50, 0.62),  # +0, +2: open
+    NO_MARGIN: (0.40, 0.50),
+    "described: aggregation and loss": (0.51, 0.61),  # +1: smaller than 2; +11 from no margin: larger
+    "described: scene": (0.50, 0.60),  # -1: a loss
+    "described: ensemble": (0.503, 0.603),  # +.3: compatible
+    "described: fallback": (0.513, 0.613),
+}
+
+
+@pytest.fixture
+def claims():
+    records = found({name: [[a], [b]] for name, (a, b) in SPREAD.items()})
+    return ladder.claims(records, []).set_index("claim")
+
+
+def test_verdicts_are_read_off_the_intervals(claims):
+    assert claims["verdict"].to_dict() == {
+        "attention beats quality weights": "open",
+        "aggregation with the loss adds": "supported",
+        "the same, from a baseline without a margin": "supported",
+        "the scene adds": "contradicted",
+        "the ensemble adds": "supported",
+        "views beat bagging": "not in these records",
+        "the fallback adds": "supported",
+        "training on distractors adds, face": "not in these records",
+        "training on distractors adds, face and scene": "not in these records",
+    }
+
+
+def test_sizes_are_held_against_the_published_ones(claims):
+    assert claims["size"].to_dict()["aggregation with the loss adds"] == "smaller"
+    assert claims.loc["the same, from a baseline without a margin", "size"] == "larger"
+    assert claims.loc["the fallback adds", "size"] == ""
+    assert ladder._size({"low": -1, "high": 1}, 0.3) == "compatible"
+
+
+def test_claims_are_counted_by_verdict(claims):
+    text = ladder.claims_sentence(claims.reset_index())
+    assert text.startswith("4 supported: aggregation with the loss adds (smaller than published);")
+    assert "1 contradicted: the scene adds (smaller than published)." in text
+    assert "3 not in these records: views beat bagging;" in text
+
+
+def test_views_come_from_the_records_of_ensembles():
+    records = [*ensemble_records("views", 2, [0.5, 0.6]), *ensemble_records("bagging", 2, [0.6, 0.7])]
+    row = ladder.claims([], records).set_index("claim").loc["views beat bagging"]
+    assert (row["verdict"], row["here"]) == ("contradicted", pytest.approx(-10))
+
+
+# -- the released code ---------------------------------------------------------------------------------------
+
+
+def test_options_of_the_released_code_exist():
+    frame = ladder.released_frame()
+    assert frame["topic"].is_unique and frame["here"].str.len().gt(0).all()
+    names = asdict(Experiment())
+    checked = 0
+    for name, value in re.findall(r"(\w+) `([^`]+)`", " ".join(frame["here"])):
+        if name in names:
+            replace(ONE_NAME_AS_CODED, **{name: value}, fallback=None)  # refuses what it does not know
+            checked += 1
+    assert checked >= 6
+
+
+def test_the_scope_says_what_was_measured():
+    assert "500 identities" in ladder.scope_sentence(True, 500.0) and "stand-in" in ladder.scope_sentence(True, 1)
+    assert "simulated" not in ladder.scope_sentence(False, 1)
+    assert ladder.most_members(found({"described: ensemble": [[0.5]]})) == 16
+    assert isinstance(ladder.claims_sentence(pd.DataFrame(columns=["verdict", "claim", "size"])), str)
+
+
+def test_the_own_run_says_what_it_adds():
+    assert "committed records have all" in ladder.own_sentence(True, 2, 100.0)
+    assert "no committed records" in ladder.own_sentence(False, 2, 100.0)
