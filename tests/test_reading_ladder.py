@@ -10,6 +10,8 @@ from scipy import stats
 from mmlib import metrics
 from mmlib.experiment import Experiment
 from mmlib.reading import ladder
+from mmlib.arms import CHOSEN
+from mmlib.reading.aggregation import tuned
 from mmlib.reading.ladder import (
     ATTENTION,
     BUDGET,
@@ -66,9 +68,19 @@ def test_the_last_rung_is_the_system_but_for_the_budget(name):
 def test_every_experiment_has_one_budget_start_and_rule_of_ranking():
     every = list(plan().values())
     loss = dict(margin=0.5, scale=30.0, gamma=0.0, focal="clip")
-    assert {replace(e.training, **loss) for e in every} == {BUDGET}
+    free = loss | dict(lr=1e-3, aggregator_lr=1e-3)
+    assert {replace(e.training, **free) for e in every} == {BUDGET}
     assert {(e.start, e.combine) for e in every} == {("class means", "softmax")}
     assert BUDGET == Training(epochs=8, batch=256, lr=1e-3, aggregator_lr=1e-3)
+
+
+def test_rates_are_those_of_the_searches():
+    """Every rung above the baseline has the rate of its loss with its scores, and of its aggregator."""
+    rates = {name: {(e.training.lr, e.training.aggregator_lr) for step, e in climb(system).items() if step != "baseline"}
+             for name, system in LADDERS.items()}
+    chosen = {"described": "margin + focal, scores", "as coded": "margin + batch focal"}
+    assert rates == {name: {(CHOSEN[chosen[name]], tuned(system.aggregator).aggregator_lr)}
+                     for name, system in LADDERS.items()}
 
 
 def test_arms_beside_the_ladder_differ_from_it_in_one_thing():

@@ -10,16 +10,18 @@ import numpy as np
 import pandas as pd
 
 from mmlib import metrics
+from mmlib.arms import CHOSEN
 from mmlib.clips.simulate import settings_for
 from mmlib.clips.store import ClipStore
 from mmlib.experiment import Experiment
 from mmlib.rank import Fallback
 from mmlib.reading import compare
+from mmlib.reading.aggregation import tuned
 from mmlib.runs import Record
 from mmlib.systems import FACE_ONLY, ONE_NAME, ONE_NAME_AS_CODED, with_members
 from mmlib.train import Training
 
-BUDGET = Training(lr=1e-3, aggregator_lr=1e-3)  # of every experiment of the chapter
+BUDGET = Training(lr=1e-3, aggregator_lr=1e-3)  # of every experiment of the chapter, but for rates that a search chose
 STEPS = ("baseline", "aggregation and loss", "scene", "ensemble", "fallback")
 LADDERS = {"described": ONE_NAME, "as coded": ONE_NAME_AS_CODED}
 # Slides of the One Name team, 2019: MAP of the baseline, and the points that each step adds; none is given for the last.
@@ -34,18 +36,23 @@ SIDES = {"face": "baseline", "face and scene": "scene"}  # rung of the described
 def climb(system: Experiment, *, scene: bool = True, scores: bool = True) -> dict[str, Experiment]:
     """Return the rungs from the baseline to a system, each with one part of it more than the one before.
 
-    All rungs have the same budget, start and rule of ranking.  scene, scores: what the clips have.  Without a scene there
+    All rungs have the same epochs, batches, start and rule of ranking; the rates are those that the searches of chapters
+    04 and 05 chose for the aggregator and for the loss with its scores, on worlds that no rung uses.  scene, scores: what the clips have.  Without a scene there
     is no such step and no fallback; without scores attention and fallback do without, and the coded attention, which
     cannot, is left out.
     """
-    loss = replace(BUDGET, gamma=system.training.gamma, focal=system.training.focal)
     start = replace(FACE_ONLY, aggregator="quality" if scores else "norm", scale=system.scale, training=BUDGET)
     rungs = {"baseline": start}
     if scores:
-        start = replace(start, aggregator=system.aggregator, concat=system.concat, training=loss)
+        start = replace(start, aggregator=system.aggregator, concat=system.concat)
     elif system.aggregator == "attention + scores":
-        start = replace(start, aggregator="attention", training=loss)
+        start = replace(start, aggregator="attention")
     if start != rungs["baseline"]:
+        loss = "margin + focal" if system.training.focal == "clip" else "margin + batch focal"
+        rate = CHOSEN[f"{loss}, scores" if start.concat == "normalised" else loss]
+        start = replace(start, training=replace(
+            BUDGET, gamma=system.training.gamma, focal=system.training.focal, lr=rate,
+            aggregator_lr=tuned(start.aggregator).aggregator_lr))
         rungs["aggregation and loss"] = start
     if scene:
         start = rungs["scene"] = replace(start, context=system.context, context_dim=system.context_dim,
@@ -353,7 +360,7 @@ RELEASED = [  # topic, what the released code does, where it is here or why it i
      "its gradient may be infinite otherwise"),
     ("focal term", "gamma 2 on the mean cross-entropy of the batch", "focal `batch`"),
     ("optimiser", "SGD .1, momentum .9, cosine over 100 epochs, batch 4096", f"options of the training, in {_AS_CODED}; not "
-     "on this page, where both ladders share a budget"),
+     "on this page, where both ladders share epochs, batches and optimiser"),
     ("start", "random", f"start `random`, in {_AS_CODED}; not on this page, for the same reason"),
     ("scene fine-tuning", "SE-ResNeXt-50, 20 epochs, three images a clip", "not reproduced here: the simulated clips have "
      "scene features and no pictures"),
