@@ -172,7 +172,8 @@ def image_batches(images: Images, groups: list[np.ndarray], *, size: int, resize
     if workers is None:
         workers = min(8, os.cpu_count() or 1) if size >= _WORTH_A_WORKER and len(groups) > 4 else 0
     loader = DataLoader(_Drawn(images, size, resize, seed, epoch), batch_sampler=[list(map(int, g)) for g in groups],
-                        collate_fn=_collate, num_workers=workers, pin_memory=torch.cuda.is_available())
+                        collate_fn=_collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
+                        generator=torch.Generator())  # its own, or it would take a number from the global one
     yield from loader
 
 

@@ -99,7 +99,7 @@ class Studio:
             "floor": _hsv(hue + rng.choice([0, .5]), rng.uniform(.1, .5), rng.uniform(.2, .6)),
             "horizon": rng.uniform(.6, .8),
             "wave": rng.uniform(4, 14) * np.array([np.cos(angle), np.sin(angle)]),
-            "crossed": float(rng.random() < .4), "contrast": rng.uniform(.08, .3),
+            "crossed": float(rng.random() < .4), "contrast": rng.uniform(.15, .4),
             "piece_colour": np.stack([_hsv(h, rng.uniform(.4, .9), rng.uniform(.3, .95)) for h in near]),
             "piece_size": rng.uniform(.05, .17, (PIECES, 2)), "piece_shape": rng.choice(_EXPONENTS, PIECES),
             "light": rng.uniform(.2, .7)}
@@ -155,7 +155,7 @@ class Studio:
         # Exposure and colour cast are of the camera, the caption bar is added after it.
         picture = _each(take["cast"]) * picture
         picture += _each(take["noise"]) [..., None] * rng.standard_normal(picture.shape, dtype=np.float32)
-        bar = np.broadcast_to(v > 1 - _each(look["bar"]), x.shape)
+        bar = (v > 1 - _each(look["bar"])) & _each(take["caption"])
         text = bar & (rng.random((n, 1, size)) < .5) & (np.abs(v - 1 + _each(look["bar"]) / 2) < _each(look["bar"]) / 6)
         logo = bar & (np.abs(u - _each(look["logo"])) < .06)
         picture = _mix(picture, _each(look["bar_colour"]), .85 * _each(bar))
@@ -171,12 +171,13 @@ class Studio:
         for number in unique:
             rng = np.random.default_rng([self.seed, 4, 5, number])
             takes.append({
-                "zoom": rng.uniform(.5, 1.0), "centre": .5 + rng.uniform(-.22, .22, 2),
+                "zoom": rng.uniform(.6, 1.0), "centre": .5 + rng.uniform(-.22, .22, 2),
                 "figure": np.stack([rng.uniform(.1, .9, 2), rng.uniform(.3, .55, 2)], 1),
                 "width": rng.uniform(.05, .11, 2), "there": [True, rng.random() < .5],
                 "cloth": rng.uniform(.05, .9, (2, 3)), "skin": np.outer(rng.uniform(.4, .95, 2), [1, .8, .65]),
-                "cast": rng.uniform(.6, 1.25) * rng.uniform(.8, 1.2, 3), "noise": rng.uniform(.02, .09)})
-        return {name: np.array([take[name] for take in takes], bool if name == "there" else np.float32)[inverse]
+                "cast": rng.uniform(.65, 1.2) * rng.uniform(.87, 1.13, 3), "noise": rng.uniform(.01, .05),
+                "caption": rng.random() < .6})
+        return {name: np.array([take[name] for take in takes], bool if name in ("there", "caption") else np.float32)[inverse]
                 for name in takes[0]}
 
 
