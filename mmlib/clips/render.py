@@ -23,12 +23,11 @@ FAMILIES = 6  # of colours, each shared by many shows
 CHANNELS = 8  # a caption bar is a channel's, and so of several shows
 PIECES = 5
 REGIONS = ("wall", "floor", "set piece", "figure", "caption bar")
-_EXPONENTS = np.array([1.0, 2.0, 8.0])  # |x/a|^p + |y/b|^p < 1: a diamond, an ellipse, a box with round corners
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What was rendered: pictures in all, clips, and the seconds are not part of it; ``folder`` holds ``<clip>/<n>.jpg``."""
+    """What was rendered: ``folder`` holds ``<clip>/<n>.jpg``, ``pictures`` files of ``clips`` clips."""
 
     folder: Path
     clips: int
@@ -61,7 +60,9 @@ def render_scenes(store: ClipStore, folder: str | Path, *, size: int = 64, overw
 class Studio:
     """The shows of a simulated world as they look; ``draw`` films them.
 
-    clip, frame: (F,) position in the store and number, from 1, of every picture, in the order of the clips.
+    clip, frame: (F,) position in the store and number, from 1, of every picture, in the order of the clips.  first:
+    (N,) the first picture of each clip.  look: by name of a property, its values at each place (show and set); place:
+    (N,) that of each clip.
     """
 
     def __init__(self, store: ClipStore):
@@ -84,24 +85,25 @@ class Studio:
 
     def _channel(self, number: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng([self.seed, 4, 0, number])
-        return {"bar": rng.uniform(.10, .20), "bar_colour": _hsv(rng.random(), rng.uniform(.2, .9), rng.uniform(.2, .9)),
+        return {"channel": number, "bar": rng.uniform(.10, .20), "bar_colour": _hsv(rng.random(), rng.uniform(.2, .9), rng.uniform(.2, .9)),
                 "logo": rng.uniform(.05, .95), "logo_colour": _hsv(rng.random(), .9, .95)}
 
     def _show(self, number: int, channels: list[dict]) -> dict[str, np.ndarray]:
         """Draw a show's palette, pattern of the wall, pieces, light and channel."""
         rng = np.random.default_rng([self.seed, 4, 1, number])
-        hue = rng.integers(FAMILIES) / FAMILIES + .02 * rng.standard_normal()
+        family = rng.integers(FAMILIES)
+        hue = family / FAMILIES + .02 * rng.standard_normal()
         near = hue + .06 * rng.standard_normal(PIECES) + rng.choice([0, .5, .33], PIECES, p=[.5, .3, .2])
         angle = rng.choice(4) * np.pi / 4 + .1 * rng.standard_normal()
         return channels[rng.integers(CHANNELS)] | {
-            "wall": _hsv(hue, rng.uniform(.3, .7), rng.uniform(.45, .8)),
+            "family": family, "wall": _hsv(hue, rng.uniform(.3, .7), rng.uniform(.45, .8)),
             "wall_low": _hsv(hue + .05, rng.uniform(.3, .7), rng.uniform(.3, .6)),
             "floor": _hsv(hue + rng.choice([0, .5]), rng.uniform(.1, .5), rng.uniform(.2, .6)),
             "horizon": rng.uniform(.6, .8),
             "wave": rng.uniform(4, 14) * np.array([np.cos(angle), np.sin(angle)]),
             "crossed": float(rng.random() < .4), "contrast": rng.uniform(.15, .4),
             "piece_colour": np.stack([_hsv(h, rng.uniform(.4, .9), rng.uniform(.3, .95)) for h in near]),
-            "piece_size": rng.uniform(.05, .17, (PIECES, 2)), "piece_shape": rng.choice(_EXPONENTS, PIECES),
+            "piece_size": rng.uniform(.05, .17, (PIECES, 2)), "piece_shape": rng.integers(3, size=PIECES),
             "light": rng.uniform(.2, .7)}
 
     def _set(self, show: int, stage: int) -> dict[str, np.ndarray]:
@@ -122,45 +124,46 @@ class Studio:
         take = self._takes(self.clip[rows])
         axis = (np.arange(size, dtype=np.float32) + .5) / size
         v, u = np.meshgrid(axis, axis, indexing="ij")  # of the picture
-        zoom = take["zoom"] * rng.uniform(.95, 1.05, n)
-        centre = take["centre"] + .03 * rng.standard_normal((n, 2))
+        zoom = take["zoom"] * (1 + .03 * rng.standard_normal(n, np.float32))
+        centre = take["centre"] + np.float32(.03) * rng.standard_normal((n, 2), np.float32)
         x, y = ((part - .5) * _each(zoom) + _each(centre[:, i]) for i, part in enumerate((u, v)))  # of the stage
 
         region = (y > _each(look["horizon"])).astype(np.int8)
         high = _each(np.clip(y / _each(look["horizon"]), 0, 1))
-        picture = _mix(_each(look["wall"]), _each(look["wall_low"]), high)
+        picture = _each(look["wall"]) + high * _each(look["wall_low"] - look["wall"])
         phase = 2 * np.pi * (x * _each(look["wave"][:, 0]) + y * _each(look["wave"][:, 1]))
         cross = 2 * np.pi * (y * _each(look["wave"][:, 0]) - x * _each(look["wave"][:, 1]))
-        pattern = np.sign(np.sin(phase)) * np.where(_each(look["crossed"]) > 0, np.sign(np.sin(cross)), 1)
-        picture *= _each(1 + _each(look["contrast"]) * pattern)
-        picture = _mix(picture, _each(look["floor"]), _each(region > 0))
+        pattern = np.sin(phase) * np.where(_each(look["crossed"]) > 0, np.sin(cross), 1)
+        picture *= _each(1 + _each(look["contrast"]) * np.sign(pattern))
+        _paint(picture, look["floor"], region > 0)
         for k in range(PIECES):
             a, b = (_each(look["piece_size"][:, k, i]) for i in (0, 1))
-            dx, dy = (np.abs(part - _each(look["piece"][:, k, i])) for i, part in enumerate((x, y)))
-            power = _each(look["piece_shape"][:, k])
-            inside = ((dx / a) ** power + (dy / b) ** power < 1) & (_each(look["there"][:, k]) > 0)
-            picture = _mix(picture, _each(look["piece_colour"][:, k]), _each(inside))
+            dx, dy = (np.abs(part - _each(look["piece"][:, k, i])) / half for i, (part, half) in enumerate(((x, a), (y, b))))
+            shape = _each(look["piece_shape"][:, k])  # a diamond, an ellipse, a box
+            inside = np.where(shape == 0, dx + dy, np.where(shape == 1, dx * dx + dy * dy, np.maximum(dx, dy))) < 1
+            inside &= _each(look["there"][:, k]) > 0
+            _paint(picture, look["piece_colour"][:, k], inside)
             region[inside] = 2
         far = (x - _each(look["lamp"][:, 0])) ** 2 + (y - _each(look["lamp"][:, 1])) ** 2
         picture *= _each(1 - _each(look["light"]) * (1 - np.exp(-4 * far)))
         for k in range(2):  # up to two persons in front, who look like nobody
-            at = take["figure"][:, k] + .02 * rng.standard_normal((n, 2))
+            at = take["figure"][:, k] + np.float32(.02) * rng.standard_normal((n, 2), np.float32)
             width, there = _each(take["width"][:, k]), _each(take["there"][:, k])
             dx, dy = u - _each(at[:, 0]), v - _each(at[:, 1])
             head = (dx / width) ** 2 + (dy / (1.3 * width)) ** 2 < 1
             body = (dx / (2.2 * width)) ** 2 + ((v - 1.05) / (1.05 - _each(at[:, 1]) - 1.2 * width)) ** 2 < 1
             for part, colour in ((body & there, take["cloth"][:, k]), (head & there, take["skin"][:, k])):
-                picture = _mix(picture, _each(colour), _each(part))
+                _paint(picture, colour, part)
                 region[part] = 3
         # Exposure and colour cast are of the camera, the caption bar is added after it.
-        picture = _each(take["cast"]) * picture
-        picture += _each(take["noise"]) [..., None] * rng.standard_normal(picture.shape, dtype=np.float32)
+        picture *= _each(take["cast"])
+        picture += _each(_each(take["noise"])) * rng.standard_normal(picture.shape, dtype=np.float32)
         bar = (v > 1 - _each(look["bar"])) & _each(take["caption"])
         text = bar & (rng.random((n, 1, size)) < .5) & (np.abs(v - 1 + _each(look["bar"]) / 2) < _each(look["bar"]) / 6)
         logo = bar & (np.abs(u - _each(look["logo"])) < .06)
-        picture = _mix(picture, _each(look["bar_colour"]), .85 * _each(bar))
-        picture = _mix(picture, np.float32(.95), _each(text))
-        picture = _mix(picture, _each(look["logo_colour"]), _each(logo))
+        _paint(picture, look["bar_colour"], bar)
+        _paint(picture, np.full((n, 3), .95), text)
+        _paint(picture, look["logo_colour"], logo)
         region[bar] = 4
         return np.clip(255 * picture + .5, 0, 255).astype(np.uint8), region
 
@@ -188,8 +191,9 @@ def _each(value: np.ndarray) -> np.ndarray:
     return value[:, None, None] if value.ndim == 1 else value[:, None, None, :]
 
 
-def _mix(under: np.ndarray, over: np.ndarray, share: np.ndarray) -> np.ndarray:
-    return under + share * (over - under)
+def _paint(picture: np.ndarray, colour: np.ndarray, where: np.ndarray) -> None:
+    """Cover pixels (n, S, S) of pictures (n, S, S, 3) with a colour a picture (n, 3)."""
+    np.copyto(picture, _each(colour), where=where[..., None], casting="same_kind")
 
 
 def _hsv(hue: float, saturation: float, value: float) -> np.ndarray:
