@@ -82,7 +82,7 @@ def settings_for(architecture: str, weights: str = "", **overrides) -> SceneSett
 
     A backbone that starts from scratch has everything to learn, so its rate is only a little lower than the head's.
     """
-    chosen = {} if architecture in DEEP else {"size": 56, "resize": 64, "batch": 16}
+    chosen = {} if architecture in DEEP else {"size": 56, "resize": 64, "batch": 32}
     if not weights:
         chosen |= {"backbone_lr": .05}
     return SceneSettings(architecture, weights, **chosen | overrides)
@@ -299,6 +299,33 @@ def write_scene_store(store: ClipStore, out: str | Path, blocks: Iterable[tuple[
             modes.update(batch.modes)
         writer.finish(store.clips, list(store.identities), spans)
     return modes
+
+
+@torch.inference_mode()
+def occlusion(model: SceneModel, pixels: Tensor, label: Tensor, *, patch: int, stride: int) -> Tensor:
+    """Return how far the cosine with the label's vector falls where a patch covers a picture, (B, S, S).
+
+    pixels (B, 3, S, S) uint8; label (B,); patch and stride: pixels.  Source: Zeiler & Fergus, ECCV 2014, section 4.2; the
+    patch has the mean colour of its picture, and a pixel's value is the mean over all patches that cover it.  Positive
+    is a place that speaks for the identity.
+    """
+    size = pixels.shape[-1]
+    if not 1 <= stride <= patch <= size:
+        raise ValueError(f"patch and stride must obey 1 <= stride <= patch <= {size}, got {patch} and {stride}")
+    model.eval()
+    whole = model(pixels).gather(1, label[:, None])[:, 0]
+    colour = pixels.float().mean((2, 3)).to(pixels.dtype)[:, :, None, None]
+    total, covered = (torch.zeros(len(pixels), size, size, device=pixels.device) for _ in range(2))
+    # The last place along each axis touches the edge, so that every pixel is covered.
+    places = sorted({*range(0, size - patch + 1, stride), size - patch})
+    for top in places:
+        for left in places:
+            hidden = pixels.clone()
+            hidden[:, :, top:top + patch, left:left + patch] = colour
+            drop = whole - model(hidden).gather(1, label[:, None])[:, 0]
+            total[:, top:top + patch, left:left + patch] += drop[:, None, None]
+            covered[:, top:top + patch, left:left + patch] += 1
+    return total / covered
 
 
 # -- kept -----------------------------------------------------------------------------------------------------------
