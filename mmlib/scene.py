@@ -328,6 +328,21 @@ def occlusion(model: SceneModel, pixels: Tensor, label: Tensor, *, patch: int, s
     return total / covered
 
 
+def fine_tune_to_store(store: ClipStore, images: Images, settings: SceneSettings, out: str | Path, *, seed: int,
+                       device: str = "auto", keep: Iterable[str] | None = None, overwrite: bool = False,
+                       progress: bool = False) -> Counter:
+    """Fine-tune, extract, and write the store of ``write_scene_store``; a target that cannot be written is refused first."""
+    said = {"settings": asdict(settings), "seed": seed}
+    # The store is opened for writing before the first epoch: hours of training must not end in "exists already".
+
+    def blocks() -> Iterator[tuple[ImageBatch, np.ndarray]]:
+        model, history = fine_tune(store, images, settings, seed=seed, device=device, progress=progress)
+        said["history"] = history
+        yield from extract(model, images, settings, seed=seed, progress=progress)
+
+    return write_scene_store(store, out, blocks(), provenance=said, keep=keep, overwrite=overwrite)
+
+
 # -- kept -----------------------------------------------------------------------------------------------------------
 
 

@@ -17,10 +17,10 @@ import torch
 
 from mmlib import metrics, reading, scene
 from mmlib.clips.images import ImageBatch, Images, image_batches, index_images
-from mmlib.clips.render import ABOUT, REGIONS, Studio, render_scenes
+from mmlib.clips.render import ABOUT, REGIONS, Studio, picture_size, render_scenes
 from mmlib.clips.store import ClipStore
 from mmlib.experiment import Experiment, Retrieval, fingerprint, retrieve
-from mmlib.runs import Record, cache_folder, fetch_all, open_store
+from mmlib.runs import Record, cache_folder, fetch_or_run, open_store
 from mmlib.scene import SceneRun, SceneSettings
 
 TUNED, UNTRAINED, THUMBNAIL, TRUTH = "fine-tuned network", "untrained network", "thumbnail", "show and set"
@@ -31,16 +31,16 @@ SETS = 4  # of a show
 
 @dataclass(frozen=True)
 class Scenes:
-    """Clips of one seed: their own store and, where they have pictures, those and the network that learned from them."""
+    """Clips of one seed: their own store and, where they have pictures, those and the network that learned from them.
+
+    rendered: side of the pictures in pixels, 0 where they are not rendered.
+    """
 
     seed: int
     store: ClipStore
     images: Images | None = None
     run: SceneRun | None = None
-
-    @property
-    def rendered(self) -> bool:
-        return self.images is not None and (self.images.folder / ABOUT).exists()
+    rendered: int = 0
 
 
 def open_scenes(data: str, profile: str, seeds: Iterable[int], images: str, settings: SceneSettings, identities: int,
@@ -66,8 +66,9 @@ def open_scenes(data: str, profile: str, seeds: Iterable[int], images: str, sett
         else:
             found.append(Scenes(seed, store))
             continue
+        rendered = picture_size(listed, store)
         run = scene.fetch_or_train(store, listed, settings, seed=seed, device=device)
-        found.append(Scenes(seed, store, listed, run))
+        found.append(Scenes(seed, store, listed, run, rendered))
     return found
 
 
@@ -154,7 +155,7 @@ def feature_records(scenes: Iterable[Scenes], classifiers: Iterable[str] = ("cla
                 asked.append(Experiment(data=str(path), modality="scene", aggregator="mean", classifier=classifier,
                                         seed=each.seed))
                 names.append((name, "simulated" if each.store.meta["simulated"] else str(each.store.path)))
-    records = fetch_all(asked, device=device)
+    records = fetch_or_run(asked, device=device)
     return [replace(record, experiment=record.experiment | {"feature": name, "data": data})
             for record, (name, data) in zip(records, names)]
 
@@ -283,7 +284,7 @@ def nearest_shows(scenes: Scenes) -> pd.DataFrame:
     known, asked = (torch.nn.functional.normalize(store.batch(clips, "scene", sample="first", frames=1).feature[:, 0])
                     for clips in (train, val))
     nearest = train[(asked @ known.T).argmax(1).numpy()]
-    studio = Studio(store)
+    studio = Studio(scenes.store)
     value = {name: store.clips[name].to_numpy() for name in ("show", "set")}
     value |= {name: studio.look[name][studio.place].astype(int) for name in ("channel", "family")}
     return pd.DataFrame({name: value[name][val] for name in names}
@@ -348,13 +349,14 @@ class Maps:
     regions: np.ndarray | None
 
 
-def occlusion_maps(scenes: Scenes, clips: int = 32) -> Maps | None:
-    """Cover every place of up to ``clips`` pictures in turn; None without pictures or a recognised clip.
+def occlusion_maps(scenes: Scenes, clips: int = 32) -> Maps:
+    """Cover every place of up to ``clips`` pictures in turn; of none, without pictures or a recognised clip.
 
     The patch is a quarter of the picture's side, in steps of an eighth.
     """
+    none = Maps(np.empty((0, 1, 1, 3), np.uint8), np.empty((0, 1, 1), np.float32), None)
     if scenes.run is None:
-        return None
+        return none
     settings, model = scenes.run.settings, scenes.run.model
     asked = np.intersect1d(scenes.store.select("val", labelled=True), scenes.images.present)
     device = model.prototype.device
@@ -370,7 +372,7 @@ def occlusion_maps(scenes: Scenes, clips: int = 32) -> Maps | None:
         if sum(map(len, kept)) >= clips:
             break
     if not sum(map(len, kept)):
-        return None
+        return none
     kept, numbers = np.concatenate(kept)[:clips], np.concatenate(numbers)[:clips]
     pixels = torch.cat(pixels)[:clips].to(device)
     label = torch.from_numpy(scenes.store.identity_of(kept)).to(device)
@@ -381,7 +383,7 @@ def occlusion_maps(scenes: Scenes, clips: int = 32) -> Maps | None:
 
 def _regions(scenes: Scenes, clips: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """Return what each pixel of the network's crop of rendered pictures belongs to, (n, S, S)."""
-    size = json.loads((scenes.images.folder / ABOUT).read_text())["size"]
+    size = scenes.rendered
     drawn = Studio(scenes.store).regions(clips, numbers, size)
     # The nearest pixel of the crop that ``images.crop_image`` takes.
     side = size * scenes.run.settings.size / scenes.run.settings.resize
@@ -389,14 +391,14 @@ def _regions(scenes: Scenes, clips: np.ndarray, numbers: np.ndarray) -> np.ndarr
     return drawn[:, at][:, :, at]
 
 
-def region_effect(maps: Maps | None) -> pd.DataFrame:
+def region_effect(maps: Maps) -> pd.DataFrame:
     """Return how much more a place of each region counts than an average place of its picture.
 
     Columns: region, share (of pixels), effect (mean over clips of: mean of the map in the region less that of the whole
     picture, in cosine), low, high (95 %, bootstrap over clips), clips (that show the region).
     """
     columns = ["region", "share", "effect", "low", "high", "clips"]
-    if maps is None or maps.regions is None:
+    if maps.regions is None:
         return pd.DataFrame(columns=columns)
     rows = []
     for place, name in enumerate(REGIONS):
@@ -428,6 +430,82 @@ def start_sentence(scenes: list[Scenes]) -> str:
     kind = "rendered" if scenes[0].rendered else "the reader's own"
     return (f"The network starts {start}; the pictures are {kind}: {sum(run.modes.values())} clips have one, {missing} have "
             f"none and are left out, and {converted} pictures were not RGB and are converted.")
+
+
+def answer(table: pd.DataFrame) -> str:
+    """Answer the chapter's question in a sentence."""
+    reached = table.set_index("feature")["map_at_100"]
+    if reached.empty:
+        return "These clips have neither pictures nor scene features, so this page has no answer for them."
+    if TUNED not in reached:
+        return f"The scene features that these clips came with reach a MAP@100 of {reached.iloc[0]:.3f} with class means."
+    text = (f"Alone, with class means, the features that a network learned from pictures reach a MAP@100 of "
+            f"{reached[TUNED]:.3f}, the pixels of a thumbnail {reached[THUMBNAIL]:.3f}")
+    return text + (f", and knowing show and set without error {reached[TRUTH]:.3f}." if TRUTH in reached else ".")
+
+
+def feature_sentences(table: pd.DataFrame) -> str:
+    """Say how the network's features stand to each other kind, by the interval of the difference."""
+    if TUNED not in set(table["feature"]):
+        return ""
+    out = []
+    for row in table[table["feature"] != TUNED].to_dict("records"):
+        low, high = (-row["high"], -row["low"])  # of the network less the other
+        verdict = "ahead of" if low > 0 else "behind" if high < 0 else "not told apart from"
+        out.append(f"{verdict} {_PHRASES[row['feature']]} ({-row['difference']:+.1f} points, {low:+.1f} to {high:+.1f})")
+    return f"The network's features are {'; '.join(out)}; the intervals cover 95 %, over {table['interval'].iloc[0]}."
+
+
+_PHRASES = {THUMBNAIL: "the pixels of a thumbnail", UNTRAINED: "those of the same network before training",
+            TRUTH: "show and set read without error", "simulated vectors": "the vectors that the simulator draws",
+            "own vectors": "the scene features that the clips came with"}
+
+
+def training_sentence(scenes: list[Scenes]) -> str:
+    """Say how far train and val have come apart."""
+    if scenes[0].run is None:
+        return ""
+    last = pd.DataFrame([each.run.history[-1] for each in scenes if each.run]).mean()
+    return (f"In the last epoch it recognises {last['train']:.0%} of the train pictures"
+            + (f" and {last['val']:.0%} of the val clips that it never saw." if np.isfinite(last["val"]) else "."))
+
+
+def wrong_sentence(found: dict[str, float], depth: int = 10) -> str:
+    """Say whether wrong clips come from shows in which the identity was seen."""
+    if not found["clips"]:
+        return ""
+    return (f"Of the {found['clips']} wrong clips among the first {depth} of every identity, {found['found']:.0%} are from a "
+            f"show in which the identity was seen in training; among all wrong clips of the gallery that are "
+            f"{found['chance']:.0%}.")
+
+
+def confusion_sentence(causes: dict[str, float]) -> str:
+    """Say what is recognised and what the confused shows have in common."""
+    if not np.isfinite(causes["show"]):
+        return ""
+    text = f"For {causes['show']:.0%} of the val clips the nearest train clip is of the same show"
+    text += f", and for {causes['set']:.0%} of those of the same set." if np.isfinite(causes["set"]) else "."
+    if np.isfinite(causes["family chance"]):
+        text += (f" Where it is of another show, the two share their colours in {causes['family']:.0%} of the cases (by chance "
+                 f"{causes['family chance']:.0%}), and their caption bar in {causes['channel']:.0%} (by chance "
+                 f"{causes['channel chance']:.0%}).")
+    return text
+
+
+def region_sentence(effect: pd.DataFrame) -> str:
+    """Say which regions count more than an average place of their picture, by their intervals."""
+    if effect.empty:
+        return ""
+    more = effect.loc[effect["low"] > 0, "region"].tolist()
+    less = effect.loc[effect["high"] < 0, "region"].tolist()
+    text = f"Over {effect['clips'].max()} clips that the network recognises, places of the "
+    parts = [f"{_listed(names)} count {word} than an average place" for names, word in ((more, "more"), (less, "less"))
+             if names]
+    return text + (", and those of the ".join(parts) if parts else "regions cannot be told apart") + "."
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def settings_frame(scenes: list[Scenes]) -> pd.DataFrame:

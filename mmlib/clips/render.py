@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from mmlib.clips.arrays import partial_folder
+from mmlib.clips.images import Images
 from mmlib.clips.store import ClipStore
 
 ABOUT = "pictures.json"  # beside the clips' folders: what drew them
@@ -44,7 +45,7 @@ def render_scenes(store: ClipStore, folder: str | Path, *, size: int = 64, overw
         raise ValueError(f"size must be at least 16 pixels, got {size}")
     studio = Studio(store)
     names = store.clips["clip"].to_numpy()
-    about = {"simulated": True, "seed": studio.seed, "size": size, "pictures": len(studio.clip)}
+    about = {"simulated": True, "world": _world(store), "size": size, "pictures": len(studio.clip)}
     with partial_folder(Path(folder), ABOUT, overwrite) as partial:
         for name in names:
             (partial / name).mkdir()
@@ -55,6 +56,30 @@ def render_scenes(store: ClipStore, folder: str | Path, *, size: int = 64, overw
                 Image.fromarray(pixels).save(path, quality=88)
         (partial / ABOUT).write_text(json.dumps(about) + "\n")
     return Pictures(Path(folder), len(store), len(studio.clip))
+
+
+def picture_size(images: Images, store: ClipStore) -> int:
+    """Return the side of rendered pictures, 0 for pictures that were not rendered; raise where another world's were."""
+    path = images.folder / ABOUT
+    if not path.exists():
+        return 0
+    try:
+        about = json.loads(path.read_text())
+        size, world = about["size"], about["world"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the description of rendered pictures ({error!r})") from None
+    if world != _world(store):
+        raise ValueError(f"{images.folder}: pictures of the simulated world of seed {world.get('seed')}, "
+                         f"not of the clips of {store.path}")
+    return size
+
+
+def _world(store: ClipStore) -> dict:
+    """Return the seed and settings of a store's world, from wherever in its provenance they are."""
+    said = store.meta["provenance"]
+    while isinstance(said.get("source"), dict):
+        said = said["source"]
+    return {"seed": int(said.get("seed", 0)), "settings": said.get("settings")}
 
 
 class Studio:
@@ -69,7 +94,7 @@ class Studio:
         for column in ("show", "set"):
             if column not in store.clips:
                 raise ValueError(f"{store.path}: no column {column!r}, so it is not simulated and nothing can be rendered")
-        self.seed = int(store.meta["provenance"].get("seed", 0))
+        self.seed = _world(store)["seed"]
         count = np.random.default_rng([self.seed, 4, 3]).integers(1, MOST_FRAMES + 1, len(store))
         self.clip = np.repeat(np.arange(len(store)), count)
         self.frame = np.arange(len(self.clip)) - np.repeat(np.cumsum(count) - count, count) + 1
@@ -85,7 +110,7 @@ class Studio:
 
     def _channel(self, number: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng([self.seed, 4, 0, number])
-        return {"channel": number, "bar": rng.uniform(.10, .20), "bar_colour": _hsv(rng.random(), rng.uniform(.2, .9), rng.uniform(.2, .9)),
+        return {"channel": number, "bar": rng.uniform(.13, .22), "bar_colour": _hsv(rng.random(), rng.uniform(.2, .9), rng.uniform(.2, .9)),
                 "logo": rng.uniform(.05, .95), "logo_colour": _hsv(rng.random(), .9, .95)}
 
     def _show(self, number: int, channels: list[dict]) -> dict[str, np.ndarray]:
