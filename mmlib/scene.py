@@ -184,7 +184,7 @@ def make_model(settings: SceneSettings, identities: int, *, seed: int) -> SceneM
 
 
 def fine_tune(store: ClipStore, images: Images, settings: SceneSettings, *, seed: int, device: str = "auto",
-              watch: int = 128, progress: bool = False) -> tuple[SceneModel, list[dict[str, float]]]:
+              watch: int = 64, progress: bool = False) -> tuple[SceneModel, list[dict[str, float]]]:
     """Train on the labelled train clips that have an image, one drawn image a clip and epoch.
 
     Returns the model in eval mode, and by epoch: loss (nats), train (share of the epoch's pictures recognised, as the

@@ -55,7 +55,7 @@ def open_scenes(data: str, profile: str, seeds: Iterable[int], images: str, sett
         raise ValueError(f"images belong to the clips of a store: name it as data beside images = {images!r}")
     if profile == "tiny":
         identities = min(identities, SMALLEST)
-        settings = replace(settings, epochs=min(settings.epochs, 3))
+        settings = replace(settings, epochs=min(settings.epochs, 2))
     found = []
     for seed in seeds:
         store = open_store(Experiment(data=data, profile=profile, seed=seed, settings=(("identities", identities),)))
@@ -349,7 +349,7 @@ class Maps:
     regions: np.ndarray | None
 
 
-def occlusion_maps(scenes: Scenes, clips: int = 32) -> Maps:
+def occlusion_maps(scenes: Scenes, clips: int = 24) -> Maps:
     """Cover every place of up to ``clips`` pictures in turn; of none, without pictures or a recognised clip.
 
     The patch is a quarter of the picture's side, in steps of an eighth.
