@@ -432,15 +432,16 @@ def start_sentence(scenes: list[Scenes]) -> str:
             f"none and are left out, and {converted} pictures were not RGB and are converted.")
 
 
-def answer(table: pd.DataFrame) -> str:
-    """Answer the chapter's question in a sentence."""
+def answer(table: pd.DataFrame, simulated: bool) -> str:
+    """Answer the chapter's question in a sentence, which says whether the clips are simulated."""
+    clips = "simulated clips" if simulated else "these clips"
     reached = table.set_index("feature")["map_at_100"]
     if reached.empty:
         return "These clips have neither pictures nor scene features, so this page has no answer for them."
     if TUNED not in reached:
-        return f"The scene features that these clips came with reach a MAP@100 of {reached.iloc[0]:.3f} with class means."
-    text = (f"Alone, with class means, the features that a network learned from pictures reach a MAP@100 of "
-            f"{reached[TUNED]:.3f}, the pixels of a thumbnail {reached[THUMBNAIL]:.3f}")
+        return f"The scene features that {clips} came with reach a MAP@100 of {reached.iloc[0]:.3f} with class means."
+    text = (f"Alone, with class means, the features that a network learned from pictures of {clips} reach a MAP@100 "
+            f"of {reached[TUNED]:.3f}, the pixels of a thumbnail {reached[THUMBNAIL]:.3f}")
     return text + (f", and knowing show and set without error {reached[TRUTH]:.3f}." if TRUTH in reached else ".")
 
 
@@ -453,7 +454,11 @@ def feature_sentences(table: pd.DataFrame) -> str:
         low, high = (-row["high"], -row["low"])  # of the network less the other
         verdict = "ahead of" if low > 0 else "behind" if high < 0 else "not told apart from"
         out.append(f"{verdict} {_PHRASES[row['feature']]} ({-row['difference']:+.1f} points, {low:+.1f} to {high:+.1f})")
-    return f"The network's features are {'; '.join(out)}; the intervals cover 95 %, over {table['interval'].iloc[0]}."
+    text = f"The network's features are {'; '.join(out)}; the intervals cover 95 %, over {table['interval'].iloc[0]}."
+    if TRUTH in set(table["feature"]):
+        text += (" The distance to show and set is what pictures, training and the size of the network cost here; with "
+                 "pretrained weights and real pictures it may be another one, and nothing on this page tells which.")
+    return text
 
 
 _PHRASES = {THUMBNAIL: "the pixels of a thumbnail", UNTRAINED: "those of the same network before training",
@@ -466,8 +471,12 @@ def training_sentence(scenes: list[Scenes]) -> str:
     if scenes[0].run is None:
         return ""
     last = pd.DataFrame([each.run.history[-1] for each in scenes if each.run]).mean()
-    return (f"In the last epoch it recognises {last['train']:.0%} of the train pictures"
-            + (f" and {last['val']:.0%} of the val clips that it never saw." if np.isfinite(last["val"]) else "."))
+    text = f"In the last epoch it recognises {last['train']:.0%} of the train pictures"
+    text += f" and {last['val']:.0%} of the val clips that it never saw." if np.isfinite(last["val"]) else "."
+    if last["train"] > last["val"]:
+        text += (" What lies between the two is learned by heart: persons in front, framing and noise say nothing about a "
+                 "clip that comes later.")
+    return text
 
 
 def wrong_sentence(found: dict[str, float], depth: int = 10) -> str:

@@ -392,7 +392,7 @@ def test_without_pictures_the_page_has_the_store_alone(bare):
     assert only[0].run is None and "no pictures" in scene_reading.start_sentence(only)
     assert scene_reading.feature_records(only) == []
     table = scene_reading.feature_table([])
-    assert "no answer" in scene_reading.answer(table) and scene_reading.feature_sentences(table) == ""
+    assert "no answer" in scene_reading.answer(table, False) and scene_reading.feature_sentences(table) == ""
     assert scene_reading.sample_pictures(only[0]).empty and scene_reading.retrieved_pictures(only[0]).empty
     causes = scene_reading.confusion_causes(scene_reading.nearest_shows(only[0]))
     assert scene_reading.confusion_sentence(causes) == ""
