@@ -428,8 +428,8 @@ def start_sentence(scenes: list[Scenes]) -> str:
     converted = sum(number for mode, number in run.modes.items() if mode != "RGB")
     missing = len(scenes[0].store) - len(scenes[0].images.present)
     kind = "rendered" if scenes[0].rendered else "the reader's own"
-    return (f"The network starts {start}; the pictures are {kind}: {sum(run.modes.values())} clips have one, {missing} have "
-            f"none and are left out, and {converted} pictures were not RGB and are converted.")
+    return (f"The network starts {start}; the pictures are {kind} (clips with one: {sum(run.modes.values())}; without any, "
+            f"left out: {missing}; converted to RGB: {converted}).")
 
 
 def answer(table: pd.DataFrame, simulated: bool) -> str:
@@ -451,9 +451,9 @@ def feature_sentences(table: pd.DataFrame) -> str:
         return ""
     out = []
     for row in table[table["feature"] != TUNED].to_dict("records"):
-        low, high = (-row["high"], -row["low"])  # of the network less the other
+        low, high = 0 - row["high"], 0 - row["low"]  # of the network less the other
         verdict = "ahead of" if low > 0 else "behind" if high < 0 else "not told apart from"
-        out.append(f"{verdict} {_PHRASES[row['feature']]} ({-row['difference']:+.1f} points, {low:+.1f} to {high:+.1f})")
+        out.append(f"{verdict} {_PHRASES[row['feature']]} ({0 - row['difference']:+.1f} points, {low:+.1f} to {high:+.1f})")
     text = f"The network's features are {'; '.join(out)}; the intervals cover 95 %, over {table['interval'].iloc[0]}."
     if TRUTH in set(table["feature"]):
         text += (" The distance to show and set is what pictures, training and the size of the network cost here; with "
