@@ -331,7 +331,7 @@ def occlusion(model: SceneModel, pixels: Tensor, label: Tensor, *, patch: int, s
 def fine_tune_to_store(store: ClipStore, images: Images, settings: SceneSettings, out: str | Path, *, seed: int,
                        device: str = "auto", keep: Iterable[str] | None = None, overwrite: bool = False,
                        progress: bool = False) -> Counter:
-    """Fine-tune, extract, and write the store of ``write_scene_store``; a target that cannot be written is refused first."""
+    """Fine-tune, extract, and write the store of ``write_scene_store``, whose path is checked first."""
     said = {"settings": asdict(settings), "seed": seed}
     # The store is opened for writing before the first epoch: hours of training must not end in "exists already".
 

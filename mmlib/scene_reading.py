@@ -421,7 +421,8 @@ def start_sentence(scenes: list[Scenes]) -> str:
     if run is None:
         own = "scene" in scenes[0].store.modalities
         return ("These clips have no pictures, so no network is trained: the page shows "
-                + ("the scene features that the clips came with." if own else "nothing, as they have no scene features either."))
+                + ("the scene features that the clips came with." if own else
+                   "nothing, as they have no scene features either."))
     weights = run.settings.weights
     start = ("from scratch" if not weights else "from the weights that timm publishes" if weights == "pretrained"
              else f"from the weights in {Path(weights).name}")

@@ -71,7 +71,8 @@ def index_images(folder: str | Path, store: ClipStore) -> Images:
     found = {entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")}
     files, other = [], 0
     for name in names:
-        listed = [entry.name for entry in os.scandir(folder / name) if not entry.name.startswith(".")] if name in found else []
+        entries = os.scandir(folder / name) if name in found else ()
+        listed = [entry.name for entry in entries if not entry.name.startswith(".")]
         chosen = [file for file in listed if file.lower().endswith(SUFFIXES)]
         other += len(listed) - len(chosen)
         files.append(tuple(sorted(chosen, key=_by_number)))

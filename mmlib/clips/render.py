@@ -110,7 +110,8 @@ class Studio:
 
     def _channel(self, number: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng([self.seed, 4, 0, number])
-        return {"channel": number, "bar": rng.uniform(.13, .22), "bar_colour": _hsv(rng.random(), rng.uniform(.2, .9), rng.uniform(.2, .9)),
+        return {"channel": number, "bar": rng.uniform(.13, .22),
+                "bar_colour": _hsv(rng.random(), rng.uniform(.2, .9), rng.uniform(.2, .9)),
                 "logo": rng.uniform(.05, .95), "logo_colour": _hsv(rng.random(), .9, .95)}
 
     def _show(self, number: int, channels: list[dict]) -> dict[str, np.ndarray]:
@@ -163,7 +164,8 @@ class Studio:
         _paint(picture, look["floor"], region > 0)
         for k in range(PIECES):
             a, b = (_each(look["piece_size"][:, k, i]) for i in (0, 1))
-            dx, dy = (np.abs(part - _each(look["piece"][:, k, i])) / half for i, (part, half) in enumerate(((x, a), (y, b))))
+            dx, dy = (np.abs(part - _each(look["piece"][:, k, i])) / half
+                      for i, (part, half) in enumerate(((x, a), (y, b))))
             shape = _each(look["piece_shape"][:, k])  # a diamond, an ellipse, a box
             inside = np.where(shape == 0, dx + dy, np.where(shape == 1, dx * dx + dy * dy, np.maximum(dx, dy))) < 1
             inside &= _each(look["there"][:, k]) > 0
@@ -214,8 +216,8 @@ class Studio:
                 "cloth": rng.uniform(.05, .9, (2, 3)), "skin": np.outer(rng.uniform(.4, .95, 2), [1, .8, .65]),
                 "cast": rng.uniform(.65, 1.2) * rng.uniform(.87, 1.13, 3), "noise": rng.uniform(.01, .05),
                 "caption": rng.random() < .6})
-        return {name: np.array([take[name] for take in takes], bool if name in ("there", "caption") else np.float32)[inverse]
-                for name in takes[0]}
+        kind = {"there": bool, "caption": bool}
+        return {name: np.array([take[name] for take in takes], kind.get(name, np.float32))[inverse] for name in takes[0]}
 
 
 def _each(value: np.ndarray) -> np.ndarray:
