@@ -60,7 +60,7 @@ Store = Annotated[Path, typer.Argument(metavar="STORE", show_default=False, help
 
 @app.callback()
 def describe() -> None:
-    """Simulate or import clips, predict, score a submission, rerun a chapter."""
+    """Simulate or import clips, learn from scenes, predict, score a submission, rerun a chapter."""
 
 
 @app.command(epilog="""\b
@@ -305,6 +305,76 @@ def rerun(
         finally:
             partial.unlink(missing_ok=True)
     print(f"wrote {out}")
+
+
+@app.command("render-scenes", epilog="""\b
+Example:
+  mmlib render-scenes store/ img/""")
+def render(
+    store: Annotated[Path, typer.Argument(metavar="STORE", show_default=False, help="Simulated clip store.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help=(
+        "Folder to write, with a folder of pictures a clip."))],
+    size: Annotated[int, typer.Option(min=16, help="Side of a picture in pixels.")] = 64,
+    overwrite: Overwrite = False,
+) -> None:
+    """Render scene pictures of simulated clips.
+
+    They show the show and the set of a clip, not who is in it.
+    """
+    from mmlib.clips.render import render_scenes
+    from mmlib.clips.store import ClipStore
+
+    with _writing(out):
+        drawn = render_scenes(ClipStore.open(store), out, size=size, overwrite=overwrite)
+    print(f"pictures: {drawn.pictures} of {drawn.clips} clips")
+    print("simulated: no score on them is a result on the challenge")
+
+
+@app.command(epilog="""\b
+Examples:
+  mmlib scene store/ official/img/ out/ --weights pretrained
+  mmlib scene store/ official/img/ out/ --weights seresnext50.safetensors --epochs 20
+  mmlib scene store/ img/ out/ --architecture narrow_seresnext26""")
+def scene(
+    store: Annotated[Path, typer.Argument(metavar="STORE", show_default=False, help="Clip store.")],
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", show_default=False, help=(
+        "Folder of its clips' pictures, <clip>/<n>.jpg."))],
+    out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help=(
+        "Clip store to write: STORE with other scene features."))],
+    architecture: Annotated[str, typer.Option(help=(
+        "seresnext50_32x4d, legacy_seresnext50_32x4d, narrow_seresnext26 or narrow_seresnext14."
+        ))] = "seresnext50_32x4d",
+    weights: Annotated[str, typer.Option(help=(
+        "A file of weights, or pretrained to download timm's; else from scratch."))] = "",
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of fine-tuning.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Of the training and of the pictures drawn.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Fine-tune a scene network and extract its features.
+
+    An SE-ResNeXt learns the identities from one picture a clip; its features become the scene modality of a new
+    clip store. The other modalities are copied.
+    """
+    from mmlib import scene as network
+    from mmlib.clips.images import count_converted, index_images
+    from mmlib.clips.render import picture_size
+    from mmlib.clips.store import ClipStore
+
+    settings = network.settings_for(architecture, weights, epochs=epochs)
+    clips, progress = ClipStore.open(store), sys.stderr.isatty()
+    listed = index_images(images, clips)
+    rendered = picture_size(listed, clips)
+    with _writing(out):
+        modes = network.fine_tune_to_store(clips, listed, settings, out, seed=seed, device=device,
+                                           overwrite=overwrite, progress=progress)
+    print(*listed.lines(), sep="\n")
+    if converted := count_converted(modes):
+        print(converted)
+    print(f"scene: {sum(modes.values())} clips, {architecture}, "
+          f"{f'weights {weights}' if weights else 'from scratch'}, epochs: {epochs}")
+    if rendered:
+        print("simulated: the pictures are rendered; no score on them is a result on the challenge")
 
 
 def main() -> None:

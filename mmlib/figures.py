@@ -356,3 +356,93 @@ def sweep(frame: pd.DataFrame, *, x: str, y: str, xlabel: str, ylabel: str, low:
     ax.set(xticks=range(len(frame)), xticklabels=[value if isinstance(value, str) else f"{value:g}" for value in places],
            xlabel=xlabel, ylabel=ylabel, xlim=(-.5, len(frame) - .5))
     return ax
+
+
+# -- scenes ---------------------------------------------------------------------------------------------------------
+
+COLOURS |= {"fine-tuned network": BLUE, "untrained network": GREY, "thumbnail": SKY, "show and set": "#000000",
+            "simulated vectors": ORANGE, "own vectors": ORANGE, "train": SKY, "val": BLUE}
+RIGHT, WRONG = {"edgecolor": GREEN, "linestyle": "-"}, {"edgecolor": RED, "linestyle": (0, (2, 1.5))}
+
+
+def _without_pictures(ax: Axes) -> Axes:
+    """Say in the place of a drawing that there is nothing to draw."""
+    ax.text(.5, .5, "no pictures", ha="center", va="center", transform=ax.transAxes, color="0.4")
+    ax.set(xticks=[], yticks=[])
+    return ax
+
+
+def picture_rows(frame: pd.DataFrame, ax: Axes | None = None, *, inch: float = .95) -> Axes:
+    """Draw pictures in rows, those that are marked in a frame: a line where right, dashes where wrong.
+
+    frame: columns row (label), picture ((S, S, 3) uint8), mark ("right", "wrong" or "").  inch: side of a picture.
+    """
+    ax = ax or plt.gca()
+    if frame.empty:
+        return _without_pictures(ax)
+    labels = list(dict.fromkeys(frame["row"]))
+    longest = frame.groupby("row").size().max()
+    for line, label in enumerate(labels):
+        for place, cell in enumerate(frame[frame["row"] == label].to_dict("records")):
+            ax.imshow(cell["picture"], extent=(place + .06, place + .94, line + .94, line + .06))
+            if cell["mark"]:
+                style = RIGHT if cell["mark"] == "right" else WRONG
+                ax.add_patch(plt.Rectangle((place + .05, line + .05), .9, .9, fill=False, linewidth=2.4, **style))
+    ax.set(xlim=(0, longest), ylim=(len(labels), 0), xticks=[], aspect="equal")
+    ax.set_yticks([line + .5 for line in range(len(labels))], labels)
+    ax.tick_params(length=0)
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+    ax.figure.set_size_inches(inch * longest + 1.2, inch * len(labels) + .2)
+    return ax
+
+
+def training_curves(frame: pd.DataFrame, axes: Sequence[Axes]) -> Sequence[Axes]:
+    """Draw the loss of every epoch, and the share of train and val clips recognised; two axes.
+
+    frame: columns epoch, loss (nats), train, val (shares), seed.
+    """
+    if frame.empty:
+        return [_without_pictures(ax) for ax in axes]
+    for _, part in frame.groupby("seed"):
+        axes[0].plot(part["epoch"], part["loss"], color=BLUE, marker="o", markersize=3)
+        for marker, name in zip(MARKERS, ("train", "val")):
+            axes[1].plot(part["epoch"], part[name], color=COLOURS[name], marker=marker, markersize=3, label=name)
+    axes[0].set(xlabel="epoch", ylabel="loss (nats)", ylim=(0, None))
+    axes[1].set(xlabel="epoch", ylabel="clips recognised (share)", ylim=(0, 1))
+    handles, labels = axes[1].get_legend_handles_labels()
+    axes[1].legend(handles[:2], labels[:2])
+    return axes
+
+
+def show_confusion(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw the share of val clips of each show (rows) whose nearest train clip is of each show (columns)."""
+    ax = ax or plt.gca()
+    if table.empty:
+        return _without_pictures(ax)
+    text = table.map(lambda share: f"{100 * share:.0f}" if share > 0 else "").to_numpy()
+    sns.heatmap(table, ax=ax, cmap="Blues", vmin=0, vmax=1, annot=text, fmt="", linewidths=.5, cbar=False,
+                annot_kws={"fontsize": 8})
+    ax.set(xlabel="show of the nearest train clip", ylabel="show of the val clip")
+    ax.tick_params(axis="y", rotation=0)
+    return ax
+
+
+def occlusion_maps(pictures: np.ndarray, maps: np.ndarray) -> Figure:
+    """Draw pictures (n, S, S, 3), n at least 1, and under each its occlusion map (n, S, S), on one scale of cosine."""
+    n = len(pictures)
+    figure, axes = plt.subplots(2, max(n, 1), squeeze=False, figsize=(1.25 * max(n, 1) + .9, 2.7), layout="constrained")
+    if not n:
+        figure.delaxes(axes[1, 0])
+        _without_pictures(axes[0, 0])
+        return figure
+    limit = float(np.abs(maps).max()) or 1.0
+    for place in range(n):
+        axes[0, place].imshow(pictures[place])
+        axes[1, place].imshow(pictures[place].mean(-1), cmap="gray", vmin=0, vmax=255)
+        drawn = axes[1, place].imshow(maps[place], cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=.65)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.grid(visible=False)
+    figure.colorbar(drawn, ax=list(axes[1]), label="cosine lost", shrink=.95)
+    return figure

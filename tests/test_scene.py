@@ -1,0 +1,473 @@
+import json
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors.torch
+import timm
+import torch
+from matplotlib.colors import to_rgb
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+from mmlib import cli, figures, scene
+from mmlib.reading import scene as scene_reading
+from mmlib.clips.images import index_images
+from mmlib.clips.render import REGIONS, render_scenes
+from mmlib.clips.simulate import settings_for as world_for
+from mmlib.clips.simulate import simulate
+from mmlib.clips.store import ClipStore
+from mmlib.scene import SceneSettings, extract, fine_tune, make_backbone, make_model, write_scene_store
+from mmlib.reading.scene import Maps, Scenes
+
+NARROW = "narrow_seresnext14"
+SMALL = scene.settings_for(NARROW, epochs=3, size=32, resize=36, batch=16, lr=0.02, backbone_lr=0.01)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return simulate(tmp_path_factory.mktemp("world") / "store", world_for("tiny", identities=8), seed=1)
+
+
+@pytest.fixture(scope="module")
+def images(world, tmp_path_factory):
+    folder = render_scenes(world, tmp_path_factory.mktemp("pictures") / "img", size=36).folder
+    for files in sorted((folder / world.clips["clip"][0]).iterdir()):  # one clip without a picture
+        files.unlink()
+    return index_images(folder, world)
+
+
+@pytest.fixture(scope="module")
+def trained(world, images):
+    return fine_tune(world, images, SMALL, seed=0, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """The 50-layer network of timm with its classifier, drawn at random; in eval mode."""
+    torch.manual_seed(0)
+    return timm.create_model("seresnext50_32x4d", num_classes=5).eval()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMLIB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def pixels(n=4, size=32, seed=0):
+    return torch.randint(0, 256, (n, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def features(model, images, **options):
+    """The features of all clips with a picture by position."""
+    return {clip: row for batch, block in extract(model, images, SMALL, seed=0, **options)
+            for clip, row in zip(batch.clips.tolist(), block, strict=True)}
+
+
+# -- the network ---------------------------------------------------------------------------------------------
+
+
+def test_weights_of_timm_give_its_scores_and_2048_features(deep, tmp_path):
+    torch.save(deep.state_dict(), tmp_path / "weights.pth")
+    backbone = make_backbone("seresnext50_32x4d", str(tmp_path / "weights.pth")).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        feature = backbone(x)
+        assert feature.shape == (2, 2048)
+        torch.testing.assert_close(deep.fc(feature), deep(x))
+
+
+def test_weights_are_read_from_safetensors(tmp_path):
+    model = make_backbone(NARROW)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    loaded = make_backbone(NARROW, str(tmp_path / "weights.safetensors"))
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
+
+
+def test_older_files_lack_counters_and_wrap_their_tensors(tmp_path):
+    model = make_backbone(NARROW)
+    state = {f"module.{key}": value for key, value in model.state_dict().items() if "num_batches" not in key}
+    torch.save({"state_dict": state | {"module.last_linear.weight": torch.zeros(3, 3)}}, tmp_path / "old.pth")
+    loaded = make_backbone(NARROW, str(tmp_path / "old.pth"))
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def without(state, key):
+    return {name: value for name, value in state.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda s: make_backbone("narrow_seresnext26").state_dict(), r"it has no layer1\.1\.conv1\.weight"),
+        (lambda s: without(s, "layer2.0.conv2.weight"), r"no layer2\.0\.conv2\.weight"),
+        (lambda s: s | {"conv1.weight": torch.zeros(8, 3, 7, 7)}, r"conv1\.weight is \(8, 3, 7, 7\), expected \(64, 3"),
+        (lambda s: {"epoch": 3}, "no state dict"),
+        (lambda s: [1, 2], "no state dict"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused_by_file_and_tensor(tmp_path, change, reason):
+    path = tmp_path / "other.pth"
+    torch.save(change(make_backbone(NARROW).state_dict()), path)
+    with pytest.raises(ValueError, match=rf"other\.pth: .*{reason}"):
+        make_backbone(NARROW, str(path))
+
+
+def test_files_that_are_no_weights_are_refused_in_one_line(tmp_path):
+    (tmp_path / "text.pth").write_text("not weights\n" * 9)
+    for name, reason in (("text.pth", "not a readable file"), ("gone.pth", "no such file")):
+        with pytest.raises(ValueError, match=f"{name}: {reason}") as error:
+            make_backbone(NARROW, str(tmp_path / name))
+        assert "\n" not in str(error.value)
+
+
+def test_a_download_that_fails_says_so_in_one_line(monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no route to host\nand many more lines")
+
+    monkeypatch.setattr(scene.timm, "create_model", fail)
+    with pytest.raises(ValueError, match=r"cannot download those of seresnext50_32x4d \(no route to host\); give"):
+        make_backbone("seresnext50_32x4d", "pretrained")
+
+
+def test_there_are_no_published_weights_of_a_narrow_network():
+    with pytest.raises(ValueError, match="no pretrained ones of narrow_seresnext14"):
+        make_backbone(NARROW, "pretrained")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"architecture": "resnet50"}, "architecture must be one of seresnext50_32x4d.*got 'resnet50'"),
+        ({"epochs": 0}, "epochs .* got 0"),
+        ({"resize": 100}, "resize must be at least size, 224, got 100"),
+        ({"backbone_lr": 0.2}, "backbone_lr .* got 0.2"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(options, reason):
+    with pytest.raises(ValueError, match=reason):
+        SceneSettings(**options)
+
+
+def test_layers_are_as_many_as_the_name_says():
+    for name in scene.NARROW:
+        blocks = [m for m in make_backbone(name).modules() if isinstance(m, scene.Bottleneck)]
+        assert name.endswith(f"seresnext{3 * len(blocks) + 2}")
+        assert all(block.se is not None and block.conv2.groups == 8 for block in blocks)
+
+
+def test_every_parameter_gets_a_gradient():
+    model = make_model(SMALL, 5, seed=0).train()
+    F.cross_entropy(30 * model(pixels()), torch.tensor([0, 1, 2, 3])).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_the_backbone_learns_more_slowly_than_the_head():
+    model = make_model(SMALL, 5, seed=0)
+    backbone, head = scene.make_optimiser(model, SceneSettings()).param_groups
+    assert (backbone["lr"], head["lr"]) == (0.001, 0.1)
+    assert len(backbone["params"]) == len(list(model.backbone.parameters()))
+    assert head["params"][0] is model.prototype and len(head["params"]) == 1
+
+
+def test_pixels_are_normalised_as_the_backbone_wants(monkeypatch):
+    model = make_model(SMALL, 5, seed=0)
+    monkeypatch.setattr(model, "backbone", torch.nn.Identity())
+    white = model.features(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)).flatten()
+    torch.testing.assert_close(white, (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225]))
+
+
+# -- training ------------------------------------------------------------------------------------------------
+
+
+def test_training_learns_and_ends_in_eval_mode(trained):
+    model, history = trained
+    assert [entry["epoch"] for entry in history] == [1, 2, 3]
+    assert history[2]["loss"] < 0.8 * history[0]["loss"]
+    assert history[2]["train"] > 2 / 8  # eight identities
+    assert 0 <= history[2]["val"] <= 1 and not model.training
+
+
+def test_the_same_seed_gives_the_same_network(trained, world, images):
+    again, history = fine_tune(world, images, SMALL, seed=0, device="cpu")
+    assert history == trained[1]
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, trained[0].state_dict()[key]), key
+
+
+def test_a_store_without_labelled_train_pictures_is_refused(world, images):
+    nobody = ClipStore(world.path, world.meta, world.clips.assign(identity=-1), world.identities, world.modalities)
+    with pytest.raises(ValueError, match="no labelled train clip"):
+        fine_tune(nobody, images, SMALL, seed=0)
+
+
+# -- features ------------------------------------------------------------------------------------------------
+
+
+def test_a_feature_does_not_depend_on_the_other_clips_of_its_batch(trained, images):
+    model = trained[0].train()  # extraction must see to the mode itself
+    large, small = features(model, images, block=64), features(model, images, block=3)
+    assert large.keys() == small.keys() == set(images.present.tolist())
+    for clip, row in large.items():
+        np.testing.assert_allclose(row, small[clip], rtol=5e-3, atol=5e-3)  # float16, and other kernels by batch size
+
+
+def test_extraction_leaves_the_statistics_of_batch_norm_alone(trained, images):
+    before = {key: value.clone() for key, value in trained[0].state_dict().items()}
+    features(trained[0], images)
+    for key, value in trained[0].state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_a_written_store_has_new_scenes_and_all_else_unchanged(trained, world, images, tmp_path):
+    modes = write_scene_store(world, tmp_path / "out", extract(trained[0], images, SMALL, seed=0, block=7), provenance={})
+    out = ClipStore.open(tmp_path / "out")
+    expected = features(trained[0], images)
+    assert sum(modes.values()) == len(expected) == len(world) - 1
+    assert out.meta["simulated"] and out.meta["provenance"]["source"] == world.meta["provenance"]
+    pd.testing.assert_frame_equal(out.clips, world.clips)
+    assert out.identities.tolist() == world.identities.tolist()
+    for name in ("face", "head", "body", "audio"):
+        old, new = world.modalities[name], out.modalities[name]
+        assert (old.start == new.start).all() and (old.count == new.count).all()
+        assert (old.feature == new.feature).all() and old.columns.keys() == new.columns.keys()
+        assert all((old.columns[key] == new.columns[key]).all() for key in old.columns)
+    found = out.modalities["scene"]
+    assert found.count.tolist() == [int(clip in expected) for clip in range(len(world))]
+    for clip, row in expected.items():
+        np.testing.assert_allclose(found.feature[found.start[clip]], row, rtol=5e-3, atol=5e-3)
+
+
+def test_only_the_modalities_asked_for_are_kept(trained, world, images, tmp_path):
+    write_scene_store(world, tmp_path / "out", extract(trained[0], images, SMALL, seed=0), provenance={}, keep=["audio"])
+    assert set(ClipStore.open(tmp_path / "out").modalities) == {"audio", "scene"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_extraction_leaves_nothing(trained, world, images, tmp_path, error):
+    def blocks():
+        yield next(iter(extract(trained[0], images, SMALL, seed=0, block=5)))
+        raise error
+
+    with pytest.raises(error):
+        write_scene_store(world, tmp_path / "out", blocks(), provenance={})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_store_that_exists_is_refused_before_the_training(world, images, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("")
+    monkeypatch.setattr(scene, "fine_tune", lambda *_, **__: pytest.fail("trained for nothing"))
+    with pytest.raises(FileExistsError, match="exists already"):
+        scene.fine_tune_to_store(world, images, SMALL, tmp_path / "out", seed=0)
+
+
+# -- occlusion -----------------------------------------------------------------------------------------------
+
+
+class Corner(torch.nn.Module):
+    """Two identities: the brightness of the upper left pixel, and none."""
+
+    def forward(self, x):
+        return torch.stack([x[:, 0, 0, 0].float() / 255, torch.zeros(len(x))], 1)
+
+
+def test_an_occlusion_map_points_to_what_the_score_is_made_of():
+    x = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    x[..., 0, 0] = 255
+    drop = scene.occlusion(Corner(), x, torch.tensor([0]), patch=4, stride=2)[0]
+    lost = 1 - int(255 / 64) / 255  # the patch has the picture's mean colour
+    assert drop[:2, :2].allclose(torch.tensor(lost))  # covered by the first patch alone
+    assert drop[2, 0].item() == pytest.approx(lost / 2)  # by that and one more
+    assert drop[4:].abs().max() == 0 and drop[:, 4:].abs().max() == 0
+    assert scene.occlusion(Corner(), x, torch.tensor([1]), patch=4, stride=2).abs().max() == 0
+
+
+def test_occlusion_reaches_the_edges_and_refuses_what_cannot_be():
+    assert scene.occlusion(Corner(), pixels(1, 9), torch.tensor([0]), patch=4, stride=3).isfinite().all()
+    for patch, stride in ((4, 5), (10, 2), (3, 0)):
+        with pytest.raises(ValueError, match=f"got {patch} and {stride}"):
+            scene.occlusion(Corner(), pixels(1, 9), torch.tensor([0]), patch=patch, stride=stride)
+
+
+def test_region_effects_are_means_over_places_of_a_region():
+    regions = np.zeros((2, 2, 10), np.int8)
+    regions[:, 1] = REGIONS.index("figure")
+    maps = np.zeros((2, 2, 10))
+    maps[0, 0], maps[1, 0] = 0.2, 0.4  # the wall, above means of 0.1 and 0.2
+    effect = scene_reading.region_effect(Maps(np.zeros((2, 2, 10, 3)), maps, regions)).set_index("region")
+    assert effect["effect"].to_dict() == pytest.approx({"wall": 0.15, "figure": -0.15})
+    assert effect["share"].to_dict() == pytest.approx({"wall": 0.5, "figure": 0.5})
+    assert scene_reading.region_sentence(effect.reset_index()) == (
+        "Over 2 clips that the network recognises, places of the wall count more than an average place, "
+        "and those of the figure count less than an average place.")
+
+
+# -- what the chapter reads ----------------------------------------------------------------------------------
+
+
+def nearest(*rows):
+    names = ["show", "set", "channel", "family"]
+    return pd.DataFrame(rows, columns=[*names, *(f"nearest {name}" for name in names)])
+
+
+CONFUSED = nearest((0, 0, 1, 1, 0, 0, 1, 1), (0, 1, 1, 1, 0, 2, 1, 1), (0, 0, 1, 1, 3, 0, 2, 1), (3, 0, 2, 1, 4, 0, 2, 5))
+
+
+def test_confusions_are_counted_by_hand():
+    causes = scene_reading.confusion_causes(CONFUSED)
+    assert (causes["show"], causes["set"], causes["family"], causes["channel"]) == (0.5, 0.5, 0.5, 0.5)
+    # shows 0 and 3; of the nearest clips 0, 0, 3, 4 those of other shows are 3, 4 and 0, 0, 4
+    assert causes["channel chance"] == pytest.approx(1 / 5)
+    assert causes["family chance"] == pytest.approx(3 / 5)
+    pairs = scene_reading.confused_pairs(CONFUSED)
+    assert pairs[["show", "taken for", "clips", "same channel", "same colours"]].values.tolist() == [
+        [0, 3, 1, "no", "yes"], [3, 4, 1, "yes", "no"]]
+
+
+def test_rows_of_the_confusion_table_sum_to_one():
+    table = scene_reading.show_confusion(CONFUSED, shows=2)
+    assert table.columns.tolist() == [0, 3, "other"]
+    assert table.loc[0].tolist() == pytest.approx([2 / 3, 1 / 3, 0])
+    assert table.loc[3].tolist() == [0, 0, 1]
+
+
+def test_a_network_is_trained_once_and_read_back(world, images, cache, monkeypatch):
+    first = scene.fetch_or_train(world, images, SMALL, seed=0, device="cpu")
+    assert sum(first.modes.values()) == len(world) - 1 and set(first.store.modalities) == {"scene"}
+    monkeypatch.setattr(scene, "fine_tune", lambda *_, **__: pytest.fail("trained again"))
+    again = scene.fetch_or_train(world, images, SMALL, seed=0, device="cpu")
+    assert again.history == first.history
+    with torch.no_grad():
+        assert torch.equal(again.model(pixels()), first.model(pixels()))
+
+
+def test_what_decides_a_network_changes_its_key(world, images, tmp_path):
+    weights = tmp_path / "w.pth"
+    keys = {scene.run_key(world, images, SMALL, 0), scene.run_key(world, images, SMALL, 1),
+            scene.run_key(world, images, replace(SMALL, epochs=4), 0)}
+    for content in (b"one", b"two"):
+        weights.write_bytes(content)
+        keys.add(scene.run_key(world, images, scene.settings_for(NARROW, str(weights)), 0))
+    assert len(keys) == 5
+
+
+@pytest.fixture(scope="module")
+def scenes(world, images, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MMLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        run = scene.fetch_or_train(world, images, SMALL, seed=0, device="cpu")
+        yield Scenes(0, world, images, run, rendered=36)
+
+
+def test_features_are_compared_on_the_same_queries(scenes):
+    stores = scene_reading.feature_stores(scenes)
+    assert list(stores) == ["simulated vectors", "fine-tuned network", "thumbnail", "untrained network", "show and set"]
+    truth = ClipStore.open(stores["show and set"])
+    rows = truth.batch(truth.select(having="scene"), "scene").feature[:, 0]
+    place = scenes.store.clips.loc[truth.select(having="scene"), ["show", "set"]].to_numpy()
+    same = (place[:, None] == place[None]).all(-1)
+    assert ((F.normalize(rows) @ F.normalize(rows).T > 0.999).numpy() == same).all()
+    records = scene_reading.feature_records([scenes], classifiers=("class means",))
+    assert {record.measures["queries"] for record in records} == {records[0].measures["queries"]}
+    assert {record.experiment["data"] for record in records} == {"simulated"}
+
+
+def test_retrieved_pictures_are_marked_as_the_ranking_says(scenes):
+    found = scene_reading.retrieve_scenes(scenes, "cpu")
+    frame = scene_reading.retrieved_pictures(scenes, rows=2, known=1, top=3, device="cpu")
+    best = np.flatnonzero((found.relevant >= 3) & np.isin(found.queries, scenes.store.identity_of(found.members[0].clips)))
+    best = best[np.argsort(-found.ap[best], kind="stable")][0]
+    marks = frame["mark"].iloc[:4].tolist()
+    assert marks == ["", *("right" if hit else "wrong" for hit in found.hits[best][:3])]
+    assert frame["picture"].iloc[0].shape == (32, 32, 3)
+
+
+def test_without_pictures_the_page_has_the_store_alone(bare):
+    only = scene_reading.open_scenes(str(bare.path), "tiny", [0], "", SMALL, 60, "cpu")
+    assert only[0].run is None and "no pictures" in scene_reading.start_sentence(only)
+    assert scene_reading.feature_records(only) == []
+    table = scene_reading.feature_table([])
+    assert "no answer" in scene_reading.answer(table, False) and scene_reading.feature_sentences(table) == ""
+    assert scene_reading.sample_pictures(only[0]).empty and scene_reading.retrieved_pictures(only[0]).empty
+    causes = scene_reading.confusion_causes(scene_reading.nearest_shows(only[0]))
+    assert scene_reading.confusion_sentence(causes) == ""
+    assert scene_reading.region_effect(scene_reading.occlusion_maps(only[0])).empty
+
+
+def test_images_without_their_store_are_refused():
+    with pytest.raises(ValueError, match="images belong to the clips of a store"):
+        scene_reading.open_scenes("simulated", "tiny", [0], "img/", SMALL, 60)
+
+
+# -- the command line ----------------------------------------------------------------------------------------
+
+
+def test_the_command_line_renders_trains_and_writes(world, tmp_path):
+    def run(*arguments):
+        return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+    drawn = run("render-scenes", world.path, tmp_path / "img", "--size", 32)
+    assert drawn.exit_code == 0 and f"of {len(world)} clips" in drawn.stdout
+    (tmp_path / "img" / world.clips["clip"][0] / "1.jpg").unlink()
+    arguments = ("scene", world.path, tmp_path / "img", tmp_path / "out", "--architecture", NARROW, "--epochs", 1)
+    done = run(*arguments, "--device", "cpu")
+    assert done.exit_code == 0, done.stderr
+    assert "from scratch" in done.stdout and done.stdout.splitlines()[-1].startswith("simulated: ")
+    out = ClipStore.open(tmp_path / "out")
+    assert set(out.modalities) == set(world.modalities)
+    assert out.modalities["scene"].feature.shape[1] == 512
+    assert out.meta["provenance"]["scene"]["settings"]["epochs"] == 1
+    assert len(json.loads((tmp_path / "out" / "store.json").read_text())["provenance"]["scene"]["history"]) == 1
+    again = run(*arguments)
+    assert (again.exit_code, again.stdout) == (1, "") and "exists already" in again.stderr
+
+
+# -- drawings ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ax():
+    plt.switch_backend("Agg")
+    yield plt.figure().gca()
+    plt.close("all")
+
+
+def test_pictures_are_framed_by_their_mark(ax):
+    picture = np.zeros((2, 2, 3), np.uint8)
+    frame = pd.DataFrame({"row": ["a", "a", "a", "b"], "picture": [picture] * 4, "mark": ["", "right", "wrong", "right"]})
+    figures.picture_rows(frame, ax)
+    assert len(ax.images) == 4 and [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+    frames = [(patch.get_xy(), to_rgb(patch.get_edgecolor())) for patch in ax.patches]
+    assert [(int(x), int(y)) for (x, y), _ in frames] == [(1, 0), (2, 0), (0, 1)]
+    assert frames[0][1] == frames[2][1] != frames[1][1]
+
+
+def test_without_pictures_the_drawings_say_so(ax):
+    none = pd.DataFrame()
+    drawn = [figures.picture_rows(none, ax), figures.show_confusion(none, ax), *figures.training_curves(none, [ax]),
+             figures.occlusion_maps(np.empty((0, 1, 1, 3)), np.empty((0, 1, 1))).axes[0]]
+    assert all("no pictures" in [text.get_text() for text in each.texts] for each in drawn)
+
+
+def test_training_curves_show_each_seed_and_name_each_line_once():
+    plt.switch_backend("Agg")
+    history = [{"epoch": epoch, "loss": 2.0 / epoch, "train": epoch / 4, "val": epoch / 5} for epoch in (1, 2)]
+    frame = pd.concat([pd.DataFrame(history).assign(seed=seed) for seed in (0, 1)])
+    axes = figures.training_curves(frame, plt.subplots(1, 2)[1])
+    assert [list(line.get_ydata()) for line in axes[0].get_lines()] == [[2.0, 1.0]] * 2
+    assert [text.get_text() for text in axes[1].get_legend().get_texts()] == ["train", "val"]
+    plt.close("all")
+
+
+def test_occlusion_maps_share_one_scale_about_zero():
+    plt.switch_backend("Agg")
+    figure = figures.occlusion_maps(np.zeros((2, 4, 4, 3), np.uint8), np.array([np.full((4, 4), 0.1), np.full((4, 4), -0.3)]))
+    limits = {ax.images[-1].get_clim() for ax in figure.axes if len(ax.images) == 2}
+    assert limits == {(-0.3, 0.3)}
+    plt.close("all")
