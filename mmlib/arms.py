@@ -59,10 +59,10 @@ def arms(group: dict[str, Experiment]) -> dict[str, Experiment]:
     return {name: _arm(arm, {"lr": CHOSEN.get(name, arm.training.lr)}) for name, arm in group.items()}
 
 
-def search(group: dict[str, Experiment], profile: str = "quick") -> list[Experiment]:
-    """List the experiments of the search: two lengths times four rates on two worlds, for every arm."""
+def search(group: dict[str, Experiment], profile: str = "quick", seeds: tuple[int, ...] = SEARCH_SEEDS) -> list[Experiment]:
+    """List the experiments of the search: two lengths times four rates on each world, for every arm."""
     return [_arm(replace(arm, profile=profile, seed=seed), {"lr": rate, "epochs": epochs})
-            for arm in group.values() for epochs in EPOCHS for rate in RATES for seed in SEARCH_SEEDS]
+            for arm in group.values() for epochs in EPOCHS for rate in RATES for seed in seeds]
 
 
 def names_of(group: dict[str, Experiment], records: Iterable[Record]) -> list[str]:
