@@ -149,7 +149,7 @@ def test_two_arms_under_one_name_are_refused():
 
 
 def test_as_many_names_as_records_are_needed():
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="names has 0 entries for 1 records"):
         compare([ran("margin")], by="arm", baseline="margin", names=[])
 
 
