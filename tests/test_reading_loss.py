@@ -207,7 +207,7 @@ def test_steps_are_told_by_what_their_intervals_support():
 def answered(gains):
     records, names = worlds(gains)
     return loss.answer(
-        compare(records, "arm", "margin", names), loss.steps_frame(records, names), "the simulated clips"
+        compare(records, "arm", "margin", names=names), loss.steps_frame(records, names), "the simulated clips"
     )
 
 

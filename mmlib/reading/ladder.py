@@ -365,7 +365,8 @@ RELEASED = [  # topic, what the released code does, where it is here or why it i
     ("scene fine-tuning", "SE-ResNeXt-50, 20 epochs, three images a clip", "not reproduced here: the simulated clips have "
      "scene features and no pictures"),
     ("scene extraction", "batch norm in training mode", "not reproduced: a defect that needs pictures to show"),
-    ("distractors", "dropped from training", "distractors `all`; the arm `class` is on this page"),
+    ("distractors", "an output of their own, of 10,035, but dropped from training", "distractors `all`, without the output "
+     "that no clip trains; the arm `class` is on this page"),
     ("clips without a face", "dropped from face+scene training and test", "the same: such clips are not trained on, and the "
      "fallback ranks them"),
     ("test score", "softmax of bare cosines, averaged over members", "combine `softmax`, scale 1"),

@@ -161,8 +161,8 @@ def steps_frame(records: Sequence[Record], names: Sequence[str]) -> pd.DataFrame
     for step, pair in STEPS.items():
         if set(pair) <= set(names):
             both = [(record, name) for record, name in zip(records, names, strict=True) if name in pair]
-            table = compare([record for record, _ in both], "arm", pair[1], [name for _, name in both]).set_index("arm")
-            rows.append({"step": step, "arm": pair[0], "against": pair[1], **table.loc[pair[0]]})
+            table = compare([record for record, _ in both], "arm", pair[1], names=[name for _, name in both])
+            rows.append({"step": step, "arm": pair[0], "against": pair[1], **table.set_index("arm").loc[pair[0]]})
     return pd.DataFrame(rows)
 
 
