@@ -343,34 +343,34 @@ def claims_sentence(frame: pd.DataFrame) -> str:
 
 # -- the released code ----------------------------------------------------------------------------------------------
 
-_AS_CODED = "system `one-name-as-coded`"
+_AS_CODED = 'system "one-name-as-coded"'
 RELEASED = [  # topic, what the released code does, where it is here or why it is not
-    ("frames", "40 random frames a clip, also at test", "aggregator `as coded`, which draws 40 at test too"),
-    ("quality inputs", "appended to every raw frame, no normalisation", "concat `frames`"),
-    ("channel attention", "frames as channels, 1x1 convolutions 40 to 20, batch norm, residual", "aggregator `as coded`"),
-    ("query", "one attention block, query at 0", "aggregator `as coded`"),
+    ("frames", "40 random frames a clip, also at test", 'aggregator "as coded", which draws 40 at test too'),
+    ("quality inputs", "appended to every raw frame, no normalisation", 'concat "frames"'),
+    ("channel attention", "frames as channels, 1x1 convolutions 40 to 20, batch norm, residual", 'aggregator "as coded"'),
+    ("query", "one attention block, query at 0", 'aggregator "as coded"'),
     ("scene branch", "D to D/4 to D/16, batch norm, PReLU, dropout", "context_dim 120; a clip without a scene gets a "
      "learned vector, since here some have none"),
     ("fusion MLP", "602 to 964 to 602, residual, cosine classifier", "hidden 964; the last batch norm starts at 0, so that "
      "the start from class means is one"),
-    ("views", "1 of 16 blocks of face and scene dropped, 1 of 32 for the scene alone", "ensemble `views`, regions 16 and "
+    ("views", "1 of 16 blocks of face and scene dropped, 1 of 32 for the scene alone", 'ensemble "views", regions 16 and '
      "twice as many for the fallback's model"),
     ("members", "eleven of sixteen each, by hand", "members, the same eleven"),
     ("margin loss", "scale 30, margin .5, linear beyond pi - m, no clamp of the root", "the same; the root is clamped, since "
      "its gradient may be infinite otherwise"),
-    ("focal term", "gamma 2 on the mean cross-entropy of the batch", "focal `batch`"),
+    ("focal term", "gamma 2 on the mean cross-entropy of the batch", 'focal "batch"'),
     ("optimiser", "SGD .1, momentum .9, cosine over 100 epochs, batch 4096", f"options of the training, in {_AS_CODED}; not "
      "on this page, where both ladders share epochs, batches and optimiser"),
-    ("start", "random", f"start `random`, in {_AS_CODED}; not on this page, for the same reason"),
+    ("start", "random", f'start "random", in {_AS_CODED}; not on this page, for the same reason'),
     ("scene fine-tuning", "SE-ResNeXt-50, 20 epochs, three images a clip", "not reproduced here: the simulated clips have "
      "scene features and no pictures"),
     ("scene extraction", "batch norm in training mode", "not reproduced: a defect that needs pictures to show"),
-    ("distractors", "an output of their own, of 10,035, but dropped from training", "distractors `all`, without the output "
-     "that no clip trains; the arm `class` is on this page"),
+    ("distractors", "an output of their own, of 10,035, but dropped from training", 'distractors "all", without the output '
+     'that no clip trains; the arm "class" is on this page'),
     ("clips without a face", "dropped from face+scene training and test", "the same: such clips are not trained on, and the "
      "fallback ranks them"),
-    ("test score", "softmax of bare cosines, averaged over members", "combine `softmax`, scale 1"),
-    ("fallback", ".95 x scene without a face; norm below 8.867: .2 and .8", "fallback by `norm`, threshold, low, absent"),
+    ("test score", "softmax of bare cosines, averaged over members", 'combine "softmax", scale 1'),
+    ("fallback", ".95 x scene without a face; norm below 8.867: .2 and .8", 'fallback by "norm", threshold, low, absent'),
     ("ranking", "top 100 clips for each identity, no threshold", "the same"),
     ("validation", "none, trained on train and val", "not reproduced: without clips held out there is nothing to report"),
 ]
