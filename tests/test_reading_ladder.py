@@ -373,7 +373,7 @@ def test_options_of_the_released_code_exist():
     assert frame["topic"].is_unique and frame["here"].str.len().gt(0).all()
     names = asdict(Experiment())
     checked = 0
-    for name, value in re.findall(r"(\w+) `([^`]+)`", " ".join(frame["here"])):
+    for name, value in re.findall(r'(\w+) "([^"]+)"', " ".join(frame["here"])):
         if name in names:
             replace(ONE_NAME_AS_CODED, **{name: value}, fallback=None)  # refuses what it does not know
             checked += 1
