@@ -234,7 +234,8 @@ def interval_width(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.plot(frame["identities"], frame["width"], "o", color=BLUE, label="bootstrap")
     line = frame.sort_values("identities")
     ax.plot(line["identities"], line["normal"], color=ORANGE, label="normal approximation")
-    ax.set(xscale="log", yscale="log", xlabel="identities", ylabel="width of the interval (MAP@100)")
+    scale = "log" if frame["width"].gt(0).any() else "linear"  # where every identity is found, no interval has a width
+    ax.set(xscale="log", yscale=scale, xlabel="identities", ylabel="width of the interval (MAP@100)")
     ax.legend()
     return ax
 

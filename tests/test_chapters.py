@@ -232,7 +232,8 @@ def real_store(tmp_path_factory):
 
 
 # A MAP@100 that each of these chapters glues.
-REAL_FACES = {"03_baselines": "base-mlp", "04_aggregation": "agg-trained", "05_loss": "loss-margin", "07_fusion": "fus-face"}
+REAL_FACES = {"02_metric": "metric-map", "03_baselines": "base-mlp", "04_aggregation": "agg-trained",
+              "05_loss": "loss-margin", "07_fusion": "fus-face", "09_inference": "inf-ceiling"}
 
 
 @pytest.mark.chapters
@@ -242,6 +243,16 @@ def test_chapter_runs_on_real_faces(name, real_store, tiny_cache, tmp_path):
     found = glued(run_chapter(chapter, tmp_path, tiny_cache, "-p", "data", str(real_store), "-p", "seeds", "[0]"))
     assert "own" in found["notice"] and "imulated" not in found["notice"]
     assert .9 < float(found[REAL_FACES[name]]) <= 1  # clean photographs: far above the chance level, and never above 1
+
+
+# Chapters that have committed records of simulated clips, which must not speak for these.
+@pytest.mark.chapters
+@pytest.mark.parametrize("name, key", [("08_ensemble", "ens-source"), ("10_ladder", "lad-source")])
+def test_committed_records_are_not_shown_for_real_faces(name, key, real_store, tiny_cache, tmp_path):
+    chapter = ROOT / "book" / "chapters" / f"{name}.md"
+    found = glued(run_chapter(chapter, tmp_path, tiny_cache, "-p", "data", str(real_store), "-p", "seeds", "[0]"))
+    assert "own" in found["notice"] and "imulated" not in found["notice"]
+    assert "this page" in found[key] and not any("imulated" in str(text) for text in found.values())
 
 
 # The rules themselves.

@@ -280,6 +280,11 @@ def test_interval_width_stands_beside_its_normal_approximation():
     }
 
 
+def test_intervals_without_a_width_are_drawn_without_a_warning(recwarn):
+    frame = pd.DataFrame({"identities": [100, 10], "width": [0.0, 0.0], "normal": [0.0, 0.0]})
+    assert drawn(figures.interval_width(frame))["bootstrap"] == ([100, 10], [0, 0]) and not recwarn.list
+
+
 def test_paired_and_unpaired_intervals_stand_beside_each_other():
     frame = pd.DataFrame(
         {

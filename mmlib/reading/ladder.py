@@ -101,7 +101,7 @@ def missing_sentence(scene: bool, scores: bool, distractors: bool) -> str:
         out.append("These clips have no quality and det scores, so norms stand in for them, and the coded attention, which "
                    "needs them, is left out.")
     if not distractors:
-        out.append("These clips have no distractors, so none are trained on.")
+        out.append("These clips have fewer than two distractors, so none are trained on.")
     return " ".join(out)
 
 
@@ -313,7 +313,7 @@ def coded_sentence(records: Iterable[Record], steps: pd.DataFrame) -> str:
 def distractor_sentence(frame: pd.DataFrame) -> str:
     """Say what training on distractors is worth."""
     parts = [f"{worth(row)} for {row['system']}" for row in frame.to_dict("records")]
-    return f"Training on half of the distractors is worth {' and '.join(parts)}." if parts else "These clips have none."
+    return f"Training on half of the distractors is worth {' and '.join(parts)}." if parts else "These clips have too few."
 
 
 def scope_sentence(simulated: bool, identities: int) -> str:
