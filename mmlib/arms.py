@@ -51,6 +51,8 @@ FUSIONS = {
 CHOSEN = {
     "softmax": 3e-4, "cosine softmax": 1e-3, "margin": 1e-3, "margin + focal": 1e-3, "margin + batch focal": 1e-3,
     "margin, scores": 1e-2, "margin + focal, scores": 3e-3, "margin + focal, raw scores": 1e-3,
+    "face": 1e-3, "scene": 3e-4, "scene 32": 1e-3, "scene 64": 1e-3, "scene 128": 1e-2, "scene 256": 1e-2,
+    "scene 128, gated": 1e-3, "head": 1e-3, "body": 1e-3, "audio": 1e-3, "all": 3e-3,
 }
 
 
