@@ -152,9 +152,8 @@ class SavedMembers(UserDict):
     """The trained members of an experiment by (branch, member), as ``rank_clips`` takes them; each is saved when it is set.
 
     folder: where; those that it holds already are loaded at once, so that a damaged file is found before hours of
-    training.  The name of a file is a hash of what decides the member: branch, content of the store, number, library; the split that is ranked is no
-    part of it.
-    trained, loaded: how many.
+    training.  The name of a file is a hash of what decides the member: branch, content of the store, number, library; the
+    split that is ranked is no part of it.  trained, loaded: how many.
     """
 
     def __init__(self, folder: Path, experiment: Experiment, store: ClipStore, device: torch.device, *,
