@@ -315,6 +315,23 @@ def test_sentence_on_kinds_follows_the_intervals(worlds):
     assert "views are not to be told apart from plain seeds, +0.00 points" in ensemble.kinds_sentence(level)
 
 
+def test_sentence_on_starts_compares_as_many_members_and_one_model():
+    def ran(start, gains):
+        base = replace(BASE, start=start)
+        return [record(kind, members, seed, (0.5 + gain + 0.01 * seed,), base=base, disagreement=0.1 if members == 1 else gain)
+                for (kind, members), gain in gains.items() for seed in range(3)]
+
+    means = ran("class means", {("seeds", 1): 0.2, ("views", 1): 0.1, ("views", 2): 0.21, ("seeds", 2): 0.4})
+    random = ran("random", {("seeds", 1): 0.15, ("views", 1): 0.0, ("views", 2): 0.24, ("views", 4): 0.3})
+    text = ensemble.start_sentence({"face and scene": means, "random start": random})
+    assert text == (
+        "2 views that start at random change MAP@100 by +3.00 points (+3.00 to +3.00) against as many that start at class "
+        "means, where one model that starts at random changes it by -5.00 points (-5.00 to -5.00); two of these views name "
+        "24.0 % of the clips differently, two from class means 21.0 %; 95 % intervals over 3 worlds."
+    )
+    assert ensemble.start_sentence({"face and scene": means}) == ""
+
+
 def test_sentence_on_gains_has_every_kind_best_first(worlds):
     text = ensemble.gain_sentence(worlds)
     assert text.index("views +3.33") < text.index("seeds +1.00") < text.index("bagging -3.33")

@@ -380,6 +380,24 @@ def gain_sentence(records: Iterable[Record]) -> str:
     return f"Against one plain model, {largest(records)} members change MAP@100 by so many points: {said}; {_span(table)}."
 
 
+def start_sentence(systems: dict[str, list[Record]], kind: str = "views") -> str:
+    """Say how an ensemble whose members start at random stands to one from class means; empty if only one was run."""
+    if not {"face and scene", "random start"} <= set(systems):
+        return ""
+    both = systems["face and scene"] + systems["random start"]
+    size = min(largest(systems[name]) for name in ("face and scene", "random start"))
+    most = [r for r in both if _rule(r) == MAIN and _size(r) == size and r.experiment["ensemble"] == kind]
+    one = [r for r in both if _rule(r) == MAIN and _size(r) == 1 and r.experiment["ensemble"] == "seeds"]
+    tables = [_compare(records, lambda r: r.experiment["start"], "class means") for records in (most, one)]
+    many, single = (table.set_index("arm").loc["random"] for table in tables)
+    apart = {start: 100 * np.mean([r.measures["disagreement"] for r in most if r.experiment["start"] == start])
+             for start in ("random", "class means")}
+    return (f"{size} {kind} that start at random change MAP@100 by {_interval(many)} against as many that start at class "
+            f"means, where one model that starts at random changes it by {_interval(single)}; two of these {kind} name "
+            f"{apart['random']:.1f} % of the clips differently, two from class means {apart['class means']:.1f} %; "
+            f"{_span(tables[0])}.")
+
+
 def lost_sentence(table: pd.DataFrame) -> str:
     """Say what ``lost_ap`` says of the identities that one bag lost, and that more than a quarter of all members lost."""
     rows = [row for row in table.to_dict("records") if row["lost by"] == LOST_GROUPS[-1]]
