@@ -6,6 +6,7 @@ from conftest import made
 
 from mmlib import arms
 from mmlib.arms import BASE, FUSED, FUSIONS, LOSSES
+from mmlib.runs import read_results
 
 GROUPS = pytest.mark.parametrize("group", [LOSSES, FUSIONS], ids=["losses", "fusions"])
 
@@ -126,3 +127,11 @@ def test_best_trials_are_means_over_worlds_best_first_within_an_arm(monkeypatch)
 def test_no_trial_gives_an_empty_table():
     found = arms.best_trials(LOSSES, [])
     assert found.empty and list(found) == ["arm", "epochs", "lr", "map_at_100", "chosen"]
+
+
+@pytest.mark.parametrize("group, name", [(LOSSES, "05_search.jsonl.gz"), (FUSIONS, "07_search.jsonl.gz")],
+                         ids=["losses", "fusions"])
+def test_rates_are_the_best_short_ones_of_the_committed_searches(group, name):
+    found = arms.best_trials(group, read_results(name))
+    short = found[found["epochs"] == arms.EPOCHS[0]].groupby("arm").head(1)
+    assert set(short["arm"]) == set(group) and short["chosen"].all()

@@ -8,7 +8,7 @@ import torch
 from conftest import made
 from scipy import stats
 
-from mmlib import reading
+from mmlib import reading, runs
 from mmlib.clips.simulate import Settings, settings_for
 from mmlib.experiment import Experiment
 from mmlib.models import AGGREGATORS, IdentityModel, make_aggregator
@@ -268,6 +268,12 @@ def test_search_averages_over_worlds_and_names_the_training_that_is_used(monkeyp
     assert list(zip(frame["epochs"], frame["lr"], strict=True)) == [(t.epochs, t.lr) for t in best_first]
     assert frame["map_at_100"].iloc[0] == pytest.approx(0.501 + 0.01 * (len(trials) - 1))
     assert np.flatnonzero(frame["chosen"]).tolist() == [best_first.index(trials[3])]
+
+
+def test_training_of_an_arm_was_the_best_short_one_of_the_committed_search():
+    frame = aggregation.tuning_frame(runs.read_results("04_search.jsonl.gz"))
+    short = frame[frame["epochs"] == frame["epochs"].min()].groupby("aggregator").head(1)
+    assert set(short["aggregator"]) == set(AGGREGATORS) and short["chosen"].all()
 
 
 # -- the sensitivity grid ------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 from conftest import made, of
 
-from mmlib import arms, figures, retrieval, runs
 from mmlib.experiment import Experiment
 from mmlib.reading import compare, loss
 
@@ -112,15 +111,6 @@ def test_no_arm_is_under_trained_where_longer_is_worth_little():
 def test_search_without_records_is_said():
     best = loss.search_frame(arms.best_trials(arms.LOSSES, []))
     assert best.empty and loss.search_sentence(best).startswith("There are no records of the search")
-
-
-@pytest.mark.parametrize("name", arms.LOSSES)
-def test_rate_of_an_arm_is_the_best_of_the_committed_search(name):
-    records = runs.read_results("05_search.jsonl.gz")
-    if not records:
-        pytest.skip("the records of the search are not here")
-    best = loss.search_frame(arms.best_trials(arms.LOSSES, records)).set_index("arm")
-    assert arms.CHOSEN[name] == best["lr"][name]
 
 
 # -- the arms ------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ TUNING_SEEDS = (100, 101)  # worlds that no comparison uses
 # all arms, so that all take the same steps; ``tuning_frame`` shows the search and ``longer_is_worth`` the other length.
 _NETWORK = {"lr": 1e-3}
 TUNED: dict[str, dict] = {
-    "mean": {"lr": 5e-4}, "norm": _NETWORK, "quality": _NETWORK, "best half": _NETWORK,
+    "mean": _NETWORK, "norm": {"lr": 5e-4}, "quality": _NETWORK, "best half": _NETWORK,
     "learned scores": _NETWORK | {"aggregator_lr": 3.0},
     "NAN": _NETWORK | {"aggregator_lr": 1e-3}, "NAN, two blocks": _NETWORK | {"aggregator_lr": 3e-4},
     "NAN + scores": _NETWORK | {"aggregator_lr": 1e-3}, "attention": _NETWORK | {"aggregator_lr": 1e-3},
