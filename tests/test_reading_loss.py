@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from conftest import made, of
 
+from mmlib import arms, figures, retrieval
 from mmlib.experiment import Experiment
 from mmlib.reading import compare, loss
 
