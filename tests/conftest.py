@@ -1,6 +1,5 @@
 """What more than one file of tests uses: the device, two clip stores, experiments on a store, records."""
 
-import os
 from dataclasses import asdict
 
 import numpy as np
@@ -15,9 +14,6 @@ from mmlib.runs import Record
 from mmlib.train import Training
 
 BRIEF = Training(epochs=1, batch=64)
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # several processes already: a second thread of each would only wait
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(
