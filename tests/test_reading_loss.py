@@ -190,7 +190,7 @@ def test_steps_are_told_by_what_their_intervals_support():
         [row(1, 0.5, 1.5, step="a"), row(-1, -2, -0.1, step="b"), row(1, -1, 3, step="c")]
     )
     assert loss.steps_sentence(steps) == (
-        "Of these 3 steps, 1 gain: a +1.00; 1 lose: b -1.00; 1 change nothing that can be told apart: c +1.00 "
+        "These 3 steps bring a gain in 1: a +1.00; a loss in 1: b -1.00; nothing that can be told apart in 1: c +1.00 "
         "(points of MAP@100)."
     )
 

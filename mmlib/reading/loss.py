@@ -185,12 +185,12 @@ def _signed(value: float) -> str:
 
 def steps_sentence(steps: pd.DataFrame) -> str:
     """Say which steps gain, which lose, and which cannot be told apart from nothing."""
-    groups = {"gain": steps[steps["low"] > 0], "lose": steps[steps["high"] < 0]}
-    groups["change nothing that can be told apart"] = steps.drop(index=[*groups["gain"].index, *groups["lose"].index])
-    out = [f"{len(part)} {verb}: "
+    groups = {"a gain": steps[steps["low"] > 0], "a loss": steps[steps["high"] < 0]}
+    groups["nothing that can be told apart"] = steps.drop(index=[*groups["a gain"].index, *groups["a loss"].index])
+    out = [f"{what} in {len(part)}: "
            + ", ".join(f"{row['step']} {_signed(row['difference'])}" for row in part.to_dict("records"))
-           for verb, part in groups.items() if len(part)]
-    return f"Of these {len(steps)} steps, " + "; ".join(out) + " (points of MAP@100)."
+           for what, part in groups.items() if len(part)]
+    return f"These {len(steps)} steps bring " + "; ".join(out) + " (points of MAP@100)."
 
 
 _ASKED = {  # step, how the answer calls it
