@@ -323,13 +323,13 @@ def test_sentence_on_starts_compares_as_many_members_and_one_model():
 
     means = ran("class means", {("seeds", 1): 0.2, ("views", 1): 0.1, ("views", 2): 0.21, ("seeds", 2): 0.4})
     random = ran("random", {("seeds", 1): 0.15, ("views", 1): 0.0, ("views", 2): 0.24, ("views", 4): 0.3})
-    text = ensemble.start_sentence({"face and scene": means, "random start": random})
+    text = ensemble.start_sentence(means, random)
     assert text == (
         "2 views that start at random change MAP@100 by +3.00 points (+3.00 to +3.00) against as many that start at class "
         "means, where one model that starts at random changes it by -5.00 points (-5.00 to -5.00); two of these views name "
         "24.0 % of the clips differently, two from class means 21.0 %; 95 % intervals over 3 worlds."
     )
-    assert ensemble.start_sentence({"face and scene": means}) == ""
+    assert ensemble.start_sentence(means, []) == ""
 
 
 def test_sentence_on_gains_has_every_kind_best_first(worlds):

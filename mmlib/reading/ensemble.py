@@ -380,14 +380,14 @@ def gain_sentence(records: Iterable[Record]) -> str:
     return f"Against one plain model, {largest(records)} members change MAP@100 by so many points: {said}; {_span(table)}."
 
 
-def start_sentence(systems: dict[str, list[Record]], kind: str = "views") -> str:
-    """Say how an ensemble whose members start at random stands to one from class means; empty if only one was run."""
-    if not {"face and scene", "random start"} <= set(systems):
+def start_sentence(means: Sequence[Record], random: Sequence[Record], kind: str = "views") -> str:
+    """Say how an ensemble whose members start at random stands to one from class means; empty if there is none."""
+    if not random:
         return ""
-    both = systems["face and scene"] + systems["random start"]
-    size = min(largest(systems[name]) for name in ("face and scene", "random start"))
-    most = [r for r in both if _rule(r) == MAIN and _size(r) == size and r.experiment["ensemble"] == kind]
-    one = [r for r in both if _rule(r) == MAIN and _size(r) == 1 and r.experiment["ensemble"] == "seeds"]
+    plain = [r for r in (*means, *random) if _rule(r) == MAIN]
+    size = min(largest(means), largest(random))
+    most = [r for r in plain if _size(r) == size and r.experiment["ensemble"] == kind]
+    one = [r for r in plain if _size(r) == 1 and r.experiment["ensemble"] == "seeds"]
     tables = [_compare(records, lambda r: r.experiment["start"], "class means") for records in (most, one)]
     many, single = (table.set_index("arm").loc["random"] for table in tables)
     apart = {start: 100 * np.mean([r.measures["disagreement"] for r in most if r.experiment["start"] == start])

@@ -196,10 +196,10 @@ def held_out(found: dict[str, list[Record]]) -> tuple[list[Record], pd.DataFrame
 
 
 def weight_frame(found: dict[str, list[Record]]) -> pd.DataFrame:
-    """Compare every weight with weight 0: weight (in order), else as ``compare``; the face arm alone without weights."""
+    """Compare every weight with weight 0: weight (in order) for arm, else as ``compare``; without weights the face arm."""
     names = {weight_name(weight): weight for weight in WEIGHTS if weight_name(weight) in found} or {"face": 0.0}
-    frame = against(found, names, baseline=next(iter(names)))
-    return frame.assign(weight=frame["arm"].map(names)).sort_values("weight", ignore_index=True)
+    frame = against(found, names, baseline=next(iter(names))).rename(columns={"arm": "weight"})
+    return frame.assign(weight=frame["weight"].map(names)).sort_values("weight", ignore_index=True)
 
 
 def weight_lines(found: dict[str, list[Record]]) -> pd.DataFrame:
