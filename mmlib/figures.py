@@ -16,6 +16,7 @@ import seaborn as sns
 from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 # Okabe and Ito's colours: told apart by colour-blind readers, in grey by the markers beside them.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
@@ -236,6 +237,10 @@ def interval_width(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.plot(line["identities"], line["normal"], color=ORANGE, label="normal approximation")
     scale = "log" if frame["width"].gt(0).any() else "linear"  # where every identity is found, no interval has a width
     ax.set(xscale="log", yscale=scale, xlabel="identities", ylabel="width of the interval (MAP@100)")
+    for axis in (ax.xaxis, ax.yaxis) if scale == "log" else (ax.xaxis,):  # plain numbers that do not touch
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(NullFormatter())
     ax.legend()
     return ax
 

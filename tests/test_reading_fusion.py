@@ -13,7 +13,6 @@ from mmlib.experiment import Experiment
 from mmlib.rank import Fallback
 from mmlib.reading import fusion
 from mmlib.runs import PERCENTILE_EDGES
-from mmlib.train import Training
 
 FACE = arms.FUSIONS["face"]
 SCORED = replace(FACE, combine="softmax", fallback=Fallback(share=0.0, absent=None))
@@ -244,47 +243,6 @@ def test_largest_gap_is_over_seeds_and_identities():
     assert fusion.largest_gap(found) == 0
     found |= swept({0.0: [[0.5, 0.4], [0.5, 0.7]]})
     assert fusion.largest_gap(found) == pytest.approx(0.3)
-
-
-# -- the search ----------------------------------------------------------------------------------------------
-
-
-def trials(arm, table):
-    """Records from {(epochs, lr): (MAP of world 100, MAP of world 101)}."""
-    asked = arms.FUSIONS[arm]
-    return [
-        record(replace(asked, training=replace(asked.training, epochs=epochs, lr=lr)), seed, [value])
-        for (epochs, lr), values in table.items()
-        for seed, value in zip(arms.SEARCH_SEEDS, values)
-    ]
-
-
-FOUND = {(8, 1e-3): (0.6, 0.4), (8, 3e-3): (0.5, 0.3), (16, 1e-3): (0.1, 0.1), (16, 3e-3): (0.7, 0.5)}
-
-
-def test_under_trained_is_better_at_twice_the_length_in_every_world():
-    group = {name: arms.FUSIONS[name] for name in ("face", "scene", "head")}
-    mixed = FOUND | {(16, 3e-3): (0.8, 0.3)}
-    frame = fusion.budget(group, trials("face", FOUND) + trials("scene", mixed)).set_index("arm")
-    row = frame.loc["face"]
-    assert (row["MAP@100"], row["longer"], row["gain"]) == pytest.approx((0.5, 0.6, 10))
-    assert frame["under-trained"].tolist()[:2] == [True, False] and pd.isna(frame["gain"]["head"])
-    said = fusion.budget_sentence(frame.reset_index())
-    assert said.startswith("Under-trained at this length: face.") and "face, +10.00 points" in said
-
-
-def test_rate_at_the_edge_of_the_search_is_said():
-    wide = {(epochs, lr): (0.5, 0.5) for epochs in (8, 16) for lr in (3e-4, 1e-3, 3e-3)}
-    at = {name: replace(arms.FUSIONS[name], training=Training(lr=lr)) for name, lr in (("face", 1e-3), ("head", 3e-3))}
-    frame = fusion.budget(at, trials("face", wide) + trials("head", wide))
-    assert frame["edge"].tolist() == [False, True]
-    assert fusion.budget_sentence(frame).endswith("At the edge of what was tried lies the rate of head.")
-
-
-def test_without_the_search_the_trainings_are_still_listed():
-    frame = fusion.budget({"face": FACE}, [])
-    assert frame[["arm", "lr", "epochs"]].values.tolist() == [["face", 1e-3, 8]]
-    assert "nobody can say" in fusion.budget_sentence(frame)
 
 
 # -- sentences -----------------------------------------------------------------------------------------------

@@ -103,3 +103,13 @@ def provenance(records: list[Record]) -> str:
     return (f"{len(records)} records on {kind} clips, made {' to '.join(dict.fromkeys((days[0], days[-1])))} on "
             f"{', '.join(sorted({record.device for record in records}))}, commit {', '.join(commits)}, "
             + ("by the code that built this page." if fresh else "by an earlier version of the code than this page."))
+
+
+def listed(names: Iterable[str], word: str = "and") -> str:
+    """Write names as in a sentence.
+
+    >>> listed(["face", "scene", "head"])
+    'face, scene and head'
+    """
+    *most, last = names
+    return f"{', '.join(most)} {word} {last}" if most else last

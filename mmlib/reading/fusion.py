@@ -8,12 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from mmlib import arms
 from mmlib.clips.store import ClipStore
 from mmlib.experiment import Experiment
 from mmlib.retrieval import missing_scores
 from mmlib.rank import Fallback
-from mmlib.reading import breakdown_frame, compare
+from mmlib.reading import breakdown_frame, compare, listed
 from mmlib.runs import Record
 
 WEIGHTS = (0.0, .02, .05, .1, .2, .3, .5, .7, 1.0)  # share of the scene model in the score of a clip
@@ -46,7 +45,7 @@ def left_out(group: dict[str, Experiment], store: ClipStore) -> str:
     lacking = dict.fromkeys(name for arm in group.values() for name in arm.context if name not in store.modalities)
     if not any(arm.context for arm in possible(group, store).values()):
         return "These clips have faces and nothing else, so there is nothing to fuse: this page shows the face arm alone."
-    return f"These clips have no {_listed(lacking)}, so these arms are not run: {', '.join(gone)}."
+    return f"These clips have no {listed(lacking)}, so these arms are not run: {', '.join(gone)}."
 
 
 def weighted(face: Experiment, store: ClipStore) -> dict[str, Experiment]:
@@ -157,7 +156,7 @@ def absent_sentence(found: dict[str, list[Record]]) -> str:
     if not rows:
         return ""
     if not any(sum(pair) for pair in rows.values()):
-        return (f"Of the clips with a face, in training and in the gallery, none lacks its {_listed(rows, 'or')}: on these "
+        return (f"Of the clips with a face, in training and in the gallery, none lacks its {listed(rows, 'or')}: on these "
                 "clips the learned vector is never used, and nothing on this page says what it is worth.")
     return "Of the clips with a face, " + "; ".join(
         f"{train:,.0f} in training and {gallery:,.0f} in the gallery have no {name}"
@@ -217,44 +216,6 @@ def largest_gap(found: dict[str, list[Record]]) -> float:
 
 
 # -- the search for learning rates ----------------------------------------------------------------------------------
-
-
-def budget(group: dict[str, Experiment], trials: Iterable[Record]) -> pd.DataFrame:
-    """Say with which training each arm runs and what the search says of it.
-
-    Columns: arm, lr, epochs; best MAP@100 (mean over the worlds of the search) at this length and at the longer one,
-    each at its own best rate; gain in points; under-trained: longer is better in every one of those worlds; edge: the
-    rate is the lowest or the highest that was tried.  Without trials only the first three are known.
-    """
-    trials = list(trials)
-    frame = pd.DataFrame([(name, *(r.row()[key] for key in ("training.epochs", "training.lr", "seed", "map_at_100")))
-                          for name, r in zip(arms.names_of(arms.FUSIONS, trials), trials)],
-                         columns=["arm", "epochs", "lr", "seed", "map"])
-    rows = []
-    for name, arm in group.items():
-        own, row = frame[frame["arm"] == name], {"arm": name, "lr": arm.training.lr, "epochs": arm.training.epochs}
-        best = {}  # epochs -> MAP of each world at the rate with the best mean
-        for epochs, part in own.groupby("epochs"):
-            table = part.pivot(index="lr", columns="seed", values="map")
-            best[epochs] = table.loc[table.mean(axis=1).idxmax()]
-        if len(best) > 1:
-            short, long = best[min(best)], best[max(best)]
-            row |= {"MAP@100": short.mean(), "longer": long.mean(), "gain": 100 * (long - short).mean(),
-                    "under-trained": bool((long > short).all()), "edge": row["lr"] in (own["lr"].min(), own["lr"].max())}
-        rows.append(row)
-    return pd.DataFrame(rows, columns=["arm", "lr", "epochs", "MAP@100", "longer", "gain", "under-trained", "edge"])
-
-
-def budget_sentence(frame: pd.DataFrame) -> str:
-    """Say which arms are under-trained and which have a rate at the edge of the search."""
-    known = frame.dropna(subset="gain")
-    if known.empty:
-        return "Without the search nobody can say whether an arm is under-trained."
-    short, edge = (known.loc[known[name].astype(bool), "arm"].tolist() for name in ("under-trained", "edge"))
-    most = known.loc[known["gain"].idxmax()]
-    first = f"Under-trained at this length: {', '.join(short)}." if short else "No arm is under-trained at this length."
-    second = f" At the edge of what was tried lies the rate of {_listed(edge)}." if edge else ""
-    return f"{first} Training twice as long is worth most to {most['arm']}, {most['gain']:+.2f} points.{second}"
 
 
 # -- sentences ------------------------------------------------------------------------------------------------------
@@ -357,7 +318,8 @@ def where_sentence(groups: pd.DataFrame) -> str:
                 gain = {kind: 100 * (mean["precision"][kind, arm] - mean["precision"][kind, "face"]) for kind in (True, False)}
                 parts.append(f"{arm} gains {gain[True]:+.2f} points of precision among {what} ({mean['clips'][True, arm]:.0f} "
                              f"clips), {gain[False]:+.2f} among the others")
-    return "; ".join(parts) + "." if parts else "There is nothing to break down beside the face arm."
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}." if parts else "There is nothing to break down beside the face arm."
 
 
 def answer(found: dict[str, list[Record]], simulated: bool) -> str:
@@ -367,8 +329,3 @@ def answer(found: dict[str, list[Record]], simulated: bool) -> str:
     pairs = (("scene 128", "face"), (SCORE, "scene 128"), ("scene 128", "scene 256"))
     clauses = "; ".join(verdict(found, *pair) for pair in pairs)
     return f"On {'the simulated' if simulated else 'these'} clips, over {sample(found)}, {clauses}."
-
-
-def _listed(names: Iterable[str], word: str = "and") -> str:
-    *rest, last = names
-    return f"{', '.join(rest)} {word} {last}" if rest else last

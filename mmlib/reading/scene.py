@@ -510,13 +510,9 @@ def region_sentence(effect: pd.DataFrame) -> str:
     more = effect.loc[effect["low"] > 0, "region"].tolist()
     less = effect.loc[effect["high"] < 0, "region"].tolist()
     text = f"Over {effect['clips'].max()} clips that the network recognises, places of the "
-    parts = [f"{_listed(names)} count {word} than an average place" for names, word in ((more, "more"), (less, "less"))
+    parts = [f"{reading.listed(names)} count {word} than an average place" for names, word in ((more, "more"), (less, "less"))
              if names]
     return text + (", and those of the ".join(parts) if parts else "regions cannot be told apart") + "."
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def settings_frame(scenes: list[Scenes]) -> pd.DataFrame:
