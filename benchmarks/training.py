@@ -1,60 +1,123 @@
-"""Time one epoch of the released network's size, on the clips the released code was timed on.
+"""Lines on training: an epoch of every aggregator, many members, and a member at the size of the challenge."""
 
-    python benchmarks/training.py [--aggregator "as coded"] [--epochs 3]
+from __future__ import annotations
 
-8,000 clips of about 20 frames, 1,001 identities, 40 frames drawn a clip, 480 + 2 face and 1,920 scene inputs, batches of
-512: an epoch of the released code of 2019 takes 15-17 s on two idle cores.  Reading is part of the epoch here as there.
-"""
-
-import argparse
-import tempfile
-import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.data import SCALES
+from benchmarks.meter import measure
 from mmlib.clips.store import ClipStore
-from mmlib.models import AGGREGATORS, IdentityModel, make_aggregator
-from mmlib.train import Training, train
+from mmlib.ensemble import member_seed
+from mmlib.experiment import Experiment
+from mmlib.models import LEARNED, IdentityModel
+from mmlib.retrieval import make_model
+from mmlib.systems import ONE_NAME_AS_CODED
+from mmlib.train import Training, train, train_together
 
 
-def write_store(path: Path, clips: int = 8000, identities: int = 1001) -> ClipStore:
-    """Write a store of random clips of 1 to 39 frames."""
-    rng = np.random.default_rng(0)
-    count = rng.integers(1, 40, clips)
-    frames = int(count.sum())
-    with ClipStore.create(path, simulated=True, provenance={"by": "benchmarks/training.py"}) as writer:
-        face = (rng.standard_normal((frames, 480), np.float32)).astype(np.float16)
-        writer.append("face", face, quality=rng.uniform(0, 200, frames), det=rng.uniform(.8, 1, frames))
-        writer.append("scene", rng.standard_normal((clips, 1920), np.float32).astype(np.float16))
-        table = pd.DataFrame({"clip": [f"{i:06d}" for i in range(clips)], "split": "train",
-                              "identity": rng.integers(0, identities, clips)})
-        spans = {"face": (np.cumsum(count) - count, count), "scene": (np.arange(clips), np.ones(clips, int))}
-        writer.finish(table, [str(i) for i in range(identities)], spans)
-    return ClipStore.open(path)
+def system(aggregator: str, scale: str) -> Experiment:
+    """Return the system as coded with another aggregator, for one epoch of the scale's batches.
+
+    Its classes are those of the released code: the identities, and one for nobody.
+    """
+    s = SCALES[scale]
+    return replace(ONE_NAME_AS_CODED, aggregator=aggregator, concat="frames" if aggregator == "as coded" else "none",
+                   distractors="class",
+                   training=replace(ONE_NAME_AS_CODED.training, epochs=1, batch=s.batch, frames=s.frames, aggregator_lr=.01,
+                                    lr=.01))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--aggregator", choices=AGGREGATORS, default="as coded")
-    parser.add_argument("--epochs", type=int, default=3)
-    asked = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        store = write_store(Path(folder) / "store")
-        aggregator = make_aggregator(asked.aggregator, 480)
-        model = IdentityModel(aggregator, 1001, hidden=964, contexts={"scene": 1920}, context_dim=120).to(device)
-        training = replace(Training(), epochs=1, batch=512, frames=40, sample="draw")
-        for epoch in range(asked.epochs):
-            began = time.perf_counter()
-            train(model, store, np.arange(len(store)), training, seed=epoch)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            print(f"epoch {epoch}: {time.perf_counter() - began:.2f} s on {device}, {torch.get_num_threads()} threads")
+def epoch(folder: str, scale: str, device: str, aggregator: str, **_) -> dict:
+    """Train one epoch, reading included."""
+    store, asked = ClipStore.open(Path(folder, "clips")), system(aggregator, scale)
+    clips = store.select("train", labelled=True)
+    model = make_model(asked, store).to(device)
+    found = measure(lambda: train(model, store, clips, asked.training, seed=0), warm=1, device=device)
+    learned = "" if aggregator in LEARNED else ", which has no parameters: the network after it is trained"
+    return found | {"work": f"{_size(store, clips, asked.training)}, {aggregator!r}{learned}",
+                    "flops": step_flops(model, store, clips, asked.training) * steps(clips, asked.training),
+                    "bytes": epoch_bytes(model, store, clips, asked.training)}
 
 
-if __name__ == "__main__":
-    main()
+def members_together(folder: str, scale: str, device: str, **_) -> dict:
+    """Train the members of an ensemble of views together, an epoch each."""
+    def call(models, store, clips, training):
+        train_together(models, store, [clips] * len(models), training,
+                       seeds=[member_seed(0, member) for member in range(len(models))])
+
+    return _members(folder, scale, device, call, "together")
+
+
+def members_apart(folder: str, scale: str, device: str, **_) -> dict:
+    """Train the same members one after another."""
+    def call(models, store, clips, training):
+        for member, model in enumerate(models):
+            train(model, store, clips, training, seed=member_seed(0, member))
+
+    return _members(folder, scale, device, call, "one by one")
+
+
+def _members(folder: str, scale: str, device: str, call: Callable, how: str) -> dict:
+    store, asked, count = ClipStore.open(Path(folder, "clips")), system("attention + scores", scale), SCALES[scale].members
+    clips = store.select("train", labelled=True)
+    models = [make_model(asked, store, member).to(device) for member in range(count)]
+    found = measure(lambda: call(models, store, clips, asked.training), repeats=1, warm=1, device=device)
+    flops = sum(step_flops(model, store, clips, asked.training) for model in models) * steps(clips, asked.training)
+    return found | {"work": f"{count} members {how}, each {_size(store, clips, asked.training)}", "flops": flops,
+                    "bytes": sum(epoch_bytes(model, store, clips, asked.training) for model in models)}
+
+
+def challenge(folder: str, scale: str, device: str, **_) -> dict:
+    """Train one face and scene member for 100 epochs of the challenge's train split: one is measured, times 100."""
+    s = SCALES[scale]
+    store = ClipStore.open(Path(folder, "challenge"))
+    asked = system("as coded", scale)
+    training = replace(asked.training, batch=s.challenge_batch)
+    clips = store.select("train")
+    model = make_model(asked, store).to(device)
+    found = measure(lambda: train(model, store, clips, training, seed=0), repeats=2, warm=1, device=device)
+    epochs = ONE_NAME_AS_CODED.training.epochs
+    flops = step_flops(model, store, clips, training) * steps(clips, training)
+    return found | {"seconds": [epochs * second for second in found["seconds"]],
+                    "work": f"{epochs} epochs of {_size(store, clips, training)}: one epoch measured, times {epochs}",
+                    "flops": epochs * flops, "bytes": epochs * epoch_bytes(model, store, clips, training)}
+
+
+def steps(clips: np.ndarray, training: Training) -> int:
+    """Return the steps of an epoch, as ``train`` takes them."""
+    return max(1, round(len(clips) / training.batch))
+
+
+def step_flops(model: IdentityModel, store: ClipStore, clips: np.ndarray, training: Training) -> int:
+    """Count the operations of the matrix products of one step, forward and backward."""
+    group = clips[:round(len(clips) / steps(clips, training))]
+    counter = FlopCounterMode(display=False)
+    with counter:
+        train(model, store, group, replace(training, batch=len(group)), seed=0)
+    return counter.get_total_flops()
+
+
+def epoch_bytes(model: IdentityModel, store: ClipStore, clips: np.ndarray, training: Training) -> int:
+    """Return the bytes that an epoch must move at least: frames, and parameters.
+
+    Every drawn number of a clip is read as float16 and written as float32: 6 bytes.  In every step each parameter is read
+    forward and backward, its gradient is written and read, each of its optimiser states (one for SGD with momentum, two
+    for AdamW) is read and written, and it is read and written by the update: 4 (6 + 2 states) bytes.
+    """
+    widths = {name: store.modalities[name].feature.shape[1] for name in ("face", *model.branches)}
+    numbers = len(clips) * (training.frames * widths.pop("face") + sum(widths.values()))
+    states = {"sgd": 1, "adamw": 2}[training.optimiser]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return 6 * numbers + steps(clips, training) * 4 * (6 + 2 * states) * parameters
+
+
+def _size(store: ClipStore, clips: np.ndarray, training: Training) -> str:
+    face, scene = (store.modalities[name].feature.shape[1] * 15 // 16 for name in ("face", "scene"))
+    return (f"{len(clips):,} clips, {len(store.identities) + 1:,} classes, {training.frames} frames of {face}, "
+            f"scenes of {scene}, batches of {training.batch:,}")

@@ -193,7 +193,18 @@ class ScoreAttention(nn.Module):
         return _einsum("bt,btd->bd", self.weights(x, mask, quality, det), x)
 
 
-class NAN(nn.Module):
+class _FrameAttention(nn.Module):
+    """Pool with weights: a subclass's ``_pool`` returns the clip feature (B, out_dim) and the weight of each frame (B, T)."""
+
+    def forward(self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None) -> Tensor:
+        return self._pool(x, mask, quality, det)[0]
+
+    def weights(self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None) -> Tensor:
+        """Return the weight of each frame (B, T) in the clip feature."""
+        return self._pool(x, mask, quality, det)[1]
+
+
+class NAN(_FrameAttention):
     """Hold the parameters of `nan_pool` (blocks=1) or `nan_cascade` (blocks=2).
 
     All start at 0, so an untrained NAN is `norm_pool`; with two blocks the first query moves one step after
@@ -218,19 +229,8 @@ class NAN(nn.Module):
             return nan_pool(x, mask, self.query, scores)
         return nan_cascade(x, mask, self.query, self.weight, self.bias, scores)
 
-    def forward(
-        self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None
-    ) -> Tensor:
-        return self._pool(x, mask, quality, det)[0]
 
-    def weights(
-        self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None
-    ) -> Tensor:
-        """Attention of each frame (B, T), summing to 1 over a clip's frames."""
-        return self._pool(x, mask, quality, det)[1]
-
-
-class ChannelAttention(nn.Module):
+class ChannelAttention(_FrameAttention):
     """Mix frames, x' = gamma A x + x, A from `channel_map`, then pool them by one NAN block, as One Name describes.
 
     gamma and the query start at 0, so the untrained module is `norm_pool`. temperature: where the learned,
@@ -250,24 +250,16 @@ class ChannelAttention(nn.Module):
         self.query = nn.Parameter(torch.zeros(self.out_dim))
 
     def _pool(self, x, mask, quality, det) -> tuple[Tensor, Tensor]:
-        """Pool without forming the mixed frames, which are (gamma A + 1) x: all is linear in x but A."""
+        """Pool without forming the mixed frames, which are (gamma A + 1) x: all is linear in x but A.
+
+        The weight of an original frame is a_j + gamma sum_i a_i A_ij; they sum to 1 + gamma.
+        """
         scores = frame_scores(quality, det) if self.scores else None
         mixing = self.gamma * channel_map(x, mask, self.log_temperature.exp(), scores, invert=self.invert)
         own = _dot(x, scores, self.query)
         attention = _masked_softmax(_einsum("bij,bj->bi", mixing, own) + own, mask)
         weight = _einsum("bi,bij->bj", attention, mixing) + attention
         return _sum(x, scores, weight), weight
-
-    def forward(
-        self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None
-    ) -> Tensor:
-        return self._pool(x, mask, quality, det)[0]
-
-    def weights(
-        self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None
-    ) -> Tensor:
-        """Weight of each original frame (B, T): a_j + gamma sum_i a_i A_ij; sums to 1 + gamma."""
-        return self._pool(x, mask, quality, det)[1]
 
 
 class CodedAttention(nn.Module):
@@ -307,11 +299,6 @@ class CodedAttention(nn.Module):
             raise ValueError(
                 f"CodedAttention needs exactly {self.frames} frames a clip, got T = {x.shape[1]}"
             )
-        if not mask.all():
-            row = int((~mask).any(dim=1).nonzero()[0, 0])
-            raise ValueError(
-                f"CodedAttention needs {self.frames} frames in a clip, row {row} has {int(mask[row].sum())}"
-            )
         scores = frame_scores(quality, det) if self.scores else None
         with torch.autocast(x.device.type, enabled=False):
             gram, own = self._products(x, scores)
@@ -342,7 +329,7 @@ class CodedAttention(nn.Module):
         )
         affinity = theta.expand(len(gram), -1, -1) @ (gram @ phi.T)
         attention = torch.softmax(affinity, dim=-1)
-        ones = F.one_hot(torch.tensor(self.frames), self.frames + 1).to(gram)
+        ones = F.pad(gram.new_zeros(self.frames), (0, 1), value=1.0)
         return torch.cat([attention @ _rows(self.g), ones.expand(len(gram), 1, -1)], dim=1)
 
 
@@ -363,8 +350,8 @@ def _normalised(norm: nn.BatchNorm1d, rows: Tensor, gram: Tensor | None, clips: 
         variance = (((rows @ gram) * rows).sum(dim=1) / dim - mean.square()).clamp_min(0)
         count = clips * dim
         with torch.no_grad():
-            norm.running_mean.lerp_(mean, norm.momentum)
-            norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
+            norm.running_mean += norm.momentum * (mean - norm.running_mean)
+            norm.running_var += norm.momentum * (variance * count / (count - 1) - norm.running_var)
             norm.num_batches_tracked += 1
     scale = norm.weight * (variance + norm.eps).rsqrt()
     shift = norm.bias - mean * scale

@@ -183,7 +183,9 @@ def import_lfw(
 Examples:
   mmlib predict store/ --out result.txt
   mmlib predict store/ --out quick.txt --members 2 --epochs 2
-  mmlib predict store/ --out test.txt --system face-only --split test""")
+  mmlib predict store/ --out test.txt --system face-only --split test
+  mmlib predict store/ --out result.txt --shard 1/4
+  mmlib predict store/ --out result.txt --merge 4""")
 def predict(
     store: Annotated[Path, typer.Argument(metavar="STORE", show_default=False, help=(
         "Clip store with labelled train clips."))],
@@ -201,19 +203,32 @@ def predict(
     device: Annotated[Device, typer.Option(help="auto is a GPU where there is one.")] = Device.auto,
     keep_members: Annotated[bool, typer.Option("--keep-members", help=(
         "Leave the trained members in FILE.members."))] = False,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", show_default=False, help=(
+        "Rank the I-th of N parts of the clips, and leave FILE to --merge."))] = None,
+    merge: Annotated[int | None, typer.Option(min=1, metavar="N", show_default=False, help=(
+        "Write FILE from N shards; those that are missing are ranked first."))] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Train a system and write its submission.
 
     It trains on the train clips of a store and ranks the val clips for every identity. A run that was stopped
-    goes on with the member it was in when the same command is given again.
+    goes on with the member it was in when the same command is given again. Commands with other shards of one FILE
+    may run at the same time, on machines that share its folder: each member is trained by one of them.
     """
     from mmlib.predict import predict as train_and_rank
+    from mmlib.predict import predict_shard
 
+    asked = dict(system=system.value, split=split.value, epochs=epochs, members=members, seed=seed,
+                 device=device.value, overwrite=overwrite, progress=sys.stderr.isatty())
     with _writing(out):
-        report = train_and_rank(store, out, system=system.value, split=split.value, epochs=epochs, members=members,
-                                seed=seed, labelled_only=labelled_only, device=device.value, overwrite=overwrite,
-                                keep_members=keep_members, progress=sys.stderr.isatty())
+        if shard is not None:
+            if merge is not None or labelled_only or keep_members:
+                raise ValueError("--shard goes without --merge, --labelled-only and --keep-members, which say how "
+                                 "FILE is written")
+            report = predict_shard(store, out, *_read_shard(shard), **asked)
+        else:
+            report = train_and_rank(store, out, labelled_only=labelled_only, keep_members=keep_members, shards=merge,
+                                    **asked)
     print(*report.lines(), sep="\n")
 
 
@@ -349,25 +364,33 @@ def scene(
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of fine-tuning.")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Of the training and of the pictures drawn.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    decoded: Annotated[Path | None, typer.Option(metavar="FOLDER", show_default=False, help=(
+        "Keep the decoded pictures there for further runs."))] = None,
+    compile_mode: Annotated[str, typer.Option(metavar="MODE", show_default=False, help=(
+        "Compile the network: default, or max-autotune for long runs."))] = "",
     overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune a scene network and extract its features.
 
     An SE-ResNeXt learns the identities from one picture a clip; its features become the scene modality of a new
-    clip store. The other modalities are copied.
+    clip store. The other modalities are copied. Started by accelerate launch or torchrun, one process a GPU, the
+    processes share every batch.
     """
     from mmlib import scene as network
     from mmlib.clips.images import count_converted, index_images
     from mmlib.clips.render import picture_size
     from mmlib.clips.store import ClipStore
+    from mmlib.launch import launched
 
     settings = network.settings_for(architecture, weights, epochs=epochs)
     clips, progress = ClipStore.open(store), sys.stderr.isatty()
     listed = index_images(images, clips)
     rendered = picture_size(listed, clips)
     with _writing(out):
-        modes = network.fine_tune_to_store(clips, listed, settings, out, seed=seed, device=device,
-                                           overwrite=overwrite, progress=progress)
+        modes = network.fine_tune_to_store(clips, listed, settings, out, seed=seed, device=device, decoded=decoded,
+                                           compile_mode=compile_mode, overwrite=overwrite, progress=progress)
+    if launched(device).index:
+        return  # the first of several processes reports
     print(*listed.lines(), sep="\n")
     if converted := count_converted(modes):
         print(converted)
@@ -452,6 +475,14 @@ def _read_parameters(notebook: Path, texts: list[str]) -> dict[str, object]:
             except ValueError:
                 pass
     return values
+
+
+def _read_shard(text: str) -> tuple[int, int]:
+    """Read I/N."""
+    number, slash, total = text.partition("/")
+    if not (slash and number.isdecimal() and total.isdecimal()):
+        raise ValueError(f"--shard {text}: expected I/N, such as 1/4")
+    return int(number), int(total)
 
 
 def _split_pairs(option: str, texts: list[str]) -> dict[str, str]:

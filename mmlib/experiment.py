@@ -110,7 +110,8 @@ class Experiment:
 
     def second(self) -> Experiment:
         """Return the experiment of the fallback's model."""
-        return replace(self, modality=None, context=self.fallback.context, fusion="concat", concat="none",
+        training = replace(self.training, lr=self.fallback.lr or self.training.lr)
+        return replace(self, training=training, modality=None, context=self.fallback.context, fusion="concat", concat="none",
                        aggregator="norm", regions=2 * self.regions, members=self.fallback.members, fallback=None)
 
     @property

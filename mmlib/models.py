@@ -63,11 +63,55 @@ def make_aggregator(name: str, dim: int) -> nn.Module:
     return AGGREGATORS[name](dim)
 
 
-class Dropout(nn.Dropout):
-    """Do what ``nn.Dropout`` does; on a CPU that draws its mask four times slower than uniform numbers."""
+class Dropout(nn.Module):
+    """Zero each of ``width`` inputs with probability p in training, and scale the others by 1 / (1 - p).
+
+    keep: what the inputs (B, width) are multiplied by. A training loop draws it with ``draw`` before every pass, so that
+    a model sees the same masks whether it is trained alone or beside others; left empty, every pass draws its own from
+    torch's generator.
+    """
+
+    def __init__(self, width: int, p: float):
+        super().__init__()
+        self.width, self.p = width, p
+        self.register_buffer("keep", torch.empty(0), persistent=False)
+
+    def draw(self, clips: int, generator: torch.Generator | None = None) -> Tensor:
+        """Return a mask (clips, width)."""
+        # Uniform numbers, because a CPU draws Bernoulli ones four times slower.
+        mask = torch.rand(clips, self.width, generator=generator, device=self.keep.device)
+        return mask.ge_(self.p).div_(1 - self.p or 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rand_like(x).ge_(self.p).div_(1 - self.p or 1) if self.training else x
+        if not self.training:
+            return x
+        return x * (self.keep if self.keep.numel() else self.draw(len(x)))
+
+
+class MaskedBatchNorm(nn.BatchNorm1d):
+    """Normalise the rows of (B, D) that are ``present`` (B,) by their own statistics; what the others become is not meant.
+
+    The same as ``BatchNorm1d`` of those rows alone, without any work that depends on how many there are.  Statistics need
+    two rows: with fewer, nothing is learned and the running ones stay.
+    """
+
+    def forward(self, x: Tensor, present: Tensor) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        if self.training:
+            weight = present.to(mean.dtype)
+            count = weight.sum()
+            share = weight / count.clamp(min=1)
+            with torch.autocast(x.device.type, enabled=False):
+                x = x.to(mean.dtype)
+                mean = share @ x
+                variance = share @ (x - mean).square()
+            with torch.no_grad():
+                momentum = self.momentum * (count > 1)
+                self.running_mean += momentum * (mean - self.running_mean)
+                self.running_var += momentum * (variance * count / (count - 1).clamp(min=1) - self.running_var)
+                self.num_batches_tracked += count > 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return x * scale + (self.bias - mean * scale)
 
 
 class ResidualMLP(nn.Module):
@@ -80,7 +124,7 @@ class ResidualMLP(nn.Module):
     def __init__(self, dim: int, hidden: int, dropout: float):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.PReLU(), Dropout(dropout),
+            nn.Linear(dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.PReLU(), Dropout(hidden, dropout),
             nn.Linear(hidden, dim, bias=False), nn.BatchNorm1d(dim))
         nn.init.zeros_(self.layers[-1].weight)
 
@@ -96,21 +140,18 @@ class ContextBranch(nn.Module):
 
     def __init__(self, dim: int, out: int, dropout: float):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(dim, dim // 4, bias=False), nn.BatchNorm1d(dim // 4), nn.PReLU(), Dropout(dropout),
-            nn.Linear(dim // 4, out, bias=False), nn.BatchNorm1d(out), nn.PReLU())
+        self.layers = nn.ModuleList([
+            nn.Linear(dim, dim // 4, bias=False), MaskedBatchNorm(dim // 4), nn.PReLU(), Dropout(dim // 4, dropout),
+            nn.Linear(dim // 4, out, bias=False), MaskedBatchNorm(out), nn.PReLU()])
         self.absent = nn.Parameter(torch.zeros(out))
         self.out_dim = out
 
     def forward(self, feature: Tensor, present: Tensor) -> Tensor:
         """Return (B, out); feature (B, D), present (B,) True where the clip has it."""
-        if present.all():
-            return self.layers(feature)
-        if present.sum() < (2 if self.training else 1):  # batch statistics need two
-            return self.absent.expand(len(feature), -1)
-        reduced = self.layers(feature[present])
-        return torch.where(present[:, None], reduced.new_zeros(len(feature), self.out_dim).masked_scatter(
-            present[:, None], reduced), self.absent.to(reduced.dtype))
+        for layer in self.layers:
+            feature = layer(feature, present) if isinstance(layer, MaskedBatchNorm) else layer(feature)
+        known = present & (present.sum() > 1) if self.training else present  # batch statistics need two
+        return torch.where(known[:, None], feature, self.absent.to(feature.dtype))
 
 
 def region(width: int, block: int, blocks: int) -> slice:
@@ -118,11 +159,6 @@ def region(width: int, block: int, blocks: int) -> slice:
     if not 0 <= block < blocks <= width:
         raise ValueError(f"block {block} of {blocks} does not exist in {width} dimensions")
     return slice(block * width // blocks, (block + 1) * width // blocks)
-
-
-def without_region(x: Tensor, gap: slice) -> Tensor:
-    """Drop the dimensions ``gap`` of the last axis."""
-    return torch.cat([x[..., :gap.start], x[..., gap.stop:]], -1)
 
 
 CONCATS = ("none", "normalised", "raw", "frames")
@@ -171,20 +207,21 @@ class IdentityModel(nn.Module):
              contexts: dict[str, tuple[Tensor, Tensor]] | None = None) -> Tensor:
         """Return what enters the MLP, (B, dim), entries of order 1.
 
-        contexts: by name the feature (B, D) and whether a clip has it (B,).
+        x (B, T, D) and the contexts are without the region that the model discards, ``gap``.  contexts: by name the
+        feature (B, D) and whether a clip has it (B,).
         """
-        parts = [] if self.aggregator is None else [self._clip_feature(self.seen(x), mask, quality, det)]
+        parts = [] if self.aggregator is None else [self._clip_feature(x, mask, quality, det)]
         for name, branch in self.branches.items():
             feature, present = contexts[name]
-            reduced = branch(self.seen(feature), present)
+            reduced = branch(feature, present)
             if name in self.gates:
                 reduced = reduced * torch.sigmoid(self.gates[name](torch.cat([*parts[:1], reduced], 1)))
             parts.append(reduced)
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
-    def seen(self, x: Tensor) -> Tensor:
-        """Drop the region that the model discards from the last axis."""
-        return x if self.discard is None else without_region(x, region(x.shape[-1], *self.discard))
+    def gap(self, width: int) -> slice:
+        """Return the dimensions that the model discards of an embedding or a context of ``width`` dimensions."""
+        return slice(0, 0) if self.discard is None else region(width, *self.discard)
 
     def _clip_feature(self, x: Tensor, mask: Tensor, quality: Tensor | None, det: Tensor | None) -> Tensor:
         feature = self.aggregator(x, mask, quality, det)

@@ -16,7 +16,7 @@ from mmlib import ensemble, metrics, rank
 from mmlib.clips.store import ClipStore
 from mmlib.experiment import TRAINED, Experiment, torch_device
 from mmlib.models import NEEDS_SCORES, IdentityModel, kept_width, make_aggregator, within_class_whitening
-from mmlib.train import classes_of, pooled_features, seed_torch, train
+from mmlib.train import classes_of, pooled_features, seed_torch, train_together
 
 
 class Member:
@@ -61,6 +61,18 @@ def gallery_of(experiment: Experiment, store: ClipStore) -> np.ndarray:
     return gallery if e.distractors == "all" else np.setdiff1d(gallery, _training_distractors(e, store))
 
 
+def ranked_gallery(experiment: Experiment, store: ClipStore) -> np.ndarray:
+    """Return the clips that the experiment ranks: its gallery and what its fallback alone can score; refuse none."""
+    e = experiment
+    _require(e, store)
+    gallery = gallery_of(e, store)
+    if not len(gallery):
+        raise ValueError(f"{store.path}: no {e.split} clip with {e.modality or ' or '.join(e.context)!r}: nothing to rank")
+    if e.fallback and e.fallback.absent is not None:
+        gallery = np.union1d(gallery, gallery_of(e.second(), store))
+    return gallery
+
+
 def _training_distractors(experiment: Experiment, store: ClipStore) -> np.ndarray:
     """Return a random half of the distractors in val, which have the modality or not."""
     distractors = store.select("val", labelled=False)
@@ -70,12 +82,14 @@ def _training_distractors(experiment: Experiment, store: ClipStore) -> np.ndarra
 @dataclass(frozen=True)
 class Ranked:
     """What a system says of a gallery: gallery (N,) positions of clips in the store, ranking (C, K) the best gallery rows
-    of every identity with -1 beyond the end, predicted (N,) the best identity of each clip, by_member (M, N) that of
-    each member, of clips whose score it has a part in, else -1.  A clip that nothing can score is not in the gallery.
+    of every identity with -1 beyond the end, score (C, K) theirs, predicted (N,) the best identity of each clip,
+    by_member (M, N) that of each member, of clips whose score it has a part in, else -1.  A clip that nothing can score
+    is not in the gallery.
     """
 
     gallery: np.ndarray
     ranking: np.ndarray
+    score: np.ndarray
     predicted: np.ndarray
     by_member: np.ndarray
     members: list[Member]
@@ -109,69 +123,75 @@ def retrieve(experiment: Experiment, store: ClipStore, *, device: str = "auto", 
     found = rank_clips(experiment, store, device=device, progress=progress, trained=trained)
     ranking = found.ranking[queries]
     hits, _ = metrics.match_ranking(ranking, store.identity_of(found.gallery), queries)
-    return Retrieval(found.gallery, ranking, found.predicted, found.by_member, found.members, found.seconds,
-                     queries, hits, relevant[queries])
+    return Retrieval(found.gallery, ranking, found.score[queries], found.predicted, found.by_member, found.members,
+                     found.seconds, queries, hits, relevant[queries])
 
 
 def rank_clips(experiment: Experiment, store: ClipStore, *, device: str = "auto", progress: bool = False,
-               trained: MutableMapping | None = None) -> Ranked:
+               trained: MutableMapping | None = None, rows: slice | None = None) -> Ranked:
     """Train if there is something to train, and rank the clips of the experiment's split for every identity.
 
-    trained: members of earlier calls on the same store, by ``(branch, member)``; new ones are added.
+    trained: members of earlier calls on the same store, by ``(branch, member)``; new ones are added.  rows: of the
+    gallery, the others are left out of the ranking; from and to multiples of BLOCK the scores are those of the whole.
     """
     e, trained = experiment, {} if trained is None else trained
-    _require(e, store)
-    gallery = gallery_of(e, store)
-    if not len(gallery):
-        raise ValueError(f"{store.path}: no {e.split} clip with {e.modality or ' or '.join(e.context)!r}: nothing to rank")
+    if rows is not None and e.combine == "ranks":
+        raise ValueError("rows of a gallery cannot be ranked apart with combine 'ranks', which fuses whole rankings")
+    gallery = ranked_gallery(e, store)
     began = time.perf_counter()
     members = _members(e, store, torch_device(device), progress, trained)
     second = _members(e.second(), store, torch_device(device), progress, trained) if e.fallback else []
     fitted = time.perf_counter()
-    if e.fallback and e.fallback.absent is not None:
-        gallery = np.union1d(gallery, gallery_of(e.second(), store))
     predicted = np.full(len(gallery), -1)
     by_member = np.full((len(members), len(gallery)), -1)
-    blocks = _score_blocks(e, store, members, second, gallery, predicted, by_member)
+    blocks = _score_blocks(e, store, members, second, gallery, predicted, by_member, rows)
     if e.combine == "ranks":
         for _ in blocks:  # for the predictions
             pass
-        rows = torch.arange(len(gallery), device=members[0].model.prototype.device).split(BLOCK)
+        every = torch.arange(len(gallery), device=members[0].model.prototype.device).split(BLOCK)
         classes = len(store.identities)
         ranking = rank.fuse_ranks(rank.top_k(((r, torch.log_softmax(e.scale * m.cosines(r), 1)[:, :classes])
-                                              for r in rows), k=DEPTH) for m in members)
+                                              for r in every), k=DEPTH) for m in members)
     else:
         ranking = rank.top_k(blocks)
     seconds = {"fit": round(sum(m.seconds for m in members + second), 3),
                "rank": round(time.perf_counter() - fitted, 3), "waited": round(fitted - began, 3)}
-    return Ranked(gallery, ranking.clip.cpu().numpy(), predicted, by_member, members, seconds)
+    return Ranked(gallery, ranking.clip.cpu().numpy(), ranking.score.cpu().numpy(), predicted, by_member, members,
+                  seconds)
 
 
 BLOCK = 2048  # clips scored at a time
 DEPTH = 1000  # clips of a member's ranking that take part in a fusion of ranks
 
 
+# Members trained in one batched pass.  It fills a GPU; a CPU is full with one, and one by one a killed run loses less.
+TOGETHER = {"cuda": 16, "cpu": 1}
+
+
 def _members(e: Experiment, store: ClipStore, device: torch.device, progress: bool,
              trained: MutableMapping) -> list[Member]:
     branch = e.branch()
-    for member in e.members:
-        if (branch, member) not in trained:
-            began = time.perf_counter()
-            fitted = fit(branch, store, member, device=device, progress=progress)
-            trained[branch, member] = Member(branch, store, *fitted, time.perf_counter() - began)
+    missing = [member for member in e.members if (branch, member) not in trained]
+    for at in range(0, len(missing), TOGETHER[device.type]):
+        group = missing[at:at + TOGETHER[device.type]]
+        began = time.perf_counter()
+        fitted = fit_together(branch, store, group, device=device, progress=progress)
+        seconds = (time.perf_counter() - began) / len(group)
+        for member, found in zip(group, fitted):
+            trained[branch, member] = Member(branch, store, *found, seconds)
     return [trained[branch, member] for member in e.members]
 
 
 def _score_blocks(e: Experiment, store: ClipStore, members: list[Member], second: list[Member], gallery: np.ndarray,
-                  predicted: np.ndarray, by_member: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+                  predicted: np.ndarray, by_member: np.ndarray, part: slice | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (gallery rows, scores (n, C)) as ``rank.top_k`` takes them, and note the best identities on the way."""
     device = members[0].model.prototype.device
     first_rows = _rows_in(gallery, gallery_of(e, store))
     second_rows = _rows_in(gallery, gallery_of(e.second(), store)) if second else np.full(len(gallery), -1)
     weight = _second_weight(e, store, gallery, first_rows, second_rows)
     how = "log softmax" if e.combine == "ranks" else e.combine
-    for start in range(0, len(gallery), BLOCK):
-        block = np.arange(start, min(start + BLOCK, len(gallery)))
+    asked = np.arange(len(gallery))[part or slice(None)]
+    for block in np.split(asked, range(BLOCK, len(asked), BLOCK)):
         scores = torch.zeros(len(block), len(store.identities), device=device)
         for group, rows, share in ((members, first_rows, 1 - weight), (second, second_rows, weight)):
             at = np.flatnonzero((rows[block] >= 0) & (share[block] != 0)) if group else block[:0]
@@ -214,8 +234,33 @@ def _second_weight(e: Experiment, store: ClipStore, gallery: np.ndarray, first: 
 def fit(experiment: Experiment, store: ClipStore, member: int = 0, *, device: torch.device,
         progress: bool = False) -> tuple[IdentityModel, np.ndarray, list[float]]:
     """Return a member's model, its training clips and its loss by epoch (empty where nothing is trained)."""
+    return fit_together(experiment, store, [member], device=device, progress=progress)[0]
+
+
+def fit_together(experiment: Experiment, store: ClipStore, members: list[int], *, device: torch.device,
+                 progress: bool = False) -> list[tuple[IdentityModel, np.ndarray, list[float]]]:
+    """Do what ``fit`` does for several members, those of one shape in one batched pass (``train.train_together``)."""
     e = experiment
     _require(e, store)
+    started = [_start(e, store, member, device) for member in members]
+    if e.classifier not in TRAINED:
+        return [(model.eval(), clips, []) for model, clips in started]
+    # Regions of a width that the blocks do not divide differ by one dimension.
+    groups: dict[tuple, list[int]] = {}
+    for place, (model, _) in enumerate(started):
+        groups.setdefault(tuple(p.shape for p in model.parameters()), []).append(place)
+    losses = [[]] * len(members)
+    for places in groups.values():
+        found = train_together([started[p][0] for p in places], store, [started[p][1] for p in places], e.training,
+                               seeds=[ensemble.member_seed(e.seed, members[p]) for p in places], modality=e.modality,
+                               progress=progress)
+        for place, history in zip(places, found):
+            losses[place] = history
+    return [(*one, history) for one, history in zip(started, losses)]
+
+
+def _start(e: Experiment, store: ClipStore, member: int, device: torch.device) -> tuple[IdentityModel, np.ndarray]:
+    """Return a member's model before its training, and its training clips."""
     clips = training_clips(e, store)
     clips = ensemble.member_clips(e.ensemble, clips, store.identity_of(clips), seed=e.seed, member=member)
     model = make_model(e, store, member).to(device)
@@ -228,10 +273,7 @@ def fit(experiment: Experiment, store: ClipStore, member: int = 0, *, device: to
             model.whitening = within_class_whitening(unit, label, shrinkage=e.shrinkage)
             pooled = pooled_features(model, store, clips, e.modality, seed=e.seed)
         model.start_from_class_means(pooled, label)
-    if e.classifier not in TRAINED:
-        return model.eval(), clips, []
-    return model, clips, train(model, store, clips, e.training, seed=ensemble.member_seed(e.seed, member),
-                               modality=e.modality, progress=progress)
+    return model, clips
 
 
 def make_model(experiment: Experiment, store: ClipStore, member: int = 0) -> IdentityModel:

@@ -1,8 +1,7 @@
-"""Compute a number once and keep it as a record.
+"""The record of every number: make it, say which library made it, read and write committed ones.
 
-:func:`fetch_or_run` returns the stored record of an experiment's key or makes it.  Records live under ``MMLIB_CACHE``
-(else the user's cache folder), in a folder named after :func:`library_hash`: an edit of code that decides numbers
-starts an empty one, an edit of prose or figures does not.
+Records live under ``MMLIB_CACHE`` (else the user's cache folder), in a folder named after :func:`library_hash`: an edit
+of code that decides numbers starts an empty one, an edit of prose or figures does not.  ``mmlib.sweep`` fills it.
 """
 
 from __future__ import annotations
@@ -11,13 +10,10 @@ import ast
 import gzip
 import hashlib
 import json
-import multiprocessing
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -26,11 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from platformdirs import user_cache_dir
-from tqdm.auto import tqdm
 
 from mmlib import ensemble, metrics
 from mmlib.clips.calibration import QUALITY_EDGES
-from mmlib.clips.simulate import simulate
 from mmlib.clips.store import ClipStore
 from mmlib.experiment import Experiment, torch_device
 from mmlib.retrieval import Retrieval, retrieve, training_clips
@@ -38,7 +32,7 @@ from mmlib.retrieval import Retrieval, retrieve, training_clips
 PACKAGE = Path(__file__).parent
 RESULTS = PACKAGE.parent / "book" / "results"  # committed records
 DECIDING = ("clips/arrays.py", "clips/sampling.py", "clips/store.py", "clips/writer.py", "clips/calibration.py",
-            "clips/simulate.py", "aggregate.py", "losses.py", "models.py", "ensemble.py", "train.py", "rank.py", "metrics.py",
+            "clips/simulate.py", "aggregate.py", "losses.py", "models.py", "ensemble.py", "together.py", "train.py", "rank.py", "metrics.py",
             "experiment.py", "retrieval.py", "runs.py")
 LENGTH_EDGES = [1, 5, 10, 15, 20, 30, 40, 241]  # frames
 PERCENTILE_EDGES = [*QUALITY_EDGES, 40, 60, 80, 100]
@@ -117,105 +111,6 @@ def _tree(node):
 # -- running --------------------------------------------------------------------------------------------------------
 
 
-def open_store(experiment: Experiment) -> ClipStore:
-    """Open the experiment's store, drawing its world first if it is not in the cache."""
-    if not experiment.simulated:
-        return ClipStore.open(experiment.data)
-    settings, seed = experiment.world()
-    said = json.dumps([asdict(settings), seed, library_hash()], sort_keys=True)
-    path = cache_folder() / "worlds" / hashlib.sha256(said.encode()).hexdigest()[:20]
-    try:
-        return ClipStore.open(path) if path.exists() else simulate(path, settings, seed)
-    except OSError:  # another process may have drawn the same world meanwhile
-        if not path.exists():
-            raise
-        return ClipStore.open(path)
-
-
-def fetch_or_run(experiments: Iterable[Experiment], *, device: str = "auto", progress: bool = False) -> list[Record]:
-    """Return the records of experiments in their order, running those that are not stored.
-
-    Worlds whose settings differ from the calibrated ones are many and drawn for a few runs each, so they are
-    deleted after use; the others stay in the cache.
-    """
-    experiments = list(experiments)
-    folder = cache_folder() / "records" / library_hash()
-    paths = {experiment: folder / f"{experiment.key()}.json" for experiment in experiments}
-    # By path, because experiments that differ in what has no meaning share a record.
-    missing = list({path: experiment for experiment, path in paths.items() if not path.exists()}.values())
-    passing = [e for e in missing if e.simulated and e.settings]
-    bar = tqdm(total=len(missing), desc="run", unit="arm", disable=not progress, mininterval=1)
-
-    def make(group: list[Experiment], store: ClipStore) -> None:
-        trained = {}  # of one branch at a time: members are many
-        for experiment in group:
-            record = run(experiment, store, device=device, progress=progress, trained=trained)
-            _write(paths[experiment], json.dumps(asdict(record)).encode())
-            bar.update()
-
-    for group in _by_branch(e for e in missing if e not in passing):
-        make(group, open_store(group[0]))
-    for world in dict.fromkeys(e.world() for e in passing):
-        with tempfile.TemporaryDirectory(prefix="mmlib-") as scratch:
-            store = simulate(Path(scratch) / "world", *world)
-            for group in _by_branch(e for e in passing if e.world() == world):
-                make(group, store)
-    bar.close()
-    return [Record(**json.loads(paths[experiment].read_text())) for experiment in experiments]
-
-
-def _by_branch(experiments: Iterable[Experiment]) -> list[list[Experiment]]:
-    """Group experiments that share their trained members."""
-    groups: dict[Experiment, list[Experiment]] = {}
-    for experiment in experiments:
-        groups.setdefault(experiment.branch(), []).append(experiment)
-    return list(groups.values())
-
-
-def fetch_all(experiments: Iterable[Experiment], *, device: str = "auto") -> list[Record]:
-    """Do what ``fetch_or_run`` does, with one process a core where that pays: many short trainings on a CPU.
-
-    Small matrices leave a second thread idle, a second process not.  Worlds that stay are drawn first, so that no two
-    processes draw the same one; those of the sensitivity grid are drawn by the process that needs them.
-    """
-    experiments = list(experiments)
-    workers = min(os.cpu_count() or 1, 8)
-    missing = [e for e in dict.fromkeys(experiments) if not is_stored(e)]
-    kept = [e for e in missing if not (e.simulated and e.settings)]
-    tasks = _by_branch(kept)
-    worlds: dict[object, list[Experiment]] = {}
-    for experiment in missing:
-        if experiment not in kept:
-            worlds.setdefault(experiment.world(), []).append(experiment)
-    # The longest first, so that no process is left with a long one at the end.
-    tasks = sorted([*tasks, *worlds.values()], key=_trainings, reverse=True)
-    pays = sum(map(_trainings, tasks)) >= 4 * workers and len(tasks) >= workers
-    if workers > 1 and pays and torch_device(device).type == "cpu":
-        for experiment in {(e.data, e.profile, e.seed): e for e in kept}.values():
-            open_store(experiment)
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for _ in pool.map(_store_records, tasks, [device] * len(tasks)):
-                pass
-    return fetch_or_run(experiments, device=device)
-
-
-def _trainings(experiments: list[Experiment]) -> int:
-    """Count the members that a group of experiments trains."""
-    first = {(e.branch(), member) for e in experiments for member in e.members}
-    second = {(e.second().branch(), member) for e in experiments if e.fallback for member in e.fallback.members}
-    return len(first | second)
-
-
-def is_stored(experiment: Experiment) -> bool:
-    """Say whether the cache holds the experiment's record, made by this library."""
-    return (cache_folder() / "records" / library_hash() / f"{experiment.key()}.json").exists()
-
-
-def _store_records(experiments: list[Experiment], device: str) -> None:
-    fetch_or_run(experiments, device=device)
-
-
 def run(experiment: Experiment, store: ClipStore, *, device: str = "auto", progress: bool = False,
         trained: dict | None = None) -> Record:
     """Retrieve, score, and make the record; ``trained`` as for ``retrieve``."""
@@ -288,7 +183,7 @@ def _breakdown(store: ClipStore, modality: str | None, clips: np.ndarray, right:
 def write_results(path: str | Path, records: Iterable[Record]) -> None:
     """Write records for committing: gzipped JSON, one record a line, the same bytes for the same records."""
     lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
-    _write(Path(path), gzip.compress(lines.encode(), mtime=0))
+    write_whole(Path(path), gzip.compress(lines.encode(), mtime=0))
 
 
 def read_results(name: str) -> list[Record]:
@@ -305,10 +200,10 @@ def read_results(name: str) -> list[Record]:
         raise ValueError(f"{path}: not a file of records ({error})") from None
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.write_bytes(content)
         os.replace(partial, path)

@@ -50,6 +50,13 @@ def of(store, classifier="class means", aggregator="mean", **options):
     return Experiment(data=str(store.path), classifier=classifier, aggregator=aggregator, **options)
 
 
+def small(store, **options):
+    """An experiment of small networks on a store, with the scene as a context."""
+    fixed = dict(aggregator="norm", hidden=8, context=("scene",), context_dim=4, regions=4, combine="softmax", scale=5.0,
+                 training=Training(epochs=1, batch=16, frames=4, lr=1e-2))
+    return Experiment(data=str(store.path), **fixed | options)
+
+
 def made(asked, key="", **known):
     """A record of an experiment that nobody ran."""
     fields = dict(

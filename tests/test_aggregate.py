@@ -566,12 +566,6 @@ def test_coded_attention_refuses_another_number_of_frames():
         aggregate.CodedAttention(DIM)(x, mask, quality, det)
 
 
-def test_coded_attention_refuses_padding():
-    x, mask, quality, det = clips(lengths=(4, 3))
-    with pytest.raises(ValueError, match="4 frames in a clip, row 1 has 3"):
-        aggregate.CodedAttention(DIM, frames=4)(x, mask, quality, det)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -391,6 +391,25 @@ def test_a_damaged_member_stops_the_prediction(simulated, tmp_path):
     assert_refused(f"{path.name}: damaged", *arguments, "--overwrite")
 
 
+def test_a_shard_and_its_merge_are_a_prediction(simulated, tmp_path, one_thread):
+    arguments = ["predict", simulated[0] / "direct", "--system", "face-only", "--epochs", 1]
+    printed = succeed(*arguments, "--out", tmp_path / "result.txt", "--shard", "1/1")
+    assert printed[0].startswith("shard 1 of 1 ranked clips 1 to ") and names_in(tmp_path) == ["result.txt.members"]
+    assert "shards: 1 merged" in succeed(*arguments, "--out", tmp_path / "result.txt", "--merge", 1)
+    succeed(*arguments, "--out", tmp_path / "whole.txt")
+    assert (tmp_path / "result.txt").read_bytes() == (tmp_path / "whole.txt").read_bytes()
+    assert names_in(tmp_path) == ["result.txt", "whole.txt"]
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--shard", "1"], "--shard 1: expected I/N, such as 1/4"), (["--shard", "a/2"], "--shard a/2: expected I/N"),
+    (["--shard", "3/2"], r"shard must lie in \[1, 2\], got 3"), (["--shard", "1/2", "--merge", "2"], "--shard goes without"),
+    (["--shard", "1/2", "--labelled-only"], "--shard goes without")])
+def test_a_bad_shard_is_said(simulated, tmp_path, options, message):
+    assert_refused(message, "predict", simulated[0] / "direct", "--out", tmp_path / "result.txt", *options)
+    assert names_in(tmp_path) == []
+
+
 # Features of one's own
 
 def write_features(folder, raw):

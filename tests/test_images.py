@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmlib.clips import images as reader
 from mmlib.clips import render
-from mmlib.clips.images import EVALUATION, count_converted, crop_image, image_batches, index_images, read_image
+from mmlib.clips.images import count_converted, index_images, read_image
+from mmlib.clips.pictures import image_batches
 from mmlib.clips.render import REGIONS, Studio, picture_size, render_scenes
 from mmlib.clips.simulate import settings_for, simulate
 from mmlib.clips.store import ClipStore
@@ -143,55 +143,6 @@ def test_floating_point_pictures_are_refused(tmp_path):
         read_image(save(tmp_path / "1.tif", "F", value=0.5), "a")
 
 
-# -- crops ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 20_000), (20_000, 1), (3, 5), (900, 700)])
-def test_every_size_of_picture_gives_the_size_asked_for(shape):
-    for rng in (None, np.random.default_rng(0)):
-        assert crop_image(Image.new("RGB", shape, (9, 8, 7)), 8, 10, rng).tolist() == [[[9, 8, 7]] * 8] * 8
-
-
-def test_centre_crop_is_the_centre_and_is_not_flipped():
-    pixels = np.zeros((10, 20, 3), np.uint8)
-    pixels[..., 0], pixels[..., 1] = np.arange(20), np.arange(10)[:, None]
-    cropped = crop_image(Image.fromarray(pixels), 8, 10)
-    assert cropped[0, :, 0].tolist() == list(range(6, 14))
-    assert cropped[:, 0, 1].tolist() == list(range(1, 9))
-
-
-def test_training_crops_move_and_half_of_them_are_flipped():
-    pixels = np.zeros((10, 20, 3), np.uint8)
-    pixels[..., 0] = np.arange(0, 200, 10)
-    rng = np.random.default_rng(0)
-    drawn = [crop_image(Image.fromarray(pixels), 8, 10, rng)[0, :, 0].astype(int) for _ in range(200)]
-    flipped = np.mean([row[0] > row[-1] for row in drawn])
-    assert abs(flipped - 0.5) < 4 * 0.5 / 200**0.5  # four standard errors
-    assert min(row.min() for row in drawn) < 10 and max(row.max() for row in drawn) > 180
-
-
-def test_the_picture_of_a_clip_depends_on_seed_and_epoch_but_not_on_its_batch(world, folder):
-    images = index_images(folder, world)
-    clips = images.present[:20]
-    whole = batch_of(images, clips, epoch=3)
-    for rows in (slice(0, 7), slice(7, 20)):
-        part = batch_of(images, clips[rows], epoch=3)
-        assert (part.pixels == whole.pixels[rows]).all() and (part.number == whole.number[rows]).all()
-    assert not (batch_of(images, clips, epoch=4).pixels == whole.pixels).all()
-    assert not (batch_of(images, clips, epoch=3, seed=9).pixels == whole.pixels).all()
-    several = [clip for clip in images.present if len(images.files[clip]) > 1]
-    drawn = [batch_of(images, several, seed=seed, epoch=EVALUATION).number for seed in range(8)]
-    assert (np.ptp(drawn, axis=0) > 0).mean() > 0.8  # by chance all eight agree for 1 clip in 128 of two pictures
-
-
-def test_loading_processes_change_no_picture(world, folder):
-    images = index_images(folder, world)
-    groups = [images.present[:3], images.present[3:6]]
-    ways = [list(image_batches(images, groups, size=8, resize=10, seed=0, epoch=0, workers=n)) for n in (0, 1)]
-    for one, other in zip(*ways, strict=True):
-        assert (one.clips == other.clips).all() and (one.pixels == other.pixels).all()
-
-
 # -- rendered pictures ---------------------------------------------------------------------------------------
 
 
@@ -275,21 +226,3 @@ def test_an_interrupted_rendering_leaves_nothing(world, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         render_scenes(world, tmp_path / "img")
     assert not list(tmp_path.iterdir())
-
-
-def test_workers_are_for_large_pictures_only(world, folder, monkeypatch):
-    asked = []
-
-    class Loader:
-        def __init__(self, *_, num_workers, **__):
-            asked.append(num_workers)
-
-        def __iter__(self):
-            return iter(())
-
-    monkeypatch.setattr(reader, "DataLoader", Loader)
-    monkeypatch.setattr(reader.os, "cpu_count", lambda: 4)
-    images = index_images(folder, world)
-    for size in (64, 224):
-        list(image_batches(images, [images.present[:1]] * 9, size=size, resize=256, seed=0))
-    assert asked == [0, 4]

@@ -178,7 +178,7 @@ def test_a_pickle_that_memoises_every_object_reads_the_same(tmp_path, spool, mon
     loaded = read_pickle(tmp_path / "memo.pickle", spool)
     read, written = ({clip: [r[:4] for r in of] for clip, of in dumped.items()} for dumped in (loaded, value))
     assert read == written
-    rows = np.array([record[4].row for clip in loaded.values() for record in clip])
+    rows = np.array([record[4] for clip in loaded.values() for record in clip])
     np.testing.assert_array_equal(spool.read(rows)[:, 0], [10 * i + j for i in range(5) for j in range(3)])
 
 

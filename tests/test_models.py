@@ -11,6 +11,7 @@ from mmlib.models import (
     LEARNED,
     NEEDS_SCORES,
     ContextBranch,
+    Dropout,
     IdentityModel,
     ResidualMLP,
     class_means,
@@ -18,7 +19,6 @@ from mmlib.models import (
     make_aggregator,
     region,
     within_class_whitening,
-    without_region,
 )
 
 DIM = 8
@@ -107,6 +107,20 @@ def test_context_branch_has_the_widths_of_the_released_code(dim, out):
     branch = ContextBranch(dim, out, dropout=0.5)
     assert branch.layers[0].out_features == dim // 4
     assert branch(torch.randn(2, dim), torch.ones(2, dtype=torch.bool)).shape == (2, out) == (2, branch.out_dim)
+
+
+def test_dropout_uses_the_mask_that_it_was_given():
+    drop = Dropout(4, 0.5).train()
+    drop.keep = torch.tensor([[0.0, 2.0, 2.0, 0.0]])
+    assert drop(torch.ones(1, 4)).tolist() == [[0, 2, 2, 0]]
+    assert drop.eval()(torch.ones(1, 4)).tolist() == [[1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25, 0.5])
+def test_dropout_mask_keeps_the_mean(p):
+    mask = Dropout(50, p).draw(2000, torch.Generator().manual_seed(0))
+    assert set(mask.unique().tolist()) <= {0.0, np.float32(1 / (1 - p)).item()}
+    assert abs(mask.mean().item() - 1) < 0.02  # five standard errors
 
 
 # -- the model -----------------------------------------------------------------------------------------------
@@ -354,59 +368,16 @@ def test_kept_widths_are_those_of_the_released_code(width, discard, kept):
     assert kept_width(width, discard) == kept
 
 
-def test_without_region_by_hand():
-    x = torch.arange(12).view(2, 6)
-    assert without_region(x, region(6, 1, 3)).tolist() == [[0, 1, 4, 5], [6, 7, 10, 11]]
-
-
 @pytest.mark.parametrize("width, block, blocks", [(8, 4, 4), (8, -1, 4), (3, 0, 4), (8, 0, 0)])
 def test_region_that_does_not_exist_is_refused(width, block, blocks):
     with pytest.raises(ValueError, match=f"block {block} of {blocks} does not exist in {width} dimensions"):
         region(width, block, blocks)
 
 
-def viewing(name, block, **options):
-    """A member of views on clips of 8 dimensions and scenes of 32, away from where it starts, and inputs for it."""
-    made = model(name, dim=6, discard=(block, 4), contexts={"scene": 32}, context_dim=2, **options)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in made.parameters():
-        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-    x, mask, quality, det = clips([getattr(made.aggregator, "frames", 5)] * 3)
-    scene = torch.randn(3, 32, generator=generator), torch.tensor([True, True, False])
-    return made.eval(), [x / 20, mask, quality, det, {"scene": scene}]
-
-
-@pytest.mark.parametrize("block", range(4))
-@pytest.mark.parametrize("name", AGGREGATORS)
-def test_discarded_dimensions_of_faces_and_scenes_change_nothing(name, block):
-    made, inputs = viewing(name, block, concat="normalised")
-    before = made(*inputs)
-    inputs[0][..., region(8, block, 4)] = 1e3
-    inputs[4]["scene"][0][..., region(32, block, 4)] = -1e3
-    assert torch.equal(made(*inputs), before)
-
-
-@pytest.mark.parametrize("block", range(4))
-@pytest.mark.parametrize("name", ["norm", "NAN + scores", "as coded"])
-def test_every_other_dimension_counts(name, block):
-    made, inputs = viewing(name, block)
-    x, scene = inputs[0].requires_grad_(), inputs[4]["scene"][0].requires_grad_()
-    made(*inputs).square().sum().backward()
-    for given, blocks in ((x.grad.abs().amax((0, 1)), range(8)), (scene.grad.abs().amax(0), range(32))):
-        gone = list(blocks[region(len(given), block, 4)])
-        assert [dimension for dimension in blocks if not given[dimension] > 0] == gone
-
-
-@pytest.mark.parametrize("block", [0, 2, 3])
-def test_discarded_dimensions_are_cut_out_and_not_set_to_zero(block):
-    """A model without regions, with the same parameters, says the same of the dimensions that are left."""
-    made, inputs = viewing("NAN + scores", block, concat="normalised")
-    plain = model("NAN + scores", dim=6, contexts={"scene": 24}, context_dim=2, concat="normalised").eval()
-    plain.load_state_dict(made.state_dict())
-    keep = [d for d in range(8) if d // 2 != block]
-    scene, present = inputs[4]["scene"]
-    cut = [inputs[0][..., keep], *inputs[1:4], {"scene": (scene[:, [d for d in range(32) if d // 8 != block]], present)}]
-    assert torch.equal(made(*inputs), plain(*cut))
+@pytest.mark.parametrize("discard, width, gap", [((1, 3), 6, (2, 4)), ((0, 4), 8, (0, 2)), (None, 8, (0, 0))])
+def test_gap_of_a_model_is_the_region_that_it_discards(discard, width, gap):
+    made = model("norm", dim=4, discard=discard)
+    assert (made.gap(width).start, made.gap(width).stop) == gap
 
 
 # -- contexts ------------------------------------------------------------------------------------------------
@@ -430,63 +401,41 @@ def test_clip_without_a_context_gets_the_learned_vector(training):
     assert torch.equal(branch(feature, SOME)[~SOME], branch.absent.expand(2, -1))
 
 
+def plain_layers(branch):
+    """The layers of a branch with torch's own batch norm, which knows no mask."""
+    layers = [copy.deepcopy(layer) for layer in branch.layers]
+    for place in (1, 5):
+        norm = torch.nn.BatchNorm1d(layers[place].num_features).train(branch.training)
+        norm.load_state_dict(layers[place].state_dict())
+        layers[place] = norm
+    return torch.nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("present", [SOME, torch.ones(6, dtype=torch.bool)])
 @pytest.mark.parametrize("training", [True, False])
-def test_clips_with_a_context_are_reduced_as_if_the_others_were_not_there(training):
+def test_clips_with_a_context_are_reduced_as_if_the_others_were_not_there(training, present):
     branch, feature = branch_of(training)
-    alone = copy.deepcopy(branch)
-    assert torch.equal(branch(feature, SOME)[SOME], alone.layers(feature[SOME]))
-    for one, other in zip(branch.buffers(), alone.buffers(), strict=True):
-        assert torch.equal(one, other)
+    alone = plain_layers(branch)
+    weight = torch.randn(6, 3)
+    found, expected = branch(feature, present), alone(feature[present])
+    assert torch.allclose(found[present], expected, atol=1e-6)
+    (found * weight)[present].sum().backward()
+    (expected * weight[present]).sum().backward()
+    for (name, one), other in zip(branch.layers.named_parameters(), alone.parameters(), strict=True):
+        assert torch.allclose(one.grad, other.grad, atol=1e-5), name
+    for one, other in zip(branch.layers.buffers(), alone.buffers(), strict=True):
+        assert one.dtype == torch.long or torch.allclose(one, other, atol=1e-6)
 
 
-def test_reduction_by_a_slow_computation():
-    branch, feature = branch_of(training=False)
-    first, norm, prelu, _, second, last, slope = branch.layers
-    for layer in (norm, last):
-        layer.running_mean.uniform_(-1, 1), layer.running_var.uniform_(0.5, 2)
-    expected = feature.double().numpy()
-    for linear, batch, rectify in ((first, norm, prelu), (second, last, slope)):
-        mean, variance, weight, bias, leak = (t.detach().double().numpy() for t in (
-            batch.running_mean, batch.running_var, batch.weight, batch.bias, rectify.weight))
-        value = expected @ linear.weight.detach().double().numpy().T
-        value = (value - mean) / np.sqrt(variance + 1e-5) * weight + bias
-        expected = np.where(value > 0, value, leak * value)
-    found = branch(feature, torch.ones(6, dtype=torch.bool)).detach()
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_values_of_an_absent_context_do_not_count(training):
-    branch, feature = branch_of(training)
-    before = copy.deepcopy(branch)(feature, SOME)
-    feature[~SOME] = torch.nan
-    found = branch(feature, SOME)
-    assert torch.equal(found, before)
-    found.sum().backward()
-    assert all(torch.isfinite(parameter.grad).all() for parameter in branch.parameters())
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_batch_without_any_context_is_the_learned_vector_and_no_statistic(training):
-    branch, feature = branch_of(training)
-    before = copy.deepcopy(branch.state_dict())
-    assert torch.equal(branch(feature, torch.zeros(6, dtype=torch.bool)), branch.absent.expand(6, -1))
-    assert all(torch.equal(value, before[name]) for name, value in branch.state_dict().items())
-
-
-def test_one_context_in_a_batch_of_training_counts_as_absent():
-    """Batch statistics of one clip would be its own values."""
+@pytest.mark.parametrize("number", [0, 1])
+def test_batch_with_fewer_than_two_contexts_teaches_nothing_about_them(number):
     branch, feature = branch_of()
-    before = copy.deepcopy(branch.state_dict())
-    one = torch.arange(6) == 2
-    assert torch.equal(branch(feature, one), branch.absent.expand(6, -1))
-    assert all(torch.equal(value, before[name]) for name, value in branch.state_dict().items())
-
-
-def test_one_context_in_a_batch_of_evaluation_is_reduced():
-    branch, feature = branch_of(training=False)
-    found = branch(feature, torch.arange(6) == 2)
-    assert torch.allclose(found[2], branch.layers(feature[2:3])[0], atol=1e-6) and not torch.equal(found[2], branch.absent)
+    before = [buffer.clone() for buffer in branch.layers.buffers()]
+    found = branch(feature, torch.arange(6) < number)
+    assert torch.equal(found, branch.absent.expand(6, -1))
+    found.sum().backward()
+    assert all(torch.equal(one, other) for one, other in zip(branch.layers.buffers(), before, strict=True))
+    assert all(not p.grad.any() for p in branch.layers.parameters())
 
 
 def test_learned_vector_gets_the_gradient_of_the_clips_without_the_context():

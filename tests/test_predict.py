@@ -1,6 +1,9 @@
 import os
 import pickle
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -8,12 +11,12 @@ import pandas as pd
 import pytest
 import torch
 
-from mmlib import predict as module
+from mmlib import members, retrieval
 from mmlib.clips.iqiyi import export_folder
 from mmlib.clips.store import ClipStore
 from mmlib.clips.truth import read_result, read_val_truth
 from mmlib.metrics import official_score
-from mmlib.predict import members_folder, predict
+from mmlib.predict import members_folder, predict, predict_shard
 from mmlib.retrieval import retrieve
 from mmlib.runs import run
 from mmlib.systems import SYSTEMS, with_members
@@ -224,7 +227,7 @@ def test_members_of_another_run_are_neither_used_nor_removed(small, kept, other)
 
 
 def test_members_of_another_library_are_not_used(small, kept, monkeypatch):
-    monkeypatch.setattr(module, "library_hash", lambda: "another")
+    monkeypatch.setattr(members, "library_hash", lambda: "another")
     report = predict(small, kept[0], **SHORT, overwrite=True)
     assert (report.trained, report.loaded, report.foreign) == (4, 0, 4)
 
@@ -292,6 +295,134 @@ def test_a_failure_leaves_the_members_that_are_whole(small, tmp_path, monkeypatc
         predict(small, tmp_path / "result.txt", **SHORT)
     assert names_in(tmp_path) == ["result.txt.members"]
     assert names_in(tmp_path / "result.txt.members") == sorted(path.name for path in calls[:2])
+
+
+# -- shards --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Few clips a block, so that a small gallery has many."""
+    monkeypatch.setattr(retrieval, "BLOCK", 16)
+
+
+@pytest.mark.parametrize("system, shards", [("one-name", 3), ("face-only", 2), ("face-only", 1)])
+def test_shards_give_the_bytes_of_one_run(store, tmp_path, blocks, system, shards):
+    options = SHORT | {"system": system, "members": 1}
+    predict(store.path, tmp_path / "whole.txt", **options)
+    reports = [predict_shard(store.path, tmp_path / "result.txt", shard, shards, **options)
+               for shard in range(shards, 0, -1)]
+    merged = predict(store.path, tmp_path / "result.txt", **options, shards=shards)
+    assert (tmp_path / "result.txt").read_bytes() == (tmp_path / "whole.txt").read_bytes()
+    assert names_in(tmp_path) == ["result.txt", "whole.txt"]
+    total = 2 if system == "one-name" else 1
+    assert [(report.trained, report.loaded) for report in reports] == [(total, 0)] + [(0, total)] * (shards - 1)
+    assert (merged.trained, merged.loaded) == (0, 0) and f"shards: {shards} merged" in merged.lines()
+
+
+def test_shards_are_whole_blocks_that_make_up_the_gallery(store, tmp_path, blocks):
+    options = SHORT | {"system": "face-only", "members": 1}
+    reports = [predict_shard(store.path, tmp_path / "result.txt", shard, 3, **options) for shard in (1, 2, 3)]
+    rows = [row for report in reports for row in range(report.clips)[report.rows]]
+    assert rows == [*range(reports[0].clips)]
+    assert all(report.rows.start % 16 == 0 and report.rows.stop > report.rows.start for report in reports)
+    second = reports[1]
+    assert second.lines()[0] == f"shard 2 of 3 ranked clips {second.rows.start + 1} to {second.rows.stop} of {second.clips}"
+
+
+def test_shards_that_are_missing_are_ranked_by_the_merge(store, tmp_path, blocks):
+    options = SHORT | {"system": "face-only", "members": 1}
+    predict(store.path, tmp_path / "whole.txt", **options)
+    predict_shard(store.path, tmp_path / "result.txt", 2, 3, **options)
+    assert predict(store.path, tmp_path / "result.txt", **options, shards=3).loaded == 1
+    assert (tmp_path / "result.txt").read_bytes() == (tmp_path / "whole.txt").read_bytes()
+
+
+def test_a_shard_that_is_there_is_not_ranked_again(store, tmp_path, blocks, monkeypatch):
+    options = SHORT | {"system": "face-only", "members": 1}
+    assert predict_shard(store.path, tmp_path / "result.txt", 1, 2, **options).made
+    before = times_in(members_folder(tmp_path / "result.txt"))
+    again = predict_shard(store.path, tmp_path / "result.txt", 1, 2, **options)
+    assert (again.made, again.trained, again.loaded) == (False, 0, 0)
+    assert times_in(members_folder(tmp_path / "result.txt")) == before
+    for other in ((1, 3, 0), (1, 2, 1)):  # another part, another training
+        assert predict_shard(store.path, tmp_path / "result.txt", *other[:2], **options, seed=other[2]).made
+
+
+def test_a_damaged_shard_is_named(store, tmp_path, blocks):
+    options, out = SHORT | {"system": "face-only", "members": 1}, tmp_path / "result.txt"
+    predict_shard(store.path, out, 1, 2, **options)
+    (path,) = members_folder(out).glob("*.npz")
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match=f"{path.name}: damaged, .* removed, it is ranked again"):
+        predict(store.path, out, **options, shards=2)
+    path.unlink()
+    assert predict(store.path, out, **options, shards=2).shards == 2
+
+
+@pytest.mark.parametrize("shard, shards, message", [
+    (0, 2, r"shard must lie in \[1, 2\], got 0"), (3, 2, r"shard must lie in \[1, 2\], got 3"),
+    (1, 2, r"shards must lie in \[1, 1\] for 8 clips in blocks of 2048, got 2")])
+def test_shards_that_do_not_exist_are_refused(small, tmp_path, shard, shards, message):
+    with pytest.raises(ValueError, match=message):
+        predict_shard(small, tmp_path / "result.txt", shard, shards, **SHORT)
+    assert names_in(tmp_path) == []
+
+
+def test_fused_rankings_are_not_cut_into_shards(small, tmp_path, blocks, monkeypatch):
+    monkeypatch.setitem(SYSTEMS, "face-only", replace(SYSTEMS["face-only"], combine="ranks"))
+    with pytest.raises(ValueError, match="fuses whole rankings .*cannot be ranked in shards"):
+        predict_shard(small, tmp_path / "result.txt", 1, 2, system="face-only", epochs=1)
+    assert names_in(tmp_path) == []
+
+
+COMMAND = """
+import sys
+from mmlib import cli, retrieval
+retrieval.BLOCK = 16
+cli.main()
+"""
+
+
+def command(*arguments):
+    """Start the command line in a process of its own, with few clips a block."""
+    return subprocess.Popen([sys.executable, "-c", COMMAND, "predict", *map(str, arguments)], text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE)
+
+
+def test_killed_shards_go_on_and_no_member_is_trained_twice(store, tmp_path):
+    out, folder = tmp_path / "result.txt", members_folder(tmp_path / "result.txt")
+    arguments = [store.path, "--epochs", "6", "--members", "3", "--device", "cpu"]
+    shards = [command(*arguments, "--out", out, "--shard", f"{shard}/2") for shard in (1, 2)]
+    deadline = time.monotonic() + 180
+    while not [*folder.glob("*.pt")]:
+        assert shards[0].poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    shards[0].kill()
+    assert shards[0].wait() < 0 and shards[1].poll() is None
+    again = command(*arguments, "--out", out, "--shard", "1/2")
+    printed = [process.communicate(timeout=300)[0].splitlines() for process in (shards[1], again)]
+    assert [shards[1].returncode, again.returncode] == [0, 0]
+    counted = [[int(word) for word in lines[1].split() if word.isdecimal()] for lines in printed]
+    assert [trained + loaded for trained, loaded in counted] == [6, 6] and sum(trained for trained, _ in counted) <= 6
+    made = [path.stat().st_mtime_ns for path in folder.glob("*.pt")]
+    assert len(made) == 6 and len([*folder.glob("*.npz")]) == 2
+
+    merged = command(*arguments, "--out", out, "--merge", "2", "--keep-members")
+    assert merged.communicate(timeout=300)[0].splitlines()[1:3] == ["shards: 2 merged", "members: 0 trained, 0 loaded"]
+    whole = command(*arguments, "--out", tmp_path / "whole.txt")
+    assert whole.communicate(timeout=300)[0] and whole.returncode == 0
+    assert out.read_bytes() == (tmp_path / "whole.txt").read_bytes()
+    assert sorted(path.suffix for path in folder.iterdir()) == [".pt"] * 6
+
+
+def test_processes_that_start_together_share_the_training(store, tmp_path):
+    out = tmp_path / "result.txt"
+    arguments = [store.path, "--epochs", "2", "--members", "4", "--device", "cpu", "--out", out]
+    shards = [command(*arguments, "--shard", f"{shard}/2") for shard in (1, 2)]
+    lines = [process.communicate(timeout=300)[0].splitlines()[1] for process in shards]
+    trained = [int(line.split()[1]) for line in lines]
+    assert sum(trained) == 8
 
 
 # -- refusals ------------------------------------------------------------------------------------------------

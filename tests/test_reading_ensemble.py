@@ -6,7 +6,7 @@ import pytest
 from conftest import made
 from scipy import stats
 
-from mmlib import runs
+from mmlib import sweep
 from mmlib.ensemble import KINDS, member_clips
 from mmlib.experiment import Experiment
 from mmlib.retrieval import training_clips
@@ -158,7 +158,7 @@ def tiny(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("MMLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
     base = replace(BASE, settings=(("identities", 20),))
-    store = runs.open_store(base)
+    store = sweep.open_store(base)
     patch.undo()
     clips = training_clips(base, store)
     return base, clips, store.identity_of(clips), len(np.unique(store.identity_of(store.select("val", labelled=True))))

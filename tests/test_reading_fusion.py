@@ -95,12 +95,12 @@ def test_possible_arms_can_be_run(partial):
 
 def test_weights_share_both_models_and_differ_in_nothing_else(store):
     plan = fusion.weighted(FACE, store)
-    weights, alone = list(plan.values())[:-1], plan[fusion.MATCHED]
     assert {arm.branch() for arm in plan.values()} == {FACE.branch()}
     assert len({arm.second().branch() for arm in plan.values()}) == 1
-    assert [arm.fallback.weight for arm in weights] == list(fusion.WEIGHTS)
-    assert {(arm.fallback.share, arm.fallback.absent) for arm in weights} == {(0, None)}
-    assert (alone.fallback.weight, alone.fallback.absent) == (1, 1)
+    assert [arm.fallback.weight for arm in plan.values()] == list(fusion.WEIGHTS)
+    assert {(arm.fallback.share, arm.fallback.absent) for arm in plan.values()} == {(0, None)}
+    second = next(iter(plan.values())).second().training
+    assert second == replace(FACE.training, lr=arms.CHOSEN["scene"]) != FACE.training
 
 
 @pytest.mark.parametrize("name, by", [("store", "quality"), ("partial", "norm")])
@@ -294,24 +294,15 @@ def test_one_world_does_not_condemn_the_stand_in():
     assert "stand-in" not in fusion.published_sentence(stepped(0.3), simulated=True)
 
 
-def paired(own=1e-3, without=0, **measures):
+def paired(without=0):
     """Records of what the sentences on score-level fusion look at; ``without``: clips with a face and no scene."""
-    scene = replace(arms.FUSIONS["scene"], training=replace(FACE.training, lr=own))
     lacking = {"gallery_without_scene": without, "parameters": 1}
     return {
         "face": [record()],
-        "scene": [record(scene, ap=[0.25], measures={"map_at_100": 0.25, "train_clips": 6, "gallery_clips": 9})],
+        "scene": [record(arms.FUSIONS["scene"], ap=[0.25], measures={"map_at_100": 0.25, "train_clips": 6, "gallery_clips": 9})],
         "scene 128": [record(arms.FUSIONS["scene 128"], measures=lacking)],
         fusion.weight_name(1.0): [record(SCORED, ap=[0.125])],
-        fusion.MATCHED: [record(SCORED)],
     }
-
-
-def test_rate_of_the_second_model_is_said():
-    assert fusion.rate_sentence(paired()).startswith("Both of its models are trained at the rate 0.001")
-    said = fusion.rate_sentence(paired(3e-3))
-    assert "although 0.003 was chosen for scene" in said and "-25.00 points" in said
-    assert fusion.rate_sentence({"face": [record()]}) == ""
 
 
 def test_gallery_of_scenes_alone_is_said():
@@ -321,7 +312,6 @@ def test_gallery_of_scenes_alone_is_said():
 
 
 def test_weight_1_is_no_scene_model_where_some_clips_have_no_scene():
-    assert "points" not in fusion.rate_sentence(paired(3e-3, without=2))
     assert "reaches" not in fusion.gallery_sentence(paired(without=2))
 
 
@@ -336,5 +326,5 @@ def test_sentences_of_faces_alone_name_no_scene_arm():
 def test_plan_of_the_chapter_has_distinct_experiments(store):
     plan = fusion.possible(arms.arms(arms.FUSIONS), store) | fusion.weighted(FACE, store)
     keys = [replace(arm, profile="tiny").key() for arm in plan.values()]
-    assert len(keys) == len(set(keys)) == len(arms.FUSIONS) + len(fusion.WEIGHTS) + 1
+    assert len(keys) == len(set(keys)) == len(arms.FUSIONS) + len(fusion.WEIGHTS)
     assert all(isinstance(arm, Experiment) for arm in plan.values())

@@ -13,7 +13,7 @@ from mmlib.clips.store import ClipStore
 from mmlib.ensemble import KINDS
 from mmlib.experiment import Experiment
 from mmlib.rank import Fallback
-from mmlib.retrieval import Member, fit, gallery_of, missing_scores, retrieve, training_clips
+from mmlib.retrieval import Member, fit, fit_together, gallery_of, missing_scores, retrieve, training_clips
 from mmlib.runs import run
 from mmlib.train import Training
 
@@ -222,18 +222,25 @@ def slow_scores(member, store, clips):
             rows = slice(face.start[clip], face.start[clip] + face.count[clip])
             x, quality, det = (torch.tensor(np.array(part[rows], float))[None]
                                for part in (face.feature, face.columns["quality"], face.columns["det"]))
+            x = torch.from_numpy(_kept(model, x.numpy()))
             inputs = [x, torch.ones_like(quality, dtype=torch.bool), quality, det]
         for name in e.context:
             source = store.modalities[name]
             x = np.array(source.feature[source.start[clip] : source.start[clip] + source.count[clip]], float)
-            block, blocks = model.discard or (0, 1)
-            gap = np.arange(block * x.shape[1] // blocks, (block + 1) * x.shape[1] // blocks)
-            kept = np.delete(x, gap, axis=1) if model.discard else x
-            mean = (x / np.linalg.norm(kept, axis=1, keepdims=True)).sum(axis=0) / max(1, len(x)) * kept.shape[1] ** 0.5
+            kept = _kept(model, x)
+            mean = (kept / np.linalg.norm(kept, axis=1, keepdims=True)).sum(axis=0) / max(1, len(x)) * kept.shape[1] ** 0.5
             contexts[name] = torch.tensor(mean)[None], torch.tensor([len(x) > 0])
         with torch.no_grad():
             out.append(model(*inputs, contexts)[0].numpy())
     return np.array(out)
+
+
+def _kept(model, x):
+    """Cut the region that a model discards out of the last axis."""
+    block, blocks = model.discard or (0, 0)
+    width = x.shape[-1]
+    gap = np.arange(block * width // blocks, (block + 1) * width // blocks) if blocks else []
+    return np.delete(x, gap, axis=-1)
 
 
 def slow_mean(members, store, clips, how, scale):
@@ -324,10 +331,15 @@ def test_members_repeat_themselves_and_differ_from_the_first(patchy, kind):
 def test_members_are_drawn_and_trained_with_seeds_of_their_own(patchy, monkeypatch, kind):
     seeds = []
     monkeypatch.setattr(retrieval, "seed_torch", seeds.append)
-    monkeypatch.setattr(retrieval, "train", lambda *_, seed, **__: seeds.append(seed) or [])
-    for member in (0, 1, 3):
-        fit(small(patchy, ensemble=kind, seed=7), patchy, member, device=CPU)
-    assert seeds == [7, 7, [7, 1], [7, 1], [7, 3], [7, 3]]
+
+    def spy(models, *_, seeds: list, **__):
+        trained.extend(seeds)
+        return [[]] * len(models)
+
+    trained = []
+    monkeypatch.setattr(retrieval, "train_together", spy)
+    fit_together(small(patchy, ensemble=kind, seed=7), patchy, [0, 1, 3], device=CPU)
+    assert seeds == trained == [7, [7, 1], [7, 3]]
 
 
 def test_first_member_of_seeds_is_the_plain_model(patchy):
@@ -391,13 +403,25 @@ def test_members_that_the_fallback_cannot_have_are_refused_before_anything_is_tr
         Experiment(ensemble="views", regions=4, combine="softmax", fallback=Fallback(members=(8,)))
 
 
-def test_trained_members_are_reused_and_added(patchy, monkeypatch):
-    fitted, plain = [], retrieval.fit
-    monkeypatch.setattr(retrieval, "fit", lambda e, store, member, **o: fitted.append(member) or plain(e, store, member, **o))
+@pytest.mark.parametrize("at_once, calls", [(1, [[0], [2], [1]]), (16, [[0, 2], [1]])])
+def test_trained_members_are_reused_and_added(patchy, monkeypatch, at_once, calls):
+    fitted, plain = [], retrieval.fit_together
+    monkeypatch.setattr(retrieval, "fit_together", lambda e, s, members, **o: fitted.append(members) or plain(e, s, members, **o))
+    monkeypatch.setitem(retrieval.TOGETHER, "cpu", at_once)
     asked, trained = small(patchy, members=(0, 2)), {}
-    retrieve(asked, patchy, trained=trained)
-    retrieve(replace(asked, members=(2, 1), combine="cosine", scale=3.0), patchy, trained=trained)
-    assert fitted == [0, 2, 1] and trained.keys() == {(asked.branch(), member) for member in (0, 1, 2)}
+    retrieve(asked, patchy, device="cpu", trained=trained)
+    retrieve(replace(asked, members=(2, 1), combine="cosine", scale=3.0), patchy, device="cpu", trained=trained)
+    assert fitted == calls and trained.keys() == {(asked.branch(), member) for member in (0, 1, 2)}
+
+
+def test_members_trained_together_say_what_members_trained_one_by_one_say(patchy, monkeypatch):
+    asked = small(patchy, ensemble="views", members=(0, 1, 3), context=("scene",))
+    alone = retrieve(asked, patchy, device="cpu")
+    monkeypatch.setitem(retrieval.TOGETHER, "cpu", 3)
+    together = retrieve(asked, patchy, device="cpu")
+    for one, other in zip(alone.members, together.members, strict=True):
+        torch.testing.assert_close(other.embedded, one.embedded, rtol=1e-3, atol=1e-3)
+    assert np.mean(alone.ranking == together.ranking) > .98  # near ties may swap
 
 
 # -- the second model ----------------------------------------------------------------------------------------
@@ -411,6 +435,11 @@ def test_second_model_sees_contexts_alone_with_twice_as_many_regions(patchy):
     assert second.fallback is None and second.training == first.training and second.seed == first.seed
     model = retrieval.make_model(second, patchy, 5)
     assert model.aggregator is None and model.discard == (5, 8) and model.branches["scene"].layers[0].in_features == 28
+
+
+def test_second_model_can_have_a_rate_of_its_own(patchy):
+    first = small(patchy, combine="softmax", fallback=Fallback(lr=.25))
+    assert first.second().training == replace(first.training, lr=.25)
 
 
 def test_second_model_does_not_depend_on_the_aggregator_of_the_first(patchy):

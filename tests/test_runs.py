@@ -1,51 +1,18 @@
 import json
 import os
 import shutil
-import tempfile
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from conftest import BRIEF, made, of
+from conftest import BRIEF, made, of, small
 
-from mmlib import retrieval, runs
-from mmlib.clips.simulate import simulate
+from mmlib import runs
 from mmlib.experiment import Experiment
 from mmlib.rank import Fallback
 from mmlib.retrieval import retrieve, training_clips
-from mmlib.runs import (
-    Record,
-    cache_folder,
-    fetch_or_run,
-    library_hash,
-    open_store,
-    read_results,
-    run,
-    write_results,
-)
+from mmlib.runs import Record, cache_folder, library_hash, read_results, run, write_results
 from mmlib.train import Training
-
-SMALL = (("identities", 12),)
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MMLIB_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def done(monkeypatch, cache):
-    """Let every run succeed at once, and write down what was run on which store."""
-    calls = []
-
-    def fake(asked, store, **_):
-        calls.append((asked, store))
-        return made(asked)
-
-    monkeypatch.setattr(runs, "run", fake)
-    return calls
-
 
 def full(*_):
     raise OSError(28, "No space left on device")
@@ -82,16 +49,17 @@ def test_hash_of_the_library_does_not_depend_on_where_it_lies(library):
 
 def test_hash_ignores_docstrings_and_comments(library):
     before = library()
-    path = library.path / "train.py"
-    edit(path, '"""One training loop', '"""The training loop')
-    edit(path, "# dropout", "# of dropout")
+    path = library.path / "runs.py"
+    edit(path, '"""The record of every number', '"""The record of each number')
+    edit(path, "# frames", "# of frames")
     path.write_text(path.read_text() + "\n\n# The end.\n")
     assert library() == before
 
 
-def test_hash_ignores_figures(library):
+@pytest.mark.parametrize("name, old, new", [("figures.py", "MARKERS", "SIGNS"), ("sweep.py", "PATIENCE = 1", "PATIENCE = 2")])
+def test_hash_ignores_drawing_and_bookkeeping(library, name, old, new):
     before = library()
-    edit(library.path / "figures.py", "MARKERS", "SIGNS")
+    edit(library.path / name, old, new)
     assert library() == before
 
 
@@ -142,159 +110,11 @@ def test_tree_sees_code(one, two):
     assert runs._tree(runs.ast.parse(one)) != runs._tree(runs.ast.parse(two))
 
 
-# -- fetching ------------------------------------------------------------------------------------------------
-
-
-def test_stored_record_is_fetched_without_running(store, cache, monkeypatch):
-    first = fetch_or_run([of(store)])
-    monkeypatch.setattr(runs, "run", lambda *_, **__: pytest.fail("it was run again"))
-    assert fetch_or_run([of(store)]) == first
-
-
-def test_record_holds_what_was_run(store, cache):
-    direct, fetched = run(of(store), store), fetch_or_run([of(store)])[0]
-    assert (fetched.ap, fetched.measures, fetched.breakdown) == (direct.ap, direct.measures, direct.breakdown)
-    assert fetched.key == of(store).key() and fetched.library == library_hash()
-
-
-def test_records_come_in_the_order_asked_for(store, done):
-    asked = [of(store, scale=float(scale)) for scale in (3, 1, 2, 1)]
-    assert [record.experiment["scale"] for record in fetch_or_run(asked)] == [3, 1, 2, 1]
-
-
-def test_experiments_of_one_key_run_once(store, done):
-    records = fetch_or_run([of(store), of(store, hidden=8), of(store)])
-    assert len(done) == 1 and len(records) == 3
-
-
-def test_another_library_runs_again(store, done, monkeypatch):
-    fetch_or_run([of(store)])
-    monkeypatch.setattr(runs, "library_hash", lambda: "changed")
-    fetch_or_run([of(store)])
-    assert len(done) == 2
-
-
-def test_interrupted_set_resumes_at_the_arm_it_was_in(store, done, monkeypatch):
-    arms = [of(store, scale=float(scale)) for scale in range(1, 5)]
-    counting = runs.run
-
-    def interrupted(asked, store, **options):
-        if asked == arms[2]:
-            raise KeyboardInterrupt
-        return counting(asked, store, **options)
-
-    monkeypatch.setattr(runs, "run", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        fetch_or_run(arms)
-    monkeypatch.setattr(runs, "run", counting)
-    done.clear()
-    assert len(fetch_or_run(arms)) == 4
-    assert [asked for asked, _ in done] == arms[2:]
-
-
-def test_failed_write_leaves_no_record(store, done, cache, monkeypatch):
-    monkeypatch.setattr(runs.os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
-        fetch_or_run([of(store)])
-    assert [path for path in cache.rglob("*") if path.is_file()] == []
-
-
-# -- worlds --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def drawn(monkeypatch, tmp_path):
-    """Write down the worlds that are drawn; temporary ones go to a folder of their own."""
-    (tmp_path / "scratch").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
-    calls = []
-
-    def spy(path, settings, seed, **options):
-        calls.append((settings, seed))
-        return simulate(path, settings, seed, **options)
-
-    monkeypatch.setattr(runs, "simulate", spy)
-    return calls
-
-
-def test_worlds_with_settings_are_deleted_after_use(done, drawn, cache, tmp_path):
-    fetch_or_run([Experiment(settings=SMALL, seed=seed) for seed in (0, 1)])
-    assert all(not ran.path.exists() for _, ran in done)
-    assert list((tmp_path / "scratch").iterdir()) == [] and not (cache / "worlds").exists()
-
-
-def test_worlds_with_settings_are_deleted_after_an_interrupt(drawn, cache, tmp_path, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(runs, "run", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        fetch_or_run([Experiment(settings=SMALL)])
-    assert len(drawn) == 1 and list((tmp_path / "scratch").iterdir()) == []
-
-
-def test_arms_of_one_world_draw_it_once(done, drawn):
-    fetch_or_run(
-        [
-            Experiment(settings=SMALL, seed=seed, aggregator=name)
-            for name in ("mean", "norm", "quality")
-            for seed in (0, 1)
-        ]
-    )
-    assert [seed for _, seed in drawn] == [0, 1] and len(done) == 6
-
-
-def test_every_arm_runs_in_its_own_world(done, drawn):
-    fetch_or_run(
-        [
-            Experiment(settings=(*SMALL, ("no_face", share)), seed=seed)
-            for share in (0, 0.1)
-            for seed in (0, 1)
-        ]
-    )
-    for asked, world in done:
-        said = world.meta["provenance"]
-        assert (said["settings"]["no_face"], said["seed"]) == (dict(asked.settings)["no_face"], asked.seed)
-
-
-def test_calibrated_worlds_stay_in_the_cache(done, drawn, cache):
-    fetch_or_run([Experiment(profile="tiny", aggregator=name) for name in ("mean", "norm")])
-    fetch_or_run([Experiment(profile="tiny", aggregator="quality")])
-    assert len(drawn) == 1 and len(list((cache / "worlds").iterdir())) == 1
-
-
-def test_given_store_is_used_whatever_the_settings(store, done, drawn):
-    fetch_or_run([of(store, settings=SMALL)])
-    assert [ran.path for _, ran in done] == [store.path] and drawn == []
-
-
-def test_world_that_another_process_draws_meanwhile_is_opened(cache, monkeypatch):
-    asked = Experiment(profile="tiny", settings=SMALL, seed=3)
-
-    def overtaken(path, settings, seed):
-        simulate(path, settings, seed)
-        return simulate(path, settings, seed)
-
-    monkeypatch.setattr(runs, "simulate", overtaken)
-    world = open_store(asked)
-    assert world.path.parent == cache / "worlds" and world.meta["provenance"]["seed"] == 3
-    assert open_store(asked).path == world.path and len(list((cache / "worlds").iterdir())) == 1
-
-
-def test_world_that_cannot_be_drawn_is_an_error(cache, monkeypatch):
-    monkeypatch.setattr(runs, "simulate", full)
-    with pytest.raises(OSError, match="No space"):
-        open_store(Experiment(profile="tiny"))
-
-
-def test_cache_lies_where_the_environment_says(cache, monkeypatch):
-    assert cache_folder() == cache
+def test_cache_lies_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMLIB_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
     monkeypatch.delenv("MMLIB_CACHE")
     assert cache_folder().name == "mmlib"
-
-
-def test_open_store_opens_the_given_one(store):
-    assert open_store(of(store)).path == store.path
 
 
 # -- records -------------------------------------------------------------------------------------------------
@@ -363,8 +183,8 @@ def results(tmp_path, monkeypatch):
     return tmp_path / "some.json.gz"
 
 
-def test_committed_records_are_read_as_they_were_written(results, done, store):
-    records = fetch_or_run([of(store, scale=float(scale)) for scale in (1, 2)])
+def test_committed_records_are_read_as_they_were_written(results):
+    records = [made(Experiment(), scale, experiment={"scale": scale}) for scale in ("one", "two")]
     write_results(results, records)
     assert read_results("some.json.gz") == records
 
@@ -429,111 +249,8 @@ def test_hash_ignores_where_a_function_stands(library):
 # -- ensembles -----------------------------------------------------------------------------------------------
 
 
-def small(store, **options):
-    fixed = dict(aggregator="norm", hidden=8, context=("scene",), context_dim=4, regions=4, combine="softmax", scale=5.0,
-                 training=Training(epochs=1, batch=16, frames=4, lr=1e-2))
-    return Experiment(data=str(store.path), **fixed | options)
-
-
-@pytest.fixture
-def fitted(monkeypatch):
-    """Write down what is trained: the modality and the member."""
-    calls, plain = [], retrieval.fit
-
-    def spy(asked, store, member, **options):
-        calls.append((asked.modality, member))
-        return plain(asked, store, member, **options)
-
-    monkeypatch.setattr(retrieval, "fit", spy)
-    return calls
-
-
-def rankings_of(store):
-    """Experiments of one branch: members, ways to combine them, and fallbacks."""
-    return [
-        small(store, members=(0,)),
-        small(store, members=(0, 1, 2)),
-        small(store, members=(2, 1), combine="ranks"),
-        small(store, members=(1,), combine="cosine"),
-        small(store, members=(0, 1), fallback=Fallback(share=0.2)),
-        small(store, members=(0,), fallback=Fallback(share=0.1, members=(0, 3))),
-    ]
-
-
 def measured(record):
     return record.key, record.ap, record.measures, record.breakdown, record.losses
-
-
-def test_experiments_of_one_branch_are_grouped_in_their_order(patchy):
-    one, two = small(patchy), small(patchy, hidden=16)
-    asked = [one, two, replace(one, scale=2.0), replace(two, members=(1,)), replace(one, combine="cosine")]
-    assert runs._by_branch(asked) == [[asked[0], asked[2], asked[4]], [asked[1], asked[3]]]
-
-
-def test_members_of_one_branch_are_trained_once(patchy, cache, fitted):
-    fetch_or_run(rankings_of(patchy))
-    assert sorted(fitted, key=str) == [("face", 0), ("face", 1), ("face", 2), (None, 0), (None, 3)]
-
-
-def test_sharing_members_does_not_change_a_record(patchy, cache):
-    asked = rankings_of(patchy)
-    together = fetch_or_run(asked)
-    assert [measured(record) for record in together] == [measured(run(one, patchy)) for one in asked]
-
-
-def test_members_of_other_branches_are_not_kept(patchy, cache, monkeypatch):
-    given, plain = [], runs.run
-    monkeypatch.setattr(runs, "run", lambda *a, trained, **o: given.append(set(trained)) or plain(*a, trained=trained, **o))
-    one, two = small(patchy, members=(0, 1)), small(patchy, hidden=16)
-    fetch_or_run([one, two, replace(one, scale=2.0)])
-    assert given == [set(), {(one.branch(), 0), (one.branch(), 1)}, set()]
-
-
-def test_trainings_are_counted_once_with_those_of_second_models(patchy):
-    assert runs._trainings(rankings_of(patchy)) == 5
-    assert runs._trainings([small(patchy, members=(0, 4)), small(patchy, hidden=16, members=(0,))]) == 3
-
-
-class Pool:
-    """Run tasks here and write them down, in the place of a pool of processes."""
-
-    tasks: list = []
-
-    def __init__(self, *_, **__):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def map(self, function, tasks, *rest):
-        Pool.tasks = list(tasks)
-        return [function(*arguments) for arguments in zip(Pool.tasks, *rest)]
-
-
-@pytest.fixture
-def pool(monkeypatch):
-    monkeypatch.setattr(runs, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(runs.os, "cpu_count", lambda: 2)
-    Pool.tasks = []
-    return Pool
-
-
-def test_pool_gets_branches_whole_with_the_longest_first(patchy, cache, fitted, pool):
-    short, long = small(patchy, hidden=16, members=(0, 1, 2)), rankings_of(patchy)
-    records = runs.fetch_all([short, *long], device="cpu")
-    assert pool.tasks == [long, [short]] and len(fitted) == 5 + 3
-    assert [record.key for record in records] == [one.key() for one in (short, *long)]
-    assert records == runs.fetch_all([short, *long], device="cpu") and len(fitted) == 8
-
-
-def test_pool_is_left_alone_for_few_trainings_or_one_branch(patchy, cache, pool):
-    runs.fetch_all([small(patchy, members=(0, 1)), small(patchy, hidden=16)], device="cpu")
-    assert pool.tasks == []
-    runs.fetch_all([small(patchy, members=tuple(range(9)))], device="cpu")
-    assert pool.tasks == []
 
 
 @pytest.mark.parametrize("kind", ["seeds", "bagging", "stratified", "views"])

@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -12,9 +13,11 @@ from matplotlib.colors import to_rgb
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from mmlib import cli, figures, scene
+from mmlib import cli, figures, scene, scene_network, scene_training
+from mmlib.launch import Launch, launched
 from mmlib.reading import scene as scene_reading
 from mmlib.clips.images import index_images
+from mmlib.clips.pictures import decode
 from mmlib.clips.render import REGIONS, render_scenes
 from mmlib.clips.simulate import settings_for as world_for
 from mmlib.clips.simulate import simulate
@@ -129,7 +132,7 @@ def test_a_download_that_fails_says_so_in_one_line(monkeypatch):
     def fail(*_, **__):
         raise OSError("no route to host\nand many more lines")
 
-    monkeypatch.setattr(scene.timm, "create_model", fail)
+    monkeypatch.setattr(scene_network.timm, "create_model", fail)
     with pytest.raises(ValueError, match=r"cannot download those of seresnext50_32x4d \(no route to host\); give"):
         make_backbone("seresnext50_32x4d", "pretrained")
 
@@ -154,8 +157,8 @@ def test_settings_that_cannot_be_are_refused(options, reason):
 
 
 def test_layers_are_as_many_as_the_name_says():
-    for name in scene.NARROW:
-        blocks = [m for m in make_backbone(name).modules() if isinstance(m, scene.Bottleneck)]
+    for name in scene_network.NARROW:
+        blocks = [m for m in make_backbone(name).modules() if isinstance(m, scene_network.Bottleneck)]
         assert name.endswith(f"seresnext{3 * len(blocks) + 2}")
         assert all(block.se is not None and block.conv2.groups == 8 for block in blocks)
 
@@ -169,7 +172,7 @@ def test_every_parameter_gets_a_gradient():
 
 def test_the_backbone_learns_more_slowly_than_the_head():
     model = make_model(SMALL, 5, seed=0)
-    backbone, head = scene.make_optimiser(model, SceneSettings()).param_groups
+    backbone, head = scene_training.make_optimiser(model, SceneSettings()).param_groups
     assert (backbone["lr"], head["lr"]) == (0.001, 0.1)
     assert len(backbone["params"]) == len(list(model.backbone.parameters()))
     assert head["params"][0] is model.prototype and len(head["params"]) == 1
@@ -198,6 +201,111 @@ def test_the_same_seed_gives_the_same_network(trained, world, images):
     assert history == trained[1]
     for key, value in again.state_dict().items():
         assert torch.equal(value, trained[0].state_dict()[key]), key
+
+
+def test_decoded_pictures_give_the_same_network(trained, world, images, tmp_path):
+    decoded = decode(images, tmp_path / "map", scene_training.training_clips(world, images), resize=SMALL.resize)
+    again, history = fine_tune(world, images, SMALL, seed=0, device="cpu", decoded=decoded)
+    assert history == trained[1]
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, trained[0].state_dict()[key]), key
+
+
+def test_pictures_decoded_for_a_run_are_removed_and_those_for_a_folder_kept(world, images, cache, tmp_path):
+    run = launched("cpu")
+    with scene.decoded_pictures(world, images, SMALL, run) as decoded:
+        assert (decoded.first >= 0).sum() == len(scene_training.training_clips(world, images))
+        assert len(list((cache / "decoded").iterdir())) == 1
+    assert not list((cache / "decoded").iterdir())
+    with pytest.raises(KeyboardInterrupt), scene.decoded_pictures(world, images, SMALL, run):
+        raise KeyboardInterrupt
+    assert not list((cache / "decoded").iterdir())
+    with scene.decoded_pictures(world, images, SMALL, run, folder=tmp_path / "map"):
+        pass
+    assert (tmp_path / "map" / "pixels.npy").exists()
+
+
+def test_channels_last_changes_a_feature_by_rounding_alone():
+    model = make_model(SMALL, 5, seed=0).eval()
+    with torch.no_grad():
+        plain = model.features(pixels())
+        last = model.to(memory_format=torch.channels_last).features(pixels().to(memory_format=torch.channels_last))
+    torch.testing.assert_close(last, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_mixed_precision_changes_features_by_less_than_two_percent(trained, images):
+    # bfloat16 keeps 8 bits: half a unit is 0.2 %, added up over 14 layers
+    wide, mixed = ({clip: row.astype(float) for clip, row in features(trained[0], images, mixed=m).items()}
+                   for m in (False, True))
+    off = [np.linalg.norm(wide[clip] - mixed[clip]) / np.linalg.norm(wide[clip]) for clip in wide]
+    assert 1e-4 < max(off) < 0.02  # and it is another arithmetic
+
+
+def test_mixed_precision_starts_with_the_loss_of_float32(world, images):
+    one_step = replace(SMALL, epochs=1, batch=1000)
+    wide, mixed = (fine_tune(world, images, one_step, seed=0, device="cpu", mixed=m)[1][0]["loss"] for m in (False, True))
+    assert mixed != wide and mixed == pytest.approx(wide, rel=0.01)
+
+
+def test_gradients_of_mixed_precision_point_where_those_of_float32_do():
+    gradients = []
+    for mixed in (False, True):
+        model = make_model(SMALL, 5, seed=0).train()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+            cosine = model(pixels(16))
+        F.cross_entropy(30 * cosine, torch.arange(16) % 5).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    # two random directions of 300,000 parameters have a cosine below 0.01
+    assert 0.9 < F.cosine_similarity(*gradients, dim=0) < 0.9999
+
+
+def test_cosines_are_float32_also_where_the_network_is_not():
+    model = make_model(SMALL, 5, seed=0).eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        feature, cosine = model.features(pixels()), model(pixels())
+    expected = F.normalize(feature.float(), dim=1) @ F.normalize(model.prototype, dim=1).T
+    assert cosine.dtype == torch.float32 and torch.equal(cosine, expected.detach())
+
+
+class Flat(torch.nn.Module):
+    """A network of one layer, which compiles in seconds."""
+
+    num_features = 4
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.layer(x).relu().mean((2, 3))
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no compiler here")
+def test_compiled_features_are_those_of_the_network():
+    model = scene.SceneModel(Flat(), 5)
+    with torch.no_grad():
+        expected = model.features(pixels())
+        scene_training.compile_features(model)
+        found = model.features(pixels())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert list(model.state_dict()) == list(scene.SceneModel(Flat(), 5).state_dict())
+
+
+def test_without_a_compiler_the_network_is_run_as_it_is(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no compiler found\nand many more lines")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    model = scene.SceneModel(Flat(), 5)
+    with pytest.warns(UserWarning, match=r"does not work here \(no compiler found\); the network is run as it is"):
+        scene_training.compile_features(model)
+    assert model.features(pixels()).shape == (4, 4)
+
+
+def test_a_batch_that_is_too_small_for_its_processes_is_refused(world, images, monkeypatch):
+    monkeypatch.setattr(scene_training, "launched", lambda _: Launch(0, 9, torch.device("cpu")))
+    with pytest.raises(ValueError, match="two clips for each of 9 processes, got batches of 1[0-9]"):
+        fine_tune(world, images, SMALL, seed=0)
 
 
 def test_a_store_without_labelled_train_pictures_is_refused(world, images):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from mmlib.clips import arrays
 from mmlib.clips.arrays import nonfinite_rows
-from mmlib.clips.store import ClipStore, sample_rows
+from mmlib.clips.sampling import sample_rows
+from mmlib.clips.store import ClipStore
 
 COUNT = np.array([4, 0, 6])
 START = np.array([0, 4, 4])
@@ -90,6 +91,30 @@ def test_batch_does_not_write_to_the_store(store, tmp_path):
     np.testing.assert_array_equal(again, np.arange(10))
 
 
+@pytest.mark.parametrize("gap", [slice(0, 0), slice(0, 2), slice(2, 5), slice(6, 8)])
+def test_gathered_frames_lack_the_dimensions_of_the_gap(store, gap):
+    rows = torch.tensor([[4, 9], [3, -1]])
+    out = torch.full((2, 2, 8 - gap.stop + gap.start), -7.0)
+    batch = store.on("face").gather(rows, gap=gap, out=out)
+    expected = np.delete(np.array(store.modalities["face"].feature, np.float32), np.arange(8)[gap], axis=1)
+    assert batch.feature is out and batch.mask.tolist() == [[True, True], [True, False]]
+    np.testing.assert_array_equal(out[batch.mask], expected[[4, 9, 3]])
+    assert batch.quality[batch.mask].tolist() == [2, 4.5, 1.5] and batch.det is None
+
+
+def test_modality_is_put_on_a_device_once(store, device):
+    assert store.on("face", device) is store.on("face", device)
+    assert store.on("face", device).feature.device.type == torch.device(device).type
+
+
+def test_features_too_large_for_the_device_are_gathered_on_the_host(store, device, monkeypatch):
+    monkeypatch.setattr("mmlib.clips.store._SHARE", 0)
+    resident = store.on("face", device)
+    assert resident.feature.device.type == "cpu"
+    rows = torch.tensor([[4, 9, -1]], device=device)
+    assert resident.gather(rows).feature[0, :2, 0].tolist() == [4, 9]
+
+
 def test_batch_refuses_an_unknown_modality(store):
     with pytest.raises(ValueError, match="no modality 'audio'"):
         store.batch([0], "audio")
@@ -149,6 +174,11 @@ def test_ragged_clips_survive_the_round_trip(tmp_path_factory, count, seed):
 
 # Sampling
 
+def sampled(start, count, sample, frames, seed=None):
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return sample_rows(torch.tensor(start), torch.tensor(count), sample, frames, generator).numpy()
+
+
 counts = st.lists(st.integers(0, 30), min_size=1, max_size=8).map(np.array)
 
 
@@ -157,7 +187,7 @@ counts = st.lists(st.integers(0, 30), min_size=1, max_size=8).map(np.array)
        sample=st.sampled_from(["first", "random", "replace", "draw"]))
 def test_sampled_rows_belong_to_their_clip(count, frames, seed, sample):
     start = np.cumsum(count) - count + 100
-    rows = sample_rows(start, count, sample, frames, np.random.default_rng(seed))
+    rows = sampled(start, count, sample, frames, seed)
     assert rows.shape == (len(count), frames)
     for clip, row in enumerate(rows):
         chosen = row[row >= 0]
@@ -170,13 +200,13 @@ def test_sampled_rows_belong_to_their_clip(count, frames, seed, sample):
 
 
 def test_the_same_generator_state_gives_the_same_rows():
-    one, other = (sample_rows(START, COUNT, "draw", 5, np.random.default_rng(3)) for _ in range(2))
+    one, other = (sampled(START, COUNT, "draw", 5, 3) for _ in range(2))
     np.testing.assert_array_equal(one, other)
 
 
 def test_random_picks_every_frame_equally_often_in_every_place():
     draws = 6000
-    rows = sample_rows(np.zeros(draws), np.full(draws, 5), "random", 3, np.random.default_rng(0))
+    rows = sampled(np.zeros(draws, int), np.full(draws, 5), "random", 3, 0)
     for place in range(3):
         share = np.bincount(rows[:, place], minlength=5) / draws
         np.testing.assert_allclose(share, 0.2, atol=0.026)  # five standard errors
@@ -184,27 +214,27 @@ def test_random_picks_every_frame_equally_often_in_every_place():
 
 def test_random_picks_every_pair_equally_often():
     draws = 6000
-    rows = np.sort(sample_rows(np.zeros(draws), np.full(draws, 4), "random", 2, np.random.default_rng(0)))
+    rows = np.sort(sampled(np.zeros(draws, int), np.full(draws, 4), "random", 2, 0))
     share = np.bincount(rows @ [4, 1], minlength=16)[[1, 2, 3, 6, 7, 11]] / draws
     np.testing.assert_allclose(share, 1 / 6, atol=0.024)
 
 
 def test_replace_picks_every_frame_equally_often():
-    rows = sample_rows(np.array([10]), np.array([4]), "replace", 8000, np.random.default_rng(0))
+    rows = sampled([10], [4], "replace", 8000, 0)
     np.testing.assert_allclose(np.bincount(rows[0] - 10) / 8000, 0.25, atol=0.025)
 
 
 def test_draw_of_all_frames_is_a_shuffle():
-    rows = sample_rows(np.array([0]), np.array([40]), "draw", 40, np.random.default_rng(0))[0]
+    rows = sampled([0], [40], "draw", 40, 0)[0]
     assert sorted(rows) == list(range(40)) and rows.tolist() != list(range(40))
 
 
 @pytest.mark.parametrize("arguments, named", [
     (("some", 3), "sample: 'some'"), (("first", None), "frames: None"), (("first", 0), "frames: 0"),
-    (("all", 3), "frames: 3"), (("random", 3), "rng: None")])
+    (("all", 3), "frames: 3"), (("random", 3), "generator: None")])
 def test_sampling_refuses_what_makes_no_sense(arguments, named):
     with pytest.raises(ValueError, match=named):
-        sample_rows(START, COUNT, *arguments)
+        sampled(START, COUNT, *arguments)
 
 
 # Bad stores

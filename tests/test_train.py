@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mmlib.clips.store import ClipStore
+from mmlib.clips.store import ClipStore, Resident
 from mmlib.losses import batch_focal_loss, focal_loss, margin_logits
 from mmlib.models import AGGREGATORS, IdentityModel, make_aggregator
-from mmlib.train import Training, batches, classes_of, pooled_features, train
+from mmlib.train import Training, classes_of, contexts, pooled_features, train
 
 DIM, CONTEXT, IDENTITIES = 12, 32, 4
 SHORT = Training(epochs=4, batch=8, frames=6, lr=1e-2)
@@ -51,15 +51,22 @@ def trained(store, aggregator="norm", training=SHORT, seed=0, **options):
 
 @pytest.fixture
 def read(monkeypatch):
-    """Write down (clips, modality, rows) of every batch that is read."""
-    calls, batch = [], ClipStore.batch
+    """Write down (clips, modality, rows) of everything that is gathered; a clip is known by its first frame."""
+    calls, on = [], ClipStore.on
 
-    def spy(self, clips, modality="face", **options):
-        made = batch(self, clips, modality, **options)
-        calls.append((np.asarray(clips).tolist(), modality, made.rows.tolist()))
-        return made
+    def spy(self, name, device="cpu"):
+        source = self.modalities[name]
+        having = np.flatnonzero(source.count)
 
-    monkeypatch.setattr(ClipStore, "batch", spy)
+        class Spied(Resident):
+            def gather(self, rows, **options):
+                place = np.searchsorted(source.start[having], rows[:, 0].cpu().numpy(), side="right") - 1
+                calls.append((having[place].tolist(), name, rows.tolist()))
+                return super().gather(rows, **options)
+
+        return Spied(**vars(on(self, name, device)))
+
+    monkeypatch.setattr(ClipStore, "on", spy)
     return calls
 
 
@@ -146,6 +153,13 @@ def test_frames_are_sampled_as_the_training_says(store, read):
 def test_aggregator_of_a_fixed_number_of_frames_gets_that_number(store, read):
     trained(store, "as coded", training=replace(SHORT, epochs=1, frames=6))
     assert all(len(found) == 40 and min(found) >= 0 for _, _, rows in read for found in rows)
+
+
+def test_training_clip_without_frames_is_refused_where_frames_are_drawn(patchy):
+    torch.manual_seed(0)
+    made = IdentityModel(make_aggregator("as coded", 16), 6, hidden=8)
+    with pytest.raises(ValueError, match="a training clip has no face to draw frames from"):
+        train(made, patchy, patchy.select("train", labelled=True), SHORT, seed=0)
 
 
 def test_aggregator_has_its_own_learning_rate(store):
@@ -266,10 +280,10 @@ def scene_model(store, **options):
                          **{"hidden": 8, "contexts": {"scene": 32}, "context_dim": 4} | options)
 
 
-def test_context_of_several_images_is_the_mean_of_their_directions(patchy):
+@pytest.mark.parametrize("block", [1, 7, 16_384])
+def test_context_of_several_images_is_the_mean_of_their_directions(patchy, block):
     clips = patchy.select("train")
-    (_, inputs), = batches(scene_model(patchy), patchy, [clips], "face", "all", None, None)
-    feature, present = inputs[4]["scene"]
+    feature, present = contexts(patchy, "scene", clips, slice(0, 0), torch.device("cpu"), block=block)
     count = patchy.modalities["scene"].count[clips]
     assert {1, 2} < set(count) and present.tolist() == (count > 0).tolist()
     for row, clip in enumerate(clips):
@@ -304,7 +318,7 @@ def test_training_with_all_no_or_one_context_in_a_batch(patchy, having, batch):
               "one": np.concatenate([clips[~scenes], clips[scenes][:1]])}[having]
     made = scene_model(patchy)
     before = {name: value.clone() for name, value in made.branches["scene"].state_dict().items()}
-    history = train(made, patchy, chosen, replace(SHORT, batch=batch), seed=0)
+    history = train(made, patchy, chosen, replace(SHORT, batch=batch, weight_decay=0.0), seed=0)
     assert np.isfinite(history).all() and torch.isfinite(pooled_features(made, patchy, clips)).all()
     moved = {name for name, value in made.branches["scene"].state_dict().items() if not torch.equal(value, before[name])}
     layers = {name for name in before if name.startswith("layers")}

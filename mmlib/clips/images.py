@@ -1,30 +1,20 @@
-"""Scene images ``img/<clip>/<n>.jpg``: find those of a store's clips, take one a clip, and bring it to the network's size.
-
-Everything random about a picture (which of its clip's, which crop, flipped or not) comes from a generator of the seed,
-the epoch and the clip, so that neither the order nor the number of loading processes changes a batch.
-"""
+"""Scene images ``img/<clip>/<n>.jpg``: find those of a store's clips and read them."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from mmlib.clips.store import ClipStore
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
-EVALUATION = -1  # in place of an epoch: the one picture a clip that is drawn in test
-_WORTH_A_WORKER = 128  # pixels; smaller pictures are decoded faster than they are passed between processes
 
 
 @dataclass(frozen=True)
@@ -50,6 +40,19 @@ class Images:
     def path(self, clip: int, number: int) -> Path:
         """Return the file of a clip's image, counted from 0."""
         return self.folder / self.clips[clip] / self.files[clip][number]
+
+    def digest(self, clips: np.ndarray) -> str:
+        """Hash the names and sizes of the files of clips (n,)."""
+        digest = hashlib.sha256()
+        for clip in clips:
+            for number, file in enumerate(self.files[clip]):
+                path = self.path(clip, number)
+                try:
+                    size = path.stat().st_size
+                except FileNotFoundError:
+                    raise ValueError(f"{path}: image of clip {self.clips[clip]}: missing") from None
+                digest.update(f"{self.clips[clip]}/{file} {size}\n".encode())
+        return digest.hexdigest()
 
     def lines(self) -> list[str]:
         """Say it in sentences for a terminal."""
@@ -114,68 +117,6 @@ def read_image(path: Path, clip: str) -> tuple[Image.Image, str]:
         raise ValueError(f"{path}: image of clip {clip}: not a picture ({path.stat().st_size} bytes)") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: image of clip {clip}: {error}") from None
-
-
-def crop_image(image: Image.Image, size: int, resize: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Resize the shorter side to ``resize`` pixels and crop ``size``: (S, S, 3) uint8.
-
-    With ``rng`` the crop lies anywhere and is flipped in one half of the cases; without, it is the centre.  Crop and
-    resize are one step, so that a picture of one pixel by ten thousand takes no more memory than another.
-    """
-    side = min(image.size) * size / resize
-    spare = np.array(image.size) - side
-    left, top = spare * (rng.random(2) if rng is not None else .5)
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side)))
-    return pixels[:, ::-1] if rng is not None and rng.random() < .5 else pixels
-
-
-class ImageBatch(NamedTuple):
-    """Pictures of B clips: ``clips`` (B,) positions in the store, ``number`` (B,) which of the clip's images, ``pixels``
-    (B, 3, S, S) uint8, ``modes`` (B,) of the files, such as ``RGB`` or ``L``.
-    """
-
-    clips: np.ndarray
-    number: np.ndarray
-    pixels: Tensor
-    modes: list[str]
-
-
-class _Drawn(Dataset):
-    """One picture a clip, drawn by seed, epoch and clip; a class because a DataLoader takes one."""
-
-    def __init__(self, images: Images, size: int, resize: int, seed: int, epoch: int):
-        self.images, self.size, self.resize, self.seed, self.epoch = images, size, resize, seed, epoch
-
-    def __getitem__(self, clip: int) -> tuple[int, int, np.ndarray, str]:
-        rng = np.random.default_rng([self.seed, 5, self.epoch + 1, clip])
-        number = int(rng.integers(len(self.images.files[clip])))
-        image, mode = read_image(self.images.path(clip, number), self.images.clips[clip])
-        return clip, number, crop_image(image, self.size, self.resize, None if self.epoch == EVALUATION else rng), mode
-
-
-def _collate(drawn: list[tuple]) -> ImageBatch:
-    clips, number, pixels, modes = zip(*drawn)
-    stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-    return ImageBatch(np.array(clips), np.array(number), stacked, list(modes))
-
-
-def image_batches(images: Images, groups: list[np.ndarray], *, size: int, resize: int, seed: int,
-                  epoch: int = EVALUATION, workers: int | None = None) -> Iterator[ImageBatch]:
-    """Yield one drawn picture of each clip, for groups of clips that have images, in the order given.
-
-    epoch: from 0 in training (random crop and flip); EVALUATION draws the picture of test (centre crop).  workers:
-    loading processes; None takes as many as there are cores where pictures are large enough for that to pay.
-    """
-    for group in groups:
-        for clip in group:
-            if not images.files[clip]:
-                raise ValueError(f"{images.folder}: clip {images.clips[clip]} has no image")
-    if workers is None:
-        workers = min(8, os.cpu_count() or 1) if size >= _WORTH_A_WORKER and len(groups) > 4 else 0
-    loader = DataLoader(_Drawn(images, size, resize, seed, epoch), batch_sampler=[list(map(int, g)) for g in groups],
-                        collate_fn=_collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                        generator=torch.Generator())  # its own, or it would take a number from the global one
-    yield from loader
 
 
 def count_converted(modes: Counter) -> str:

@@ -8,6 +8,7 @@ bytes and runs nothing of numpy. Every other name is refused.
 import gc
 import io
 import pickle
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,16 +17,21 @@ import numpy as np
 
 from mmlib.clips.arrays import nonfinite_rows
 
-BLOCK = 8 * 2**20  # bytes of features gathered before they go to disk
+BLOCK = 2**20      # bytes of features gathered before they go to disk
 LONG = 256         # bytes; only features are longer
+PORTION = 2**25    # bytes read between two reports of progress
 PRUNE = 2**14      # features between two visits to the memo
+
+
+EMPTY = -2**31     # the place of a feature that never got its content
 
 
 class Spool:
     """A temporary file of equally long features; each is known by its row.
 
-    `flaws` says what is wrong with features that could not be kept; `nonfinite`, set by `finish`,
-    marks the rows that hold a NaN, an infinity or a number too large for float16.
+    `places`, set by `finish`, gives by the number of a `Feature` its row, -1 - n if it has the n-th of the `flaws`,
+    or EMPTY. `flaws` says what is wrong with features that could not be kept; `nonfinite`, set by `finish`, marks the
+    rows that hold a NaN, an infinity or a number too large for float16.
     """
 
     def __init__(self, path: Path, dtype: str, width: int):
@@ -33,20 +39,27 @@ class Spool:
         self.flaws: list[str] = []
         self._path, self._file, self._pending = path, open(path, "wb"), []
         self._nonfinite: list[np.ndarray] = []
+        self._places = array("i")
 
-    def add(self, dtype: str, shape: tuple, payload: bytes) -> int:
-        """Keep one feature and return its row, or -1 - n if it has the n-th flaw."""
+    def number(self) -> int:
+        """Return a number for a feature whose content is still to come."""
+        self._places.append(EMPTY)
+        return len(self._places) - 1
+
+    def add(self, number: int, dtype: str, shape: tuple, payload: bytes) -> None:
+        """Keep one feature, or what is wrong with it."""
         size = self.width * self.dtype.itemsize
         if dtype == self.dtype.str and shape == (self.width,) and len(payload) == size:
             self._pending.append(payload)
+            self._places[number] = self.rows
             self.rows += 1
             if len(self._pending) * len(payload) >= BLOCK:
                 self.flush()
-            return self.rows - 1
+            return
         got = np.dtype(dtype).name if dtype[1:] in ("f2", "f4", "f8") and dtype[0] == "<" else dtype
         self.flaws.append(f"feature is {got} {shape} of {len(payload)} bytes, "
                           f"not {self.dtype.name} ({self.width},)")
-        return -len(self.flaws)
+        self._places[number] = -len(self.flaws)
 
     def flush(self) -> None:
         """Write what is pending."""
@@ -54,15 +67,18 @@ class Spool:
         self._file.write(block.data.cast("B") if block.size else b"")
         with np.errstate(over="ignore"):
             bad = nonfinite_rows(block.astype(np.float16, copy=False))
-        self._nonfinite.append(self.rows - len(block) + bad)
+        if bad.size:  # an object that stays would keep the memory around it from being given back
+            self._nonfinite.append(self.rows - len(block) + bad)
         self._pending.clear()
 
     def finish(self) -> None:
-        """Write what is pending and set `nonfinite`, (rows,) bool."""
+        """Write what is pending and set `nonfinite`, (rows,) bool, and `places`."""
         self.flush()
         self._file.flush()
+        self.places = np.array(self._places, np.int64)
         self.nonfinite = np.zeros(self.rows, bool)
-        self.nonfinite[np.concatenate(self._nonfinite)] = True
+        for rows in self._nonfinite:
+            self.nonfinite[rows] = True
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Return the features at `rows` (n,) as (n, D) float16."""
@@ -82,10 +98,10 @@ class Spool:
             self._path.unlink(missing_ok=True)
 
 
-class Feature:
-    """What stands for an array in the loaded containers: its row in the spool, or the -1 - n of its flaw."""
+class Feature(int):
+    """What stands for an array in the loaded containers: its number in the spool, in the fewest bytes there are."""
 
-    __slots__ = ("row",)
+    __slots__ = ()
 
 
 def read_pickle(path: Path, spool: Spool, progress: Callable[[int], None] = lambda _: None) -> dict:
@@ -130,11 +146,15 @@ class _ReportingFile(io.FileIO):
 
     def __init__(self, path: Path, report: Callable[[int], None]):
         super().__init__(path)
-        self._report = report
+        self._report, self._untold = report, 0
 
     def readinto(self, buffer) -> int:
         got = super().readinto(buffer)
-        self._report(got)
+        self._untold += got
+        # Seldom: a listener may keep an object, and a small object that stays keeps all the memory around it.
+        if self._untold >= PORTION or not got:
+            self._report(self._untold)
+            self._untold = 0
         return got
 
 
@@ -222,16 +242,16 @@ def _reconstructor(spool: Spool, forget: Callable[[], bool]) -> Callable:
         def __setstate__(self, state: tuple) -> None:
             nonlocal next_visit
             _, shape, dtype, fortran, payload = state
-            self.row = spool.add(dtype.code, shape, payload)
-            if self.row == next_visit:
+            spool.add(self, dtype.code, shape, payload)
+            if self == next_visit:
                 # visits cost as much as the memo is long: ever rarer ones keep the whole linear; and a writer
                 # that memoised none of the first thousands of features, as Python 2, does not begin later
-                next_visit += max(PRUNE, self.row // 12) if forget() else 2**62
+                next_visit += max(PRUNE, self // 12) if forget() else 2**62
 
     def reconstruct(kind, shape, code) -> Feature:
         if kind is not _NDARRAY:
             raise pickle.UnpicklingError("an array of another class than numpy.ndarray")
-        return SpooledFeature()
+        return SpooledFeature(spool.number())
 
     return reconstruct
 

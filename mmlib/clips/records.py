@@ -8,12 +8,11 @@ import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 
-from mmlib.clips.pickles import Feature, Spool
+from mmlib.clips.pickles import EMPTY, Feature, Spool
 
 CHUNK = 2**14  # records checked at once
 
@@ -78,7 +77,8 @@ def gather_records(loaded: dict, modality: str, spool: Spool, path: Path, skip_b
             _check_order(columns, count)
         except BadRecord:
             count, columns = _parse_singly(names, values, layout, spool, path, skip_bad_records, refused)
-            used[[f.row for f in _features(values) if getattr(f, "row", -1) >= 0]] = True
+            rows = spool.places[list(_features(values))]
+            used[rows[rows >= 0]] = True
         used[columns["row"]] = True
         counts.extend(count)
         parts.append(columns)
@@ -113,8 +113,9 @@ def _clip_names(loaded: dict, path: Path) -> list[str]:
 
 def _chunks(loaded: dict, clips: list[str], modality: str) -> Iterator[tuple[list[str], list]]:
     names, values, records = [], [], 0
-    for name, key in zip(clips, list(loaded)):
-        value = loaded.pop(key)  # so that memory falls as columns grow
+    keys = list(loaded)[::-1]
+    for name in clips:
+        value = loaded.pop(keys.pop())  # so that memory falls as columns grow, with nothing left that holds it
         names.append(name)
         values.append([(value,)] if modality == "audio" else value)
         records += len(values[-1]) if type(value) in (list, tuple) else 1
@@ -191,10 +192,9 @@ def _parse_features(values: tuple, spool: Spool) -> np.ndarray:
     if not all(issubclass(kind, Feature) for kind in set(map(type, values))):
         other = next(value for value in values if not isinstance(value, Feature))
         raise BadRecord("feature is not an array", reprlib.repr(other))
-    try:
-        rows = np.fromiter(map(attrgetter("row"), values), np.int64, len(values))
-    except AttributeError:
-        raise BadRecord("feature is not an array", "one without content") from None
+    rows = spool.places[np.fromiter(values, np.int64, len(values))]
+    if (rows == EMPTY).any():
+        raise BadRecord("feature is not an array", "one without content")
     if (rows < 0).any():
         raise BadRecord("feature of another dtype or width", spool.flaws[-1 - rows[rows < 0][0]])
     if spool.nonfinite[rows].any():

@@ -1,54 +1,56 @@
-"""Choose frames of many clips at once."""
+"""Choose frames of many clips at once, on any device."""
 
-import numpy as np
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 SAMPLES = ("all", "first", "random", "replace", "draw")
 
 
-def sample_rows(start: np.ndarray, count: np.ndarray, sample: str = "all", frames: int | None = None,
-                rng: np.random.Generator | None = None) -> np.ndarray:
-    """Choose frames of B clips that lie at `start` (B,) and number `count` (B,): rows (B, T), -1 as padding.
+def sample_rows(start: Tensor, count: Tensor, sample: str = "all", frames: int | None = None,
+                generator: torch.Generator | None = None) -> Tensor:
+    """Choose frames of B clips that lie at ``start`` (B,) and number ``count`` (B,): rows (B, T), -1 as padding.
 
     - all: every frame in stored order; T is the longest clip, at least 1.
-    - first: the first `frames` in stored order; T is `frames` here and below.
+    - first: the first ``frames`` in stored order; T is ``frames`` here and below.
     - random: uniform without replacement, in random order; short clips are padded.
     - replace: uniform with replacement; only clips without a frame are padded.
-    - draw: as random, but clips with fewer than `frames` as replace: what the 2019 code does with 40.
+    - draw: as random, but clips with fewer than ``frames`` as replace: what the 2019 code does with 40.
 
-    >>> sample_rows(np.array([0, 3]), np.array([3, 1]), "first", 2)
-    array([[ 0,  1],
-           [ 3, -1]])
+    generator: on the device of ``start`` and ``count``.
+
+    >>> sample_rows(torch.tensor([0, 3]), torch.tensor([3, 1]), "first", 2)
+    tensor([[ 0,  1],
+            [ 3, -1]])
     """
-    start, count = np.asarray(start, np.int64), np.asarray(count, np.int64)
     if sample not in SAMPLES:
         raise ValueError(f"sample: {sample!r} is none of {', '.join(SAMPLES)}")
     if (frames is None) != (sample == "all") or (frames is not None and frames < 1):
         raise ValueError(f"frames: {frames!r} with sample={sample!r}; 'all' takes none, others at least 1")
-    if sample in ("all", "first"):
-        within = np.arange(frames or max(1, count.max(initial=0)))
-        return np.where(within < count[:, None], start[:, None] + within, -1)
-    if rng is None:
-        raise ValueError(f"rng: None; sample={sample!r} needs a numpy Generator")
-    if sample == "random":
-        return _shuffled(start, count, frames, rng)
-    if sample == "replace":
-        return _drawn(start, count, frames, rng)
-    return np.where(count[:, None] >= frames, _shuffled(start, count, frames, rng),
-                    _drawn(start, count, frames, rng))
+    if generator is None and sample not in ("all", "first"):
+        raise ValueError(f"generator: None; sample={sample!r} needs one")
+    if sample == "all":
+        frames = max(1, int(count.max())) if len(count) else 1
+    step = torch.arange(frames, device=start.device).expand(len(start), -1)
+    start, count = start[:, None], count[:, None]
+    within, there = step, step < count
+    if sample in ("random", "draw"):
+        within = _shuffled(count, frames, generator)
+    if sample in ("replace", "draw"):
+        key = torch.rand(step.shape, generator=generator, device=start.device, dtype=torch.float64)
+        drawn = torch.minimum((key * count).long(), count - 1)
+        within = drawn if sample == "replace" else torch.where(count >= frames, within, drawn)
+        there = (count > 0).expand_as(step)
+    return torch.where(there, start + within, -1)
 
 
-def _drawn(start: np.ndarray, count: np.ndarray, frames: int, rng: np.random.Generator) -> np.ndarray:
-    within = rng.integers(0, np.maximum(count, 1)[:, None], (len(count), frames))
-    return np.where(count[:, None] > 0, start[:, None] + within, -1)
-
-
-def _shuffled(start: np.ndarray, count: np.ndarray, frames: int, rng: np.random.Generator) -> np.ndarray:
-    # a random key for every frame of every clip; the smallest keys of a clip are its sample
-    owner = np.repeat(np.arange(len(count)), count)
-    offset = np.cumsum(count) - count
-    order = np.lexsort((rng.random(len(owner)), owner))
-    rank = np.arange(len(owner)) - offset[owner]
-    chosen = rank < frames
-    rows = np.full((len(count), frames), -1, np.int64)
-    rows[owner[chosen], rank[chosen]] = (order - offset[owner] + start[owner])[chosen]
-    return rows
+def _shuffled(count: Tensor, frames: int, generator: torch.Generator) -> Tensor:
+    """Return the first ``frames`` of every clip's frames (B, 1) in random order; beyond its number, anything."""
+    # One sort for all clips, by clip and a random key within it.
+    owner = torch.repeat_interleave(count[:, 0])
+    key = torch.rand(len(owner), generator=generator, device=count.device, dtype=torch.float64)
+    order = F.pad(torch.argsort(owner + key), (0, frames))
+    offset = count.cumsum(0) - count
+    return order[offset + torch.arange(frames, device=count.device)] - offset

@@ -6,7 +6,7 @@ name, with `<modality>_start` and `<modality>_count`), `identities.parquet` (the
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from mmlib.clips.sampling import sample_rows
 from mmlib.clips.writer import SCHEMA_VERSION, SPLITS, StoreWriter, check_clips
 
 _PIECE = 2**20  # numbers converted at a time
+_SHARE = .5  # of the free memory of a GPU that the features of one modality may take
 
 
 class Batch(NamedTuple):
@@ -54,6 +55,47 @@ class Modality:
 
 
 @dataclass(frozen=True)
+class Resident:
+    """A modality on a device: `feature` (F, D) float16, `quality` and `det` (F,) or None, `start` and `count` (N,).
+
+    On a CPU these are the mapped files themselves. On a GPU they are copies, made once, so that a batch is gathered
+    without the host; features that would take more than half of the free memory stay on the host, and the gathered
+    frames travel.
+    """
+
+    feature: Tensor
+    quality: Tensor | None
+    det: Tensor | None
+    start: Tensor
+    count: Tensor
+
+    def gather(self, rows: Tensor, *, gap: slice = slice(0, 0), out: Tensor | None = None) -> Batch:
+        """Read the frames `rows` (B, T), -1 where padded, without the dimensions in `gap`.
+
+        out (B, T, D - gap) float32: memory for the features; fresh memory for every batch costs more than the copy of
+        the frames into it. Padding holds the numbers of some other frame: the mask says where.
+        """
+        mask, flat = rows >= 0, rows.clamp(min=0).flatten()
+        dim = self.feature.shape[1] - (gap.stop - gap.start)
+        if out is None:
+            out = torch.empty(*rows.shape, dim, device=rows.device)
+        if not len(self.feature):  # then all is padding
+            return Batch(out.zero_(), mask, *(None if c is None else out.new_zeros(rows.shape) for c in
+                                              (self.quality, self.det)), rows)
+        target, place = out.view(-1, dim), flat.to(self.feature.device)
+        # On a CPU little by little, so that the float16 numbers are still in its cache when they are converted.
+        step = max(1, _PIECE // self.feature.shape[1]) if self.feature.device.type == "cpu" else max(1, len(flat))
+        for i in range(0, len(flat), step):
+            piece = self.feature.index_select(0, place[i:i + step])
+            if place.device != rows.device:
+                piece = piece.pin_memory().to(rows.device, non_blocking=True)
+            target[i:i + step, :gap.start] = piece[:, :gap.start]
+            target[i:i + step, gap.start:] = piece[:, gap.stop:]
+        scores = (None if c is None else c.index_select(0, flat).view(rows.shape) for c in (self.quality, self.det))
+        return Batch(out, mask, *scores, rows=rows)
+
+
+@dataclass(frozen=True)
 class ClipStore:
     """Clips, identities and features of one data set; open it with `ClipStore.open`.
 
@@ -66,6 +108,7 @@ class ClipStore:
     clips: pd.DataFrame
     identities: np.ndarray
     modalities: dict[str, Modality]
+    _resident: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: str | Path) -> "ClipStore":
@@ -114,34 +157,30 @@ class ClipStore:
         """Return the identity codes of `clips`, -1 for none."""
         return self.clips["identity"].to_numpy(np.int64)[clips]
 
-    def batch(self, clips: np.ndarray, modality: str = "face", *, sample: str = "all",
-              frames: int | None = None, rng: np.random.Generator | None = None,
-              buffer: Tensor | None = None) -> Batch:
-        """Gather frames of `clips` (B,) as tensors; see `sample_rows` for `sample`, `frames` and `rng`.
+    def on(self, name: str, device: torch.device | str = "cpu") -> Resident:
+        """Return a modality on a device, where it stays from the first call on; see `Resident`."""
+        source, device = self._modality(name), torch.device(device)
+        if (name, device) not in self._resident:
+            feature = torch.from_numpy(source.feature)
+            if device.type == "cuda" and feature.nbytes < _SHARE * torch.cuda.mem_get_info(device)[0]:
+                feature = feature.to(device)
+            scores = (torch.from_numpy(source.columns[column]).to(device) if column in source.columns else None
+                      for column in ("quality", "det"))
+            spans = (torch.tensor(span, device=device) for span in (source.start, source.count))
+            self._resident[name, device] = Resident(feature, *scores, *spans)
+        return self._resident[name, device]
 
-        buffer: a float32 tensor to hold the features, resized as needed; the batch is a view of it until it is
-        given again. Fresh memory for every batch costs more than the copy of the frames into it.
-        """
-        source = self._modality(modality)
-        clips = np.asarray(clips, np.int64)
-        picked = sample_rows(source.start[clips], source.count[clips], sample, frames, rng)
-        rows = torch.from_numpy(picked)
-        mask = rows >= 0
-        flat = rows.clamp(min=0).flatten()
-        padded = (~mask).flatten().nonzero()[:, 0]
-
-        def gather(array: np.ndarray, out: Tensor) -> Tensor:
-            out.resize_(len(flat), *array.shape[1:])
-            stored = torch.from_numpy(array)
-            step = max(1, _PIECE * len(flat) // max(1, out.numel()))
-            for i in range(0, len(flat) if len(array) else 0, step):
-                out[i:i + step] = stored.index_select(0, flat[i:i + step])
-            out.index_fill_(0, padded, 0)
-            return out.view(*rows.shape, *array.shape[1:])
-
-        scores = {name: gather(source.columns[name], torch.empty(0)) if name in source.columns else None
-                  for name in ("quality", "det")}
-        return Batch(gather(source.feature, torch.empty(0) if buffer is None else buffer), mask, **scores, rows=rows)
+    def batch(self, clips: np.ndarray, modality: str = "face", *, sample: str = "all", frames: int | None = None,
+              generator: torch.Generator | None = None) -> Batch:
+        """Gather frames of `clips` (B,) as tensors; see `sample_rows` for `sample`, `frames` and `generator`."""
+        source = self.on(modality)
+        clips = torch.from_numpy(np.asarray(clips, np.int64))
+        rows = sample_rows(source.start[clips], source.count[clips], sample, frames, generator)
+        batch = source.gather(rows)
+        for value in batch[:4]:
+            if value is not None and value is not batch.mask:
+                value[~batch.mask] = 0
+        return batch
 
     def clip_means(self, modality: str, column: str) -> np.ndarray:
         """Average a per-frame column over the frames of each clip, (N,); NaN for a clip without frames.

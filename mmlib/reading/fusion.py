@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
+from mmlib.arms import CHOSEN
 from mmlib.clips.store import ClipStore
 from mmlib.experiment import Experiment
 from mmlib.retrieval import missing_scores
@@ -19,7 +20,7 @@ WEIGHTS = (0.0, .02, .05, .1, .2, .3, .5, .7, 1.0)  # share of the scene model i
 WIDTHS = (32, 64, 128, 256)  # dimensions that a scene is reduced to
 NETWORK = ("face", *(f"scene {width}" for width in WIDTHS), "scene 128, gated")
 OTHERS = ("face", "head", "body", "audio", "scene 128", "all")
-SCORE, MATCHED = "score fusion", "scene, rate of face"
+SCORE = "score fusion"
 QUALITY_POOLS = (0, 4, 8, 20, 40, 60, 80, 100)  # percentiles of quality
 FEW = ("1–4", "5–9")  # ranges of face frames that count as few
 PUBLISHED_STEP = .5  # points of MAP@100 for scene in the ladder of Dong et al., ACM MM 2019
@@ -49,16 +50,17 @@ def left_out(group: dict[str, Experiment], store: ClipStore) -> str:
 
 
 def weighted(face: Experiment, store: ClipStore) -> dict[str, Experiment]:
-    """Return score-level fusion of the face arm with a scene model, at every weight; empty without a scene.
+    """Return score-level fusion of the face arm with the scene arm, at every weight; empty without a scene.
 
     The score of a clip is (1 - weight) times the softmax of the face arm plus weight times that of the scene model.  All
-    weights share both models.  ``MATCHED`` is that scene model alone, over every clip with a scene.
+    weights share both models, each trained at the rate that was chosen for its arm.
     """
     if "scene" not in store.modalities:
         return {}
-    rule = Fallback(by="quality" if "quality" in store.modalities[face.modality].columns else "norm", share=0.0, absent=None)
-    out = {weight_name(weight): replace(face, combine="softmax", fallback=replace(rule, weight=weight)) for weight in WEIGHTS}
-    return out | {MATCHED: replace(face, combine="softmax", fallback=replace(rule, weight=1.0, absent=1.0))}
+    rule = Fallback(by="quality" if "quality" in store.modalities[face.modality].columns else "norm", share=0.0, absent=None,
+                    lr=CHOSEN["scene"])
+    return {weight_name(weight): replace(face, combine="softmax", fallback=replace(rule, weight=weight))
+            for weight in WEIGHTS}
 
 
 def weight_name(weight: float) -> str:
@@ -268,18 +270,6 @@ def published_sentence(found: dict[str, list[Record]], simulated: bool) -> str:
         out += (f" Read as it stands, the scene of the stand-in is too {'strong' if above else 'weak'} beside its faces: a "
                 "weakness of the stand-in, and no finding about fusion.")
     return out
-
-
-def rate_sentence(found: dict[str, list[Record]]) -> str:
-    """Say at which rate the scene model of score-level fusion was trained, and what its own rate is worth."""
-    if MATCHED not in found or "scene" not in found:
-        return ""
-    own, shared = (found[name][0].experiment["training"]["lr"] for name in ("scene", MATCHED))
-    if own == shared:
-        return f"Both of its models are trained at the rate {own:g}, as the two arms are."
-    out = f"Its scene model is trained at the rate of the face arm, {shared:g}, although {own:g} was chosen for scene"
-    same = f": over the same clips {verdict(found, 'scene', MATCHED)}" if _have_scenes(found) else ""
-    return f"{out}{same}. The search had no rate of its own for the pair."
 
 
 def gallery_sentence(found: dict[str, list[Record]]) -> str:

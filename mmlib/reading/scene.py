@@ -16,13 +16,15 @@ import pandas as pd
 import torch
 
 from mmlib import metrics, reading, scene
-from mmlib.clips.images import ImageBatch, Images, image_batches, index_images
+from mmlib.clips.images import Images, index_images
+from mmlib.clips.pictures import ImageBatch, image_batches
 from mmlib.clips.render import ABOUT, REGIONS, Studio, picture_size, render_scenes
 from mmlib.clips.store import ClipStore
 from mmlib.experiment import Experiment, fingerprint
 from mmlib.retrieval import Retrieval, retrieve
-from mmlib.runs import Record, cache_folder, fetch_or_run, open_store
+from mmlib.runs import Record, cache_folder
 from mmlib.scene import SceneRun, SceneSettings
+from mmlib.sweep import fetch_or_run, open_store
 
 TUNED, UNTRAINED, THUMBNAIL, TRUTH = "fine-tuned network", "untrained network", "thumbnail", "show and set"
 SMALLEST = 16  # identities of a rendered world in the tiny profile
@@ -386,7 +388,7 @@ def _regions(scenes: Scenes, clips: np.ndarray, numbers: np.ndarray) -> np.ndarr
     """Return what each pixel of the network's crop of rendered pictures belongs to, (n, S, S)."""
     size = scenes.rendered
     drawn = Studio(scenes.store).regions(clips, numbers, size)
-    # The nearest pixel of the crop that ``images.crop_image`` takes.
+    # The nearest pixel of the crop that ``crops.cut_crops`` takes.
     side = size * scenes.run.settings.size / scenes.run.settings.resize
     at = ((size - side) / 2 + (np.arange(scenes.run.settings.size) + .5) * side / scenes.run.settings.size).astype(int)
     return drawn[:, at][:, :, at]

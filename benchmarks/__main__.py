@@ -1,0 +1,183 @@
+"""Measure every line, print the table and save it: ``python -m benchmarks --help``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import reference as released
+from benchmarks.lines import Bar, Line, chosen
+from benchmarks.meter import StepFailed, isolated
+
+SCHEMA = 1
+ON_GPU_ONLY = {"challenge, one member": "100 epochs of the challenge's train split are hours on a CPU"}  # at full scale
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; 1 if a line failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure what the study costs.")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="lines that begin so, e.g. rank 'epoch, NAN'")
+    parser.add_argument("--scale", choices=("tiny", "full"), default="full", help="tiny tries the command itself")
+    parser.add_argument("--reference", metavar="PATH", help="a checkout of the released code of 2019, measured beside ours")
+    parser.add_argument("--save", metavar="FILE.json")
+    parser.add_argument("--folder", help="where temporary files go; at full scale some 10 GB")
+    asked = parser.parse_args(arguments)
+    try:
+        lines, growth, scene = chosen(asked.only)
+        path = str(released.check(asked.reference)) if asked.reference else ""
+    except ValueError as error:
+        parser.error(str(error))
+    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+        found = measure_all(lines, growth, scene, scale=asked.scale, reference=path,
+                            folder=str(Path(folder).resolve()))  # every step has a working folder of its own
+    if asked.save:
+        save(Path(asked.save), found)
+    return int(any(row.get("failed") for row in found["lines"] + found["growth"]))
+
+
+def measure_all(lines: list[Line], growth: list[Line], scene: bool, *, scale: str, reference: str, folder: str) -> dict:
+    """Measure lines and growth series on every device, printing each, and return what is saved."""
+    machine = isolated("machine:describe", device="cuda")
+    devices = ["cpu", *(["cuda"] if machine["gpu"] else [])]
+    ceilings = {device: isolated("machine:ceilings", device=device, scale=scale) for device in devices}
+    found = {"schema": SCHEMA, "scale": scale, "machine": machine, "ceilings": ceilings, "lines": [], "growth": []}
+    print(header(found))
+    made: set[str] = set()
+    for line in lines:
+        for device in devices if line.gpu else devices[:1]:
+            row = measure_line(line, device, scale=scale, reference=reference, folder=folder, made=made)
+            found["lines"].append(finish(row, ceilings[device], line.bars))
+            print(sentence(row), flush=True)
+    if scene:
+        for device in devices:
+            for row in scene_rows(device, scale):
+                found["lines"].append(finish(row, ceilings[device], ()))
+                print(sentence(row), flush=True)
+    for line in growth:
+        for device in devices if line.gpu else devices[:1]:
+            row = attempt({"name": line.name, "device": device}, line.step, line, device, scale, folder, made)
+            found["growth"].append(row)
+            points = ", ".join(f"{p['size']:,}: {p['seconds']:.3g} s" for p in row.get("points", []))
+            print(f"{row['name']} ({device}): {points or row['failed']}", flush=True)
+    for device in devices:  # a second time, so that one disturbed moment lowers no ceiling
+        for name, value in isolated("machine:ceilings", device=device, scale=scale).items():
+            ceilings[device][name] = max(value, ceilings[device][name])
+    for row in found["lines"]:
+        if "seconds" in row:
+            row["shares"] = shares(row, ceilings[row["device"]])
+    return found
+
+
+def measure_line(line: Line, device: str, *, scale: str, reference: str, folder: str, made: set[str]) -> dict:
+    """Measure one line, its baseline and its reference."""
+    row = {"name": line.name, "device": device, "scale": scale}
+    if scale == "full" and device == "cpu" and line.name in ON_GPU_ONLY:
+        return row | {"skipped": ON_GPU_ONLY[line.name]}
+    row = attempt(row, line.step, line, device, scale, folder, made)
+    for kind, step in (("baseline", line.baseline), ("reference", line.reference if reference else "")):
+        if step:
+            row[kind] = attempt({}, step, line, device, scale, folder, made, reference)
+    return row
+
+
+def attempt(row: dict, step: str, line: Line, device: str, scale: str, folder: str, made: set[str],
+            reference: str = "") -> dict:
+    """Run a step of a line after what it needs; what fails is said in the row, so that the others go on."""
+    try:
+        for need in line.needs:
+            if need not in made:
+                isolated(need, folder=folder, scale=scale)
+                made.add(need)
+        return row | isolated(step, device=device, folder=folder, scale=scale, reference=reference, **line.arguments)
+    except StepFailed as error:
+        return row | {"failed": str(error)}
+
+
+def scene_rows(device: str, scale: str) -> list[dict]:
+    """Return the lines of ``benchmarks.scene``."""
+    try:
+        rows = isolated("networks:scene", device=device, scale=scale)["rows"]
+    except StepFailed as error:
+        return [{"name": "scene", "device": device, "scale": scale, "failed": str(error)}]
+    return [{"device": device, "scale": scale} | row for row in rows]
+
+
+def finish(row: dict, ceilings: dict[str, float], bars: tuple[Bar, ...]) -> dict:
+    """Add to a row, in place, its shares of the ceilings and what became of its bars, which are meant at full scale."""
+    if "seconds" not in row:
+        return row
+    for part in (row, row.get("baseline", {}), row.get("reference", {})):
+        if "seconds" in part:
+            part["best"], part["median"] = min(part["seconds"]), float(np.median(part["seconds"]))
+    row["shares"] = shares(row, ceilings)
+    row["ratios"] = {other: {quantity: row[other][key] / row[key] for quantity, key in (("seconds", "median"),
+                                                                                         ("memory", "memory"))
+                             if row[key] and row[other].get(key) is not None}
+                     for other in ("baseline", "reference") if "median" in row.get(other, {})}
+    row["bars"] = []
+    for bar in bars if row["scale"] == "full" else ():
+        value = row["ratios"].get(bar.other, {}).get(bar.quantity) if bar.other else row[bar.quantity]
+        if value is not None:
+            met = value >= bar.ratio if bar.other else value <= bar.most
+            row["bars"].append({"quantity": bar.quantity, "other": bar.other, "value": value,
+                                "bound": bar.ratio if bar.other else bar.most, "met": met})
+    return row
+
+
+def shares(row: dict, ceilings: dict[str, float]) -> dict[str, float]:
+    """Return the shares of the compute ceiling of the row's precision and of the copy ceiling, and the larger: the roof."""
+    if row["flops"] is None:
+        return {}
+    found = {"compute": row["flops"] / row["median"] / ceilings[row["precision"]],
+             "copy": row["bytes"] / row["median"] / ceilings["copy"]}
+    return found | {"roof": max(found.values())}
+
+
+def header(found: dict) -> str:
+    """Say what the machine is and what it reaches."""
+    machine = found["machine"]
+    lines = [f"{machine['cpu']}, {machine['cores']} cores, {machine['memory'] / 1e9:.0f} GB; "
+             f"{machine['gpu'] or 'no GPU'}; torch {machine['torch']}; {machine['made']}, commit {machine['commit']}"]
+    lines += [f"ceilings, {device}: {c['fp32'] / 1e9:,.0f} GFLOP/s fp32, {c['bf16'] / 1e9:,.0f} bf16, "
+              f"{c['copy'] / 1e9:,.1f} GB/s" for device, c in found["ceilings"].items()]
+    columns = "line; seconds (median); memory; GFLOP counted, share of compute; GB, share of copy; ratios"
+    return "\n".join([*lines, "", columns])
+
+
+def sentence(row: dict) -> str:
+    """Say a line of the table."""
+    name = f"{row['name']:24s} {row['device']:4s}"
+    if "seconds" not in row:
+        return f"{name} {'skipped: ' + row['skipped'] if 'skipped' in row else 'failed: ' + row['failed']}"
+    parts = [f"{name} {row['median']:10.4g} s", f"{row['memory'] / 1e6:8,.0f} MB"]
+    if row["shares"]:
+        parts.append(f"{row['flops'] / 1e9:9,.1f} GFLOP {row['shares']['compute']:4.0%}")
+        parts.append(f"{row['bytes'] / 1e9:7.2f} GB {row['shares']['copy']:4.0%}")
+    for other, ratios in row["ratios"].items():
+        parts += [f"{quantity} of {other} x{value:.3g}" for quantity, value in ratios.items()]
+    for other in ("baseline", "reference"):
+        if "failed" in row.get(other, {}):
+            parts.append(f"{other} failed: {row[other]['failed']}")
+    parts += [f"bar {bar['quantity']} {'>=' if bar['other'] else '<='} {bar['bound']:.3g}: "
+              f"{'met' if bar['met'] else 'missed'}" for bar in row["bars"]]
+    return "  ".join(parts) + f"\n    {row['work']}"
+
+
+def save(path: Path, found: dict) -> None:
+    """Write the table whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(found, indent=1) + "\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

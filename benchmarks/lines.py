@@ -1,0 +1,85 @@
+"""The lines of the table: which step measures each, what it needs, what it is held against, and the bars."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from benchmarks.growth import SERIES
+from mmlib.models import AGGREGATORS
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bound on a line: ``quantity`` (seconds or memory) of ``other`` divided by the line's is at least ``ratio``.
+
+    other: ``baseline`` or ``reference``; empty for a bound on the line itself, at most ``most``.
+    """
+
+    quantity: str
+    other: str = ""
+    ratio: float = 0.0
+    most: float = 0.0
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line: ``step`` is ``module:function`` of this package, ``needs`` are the steps that write its data.
+
+    baseline: the step of another way to the same result.  reference: that of the released code.  gpu: whether it runs on
+    a GPU too.  arguments: of the step.
+    """
+
+    name: str
+    step: str
+    needs: tuple[str, ...] = ()
+    baseline: str = ""
+    reference: str = ""
+    bars: tuple[Bar, ...] = ()
+    gpu: bool = False
+    arguments: dict = field(default_factory=dict)
+
+
+FACES, CLIPS, STORE, RANKING, CHALLENGE = ("data:make_faces", "data:make_clips", "data:make_store", "ranking:make_ranking",
+                                           "data:make_challenge")
+GROWN = {"import": ("growth:make_imports",), "open": ("growth:make_opens",), "epoch": ("growth:make_epochs",)}
+
+LINES = [
+    Line("import", "clips:import_official", (FACES,), "clips:load_pickle", "reference:load_faces",
+         (Bar("memory", "reference", 3), Bar("seconds", "baseline", 1 / 1.5))),
+    Line("open", "clips:open_store", (STORE,)),
+    Line("first batch", "clips:first_batch", (CLIPS,), reference="reference:first_batch",
+         bars=(Bar("seconds", "reference", 50),)),
+    *(Line(f"batch, {sample}", "clips:batch", (STORE,), arguments={"sample": sample})
+      for sample in ("first", "random", "replace", "draw")),
+    *(Line(f"epoch, {name}", "training:epoch", (CLIPS,), gpu=True, arguments={"aggregator": name},
+           **({"reference": "reference:epoch", "bars": (Bar("seconds", "reference", 10),)} if name == "as coded" else {}))
+      for name in AGGREGATORS),
+    Line("members together", "training:members_together", (CLIPS,), "training:members_apart", gpu=True),
+    Line("challenge, one member", "training:challenge", (CHALLENGE,), gpu=True),
+    Line("rank", "ranking:stream", (), "ranking:dense", gpu=True,
+         bars=(Bar("memory", most=500e6), Bar("seconds", "baseline", 3))),
+    Line("metric", "ranking:metric", (RANKING,), reference="reference:metric"),
+    Line("metric, arrays", "ranking:metric_arrays"),
+    Line("metric, bootstrap", "ranking:bootstrap"),
+    Line("forward, scene network", "networks:forward", gpu=True,
+         arguments={"architecture": "seresnext50_32x4d", "size": 224}),
+    Line("book", "book:build"),
+]
+GROWTH = [Line(f"growth, {series}", "growth:grow", GROWN.get(series.split(", ")[0], ()),
+               gpu=series.split(", ")[0] in ("epoch", "rank"), arguments={"series": series}) for series in SERIES]
+
+
+def chosen(names: list[str]) -> tuple[list[Line], list[Line], bool]:
+    """Return the lines, the growth series and whether the scene lines are wanted; no names are all of them.
+
+    A name stands for every line that begins with it: ``epoch``, ``growth, rank``.
+    """
+    known = [line.name for line in LINES + GROWTH] + ["scene"]
+    for name in names:
+        if not any(line.startswith(name) for line in known):
+            raise ValueError(f"--only {name}: no line begins so; there are {', '.join(known)}")
+
+    def wanted(line: str) -> bool:
+        return not names or any(line.startswith(name) for name in names)
+
+    return [line for line in LINES if wanted(line.name)], [line for line in GROWTH if wanted(line.name)], wanted("scene")

@@ -1,0 +1,133 @@
+"""Time fine-tuning and extraction of the scene network on random pictures that are decoded already.
+
+    python -m benchmarks.scene [--architecture seresnext50_32x4d] [--batch 40 256] [--images 8192] [--compile-mode default]
+
+Pictures take the way of any others: from a memory map, cut by loading processes, bytes to the device, resampled there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmlib.clips.arrays import ArrayStream, map_array
+from mmlib.clips.images import Images
+from mmlib.clips.pictures import Decoded
+from mmlib.clips.store import ClipStore
+from mmlib.scene import extract, fine_tune, make_model, settings_for
+from mmlib.scene_network import ARCHITECTURES, DEEP, SceneModel
+from mmlib.scene_training import compile_features
+
+EPOCHS = 2  # timed, of training
+
+
+def measure(*, architecture: str = "", size: int = 0, images: int = 0, batches: tuple[int, ...] = (), device: str = "auto",
+            compile_mode: str = "") -> list[dict]:
+    """Return rows of what, seconds, images, images_per_s, flops and bytes: training by size of batch, and extraction.
+
+    Unless given: on a GPU an SE-ResNeXt-50 at 224 pixels, 8,192 pictures, batches of 40 as described and of 256; without
+    one the narrow network of 26 layers at its 56 pixels, 192 pictures.  flops: counted, two a multiplication with its
+    addition.  bytes: those of pixels, parameters (in training with gradients and momentum, at every step) and features,
+    each as often as it must be read or written; what lies between the layers is left out.
+    """
+    gpu = torch.device(device).type == "cuda" if device != "auto" else torch.cuda.is_available()
+    device = "cuda" if gpu else "cpu"
+    settings = settings_for(architecture or (DEEP[0] if gpu else "narrow_seresnext26"))
+    if size:
+        settings = replace(settings, size=size, resize=round(size * settings.resize / settings.size))
+    images = images or (8192 if gpu else 192)
+    identities = 10_034 if settings.architecture in DEEP else 60
+    with tempfile.TemporaryDirectory() as folder:
+        store, listed, decoded = random_pictures(Path(folder), images, identities, settings.resize)
+        options = {"decoded": decoded, "seed": 0}
+
+        def train(batch: int, epochs: int) -> SceneModel:
+            return fine_tune(store, listed, replace(settings, batch=batch, epochs=epochs), device=device, watch=0,
+                             compile_mode=compile_mode, **options)[0]
+
+        rows = []
+        model = make_model(settings, identities, seed=0).to(device, memory_format=torch.channels_last)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        pixels = 3 * settings.size ** 2
+        forward, both = flops(model, settings.size)
+        for batch in batches or ((settings.batch, 256) if gpu else (settings.batch,)):
+            train(batch, 1)  # what is done once: kernels chosen, pages read
+            once = _seconds(lambda: train(batch, 1))
+            seconds = _seconds(lambda: train(batch, 1 + EPOCHS)) - once  # without the making of the network
+            steps = EPOCHS * max(1, round(images / batch))
+            # Weights twice, gradients twice, momentum twice, the new weights.
+            rows.append(_row(f"{settings.architecture} at {settings.size}, training, batch {batch}", seconds,
+                             EPOCHS * images, both, EPOCHS * images * pixels + steps * 7 * 4 * parameters))
+        if compile_mode:
+            compile_features(model, compile_mode)
+
+        def extract_all() -> int:
+            return sum(len(feature) for _, feature in extract(model, listed, settings, **options))
+
+        extract_all()
+        rows.append(_row(f"{settings.architecture} at {settings.size}, extraction", _seconds(extract_all), images, forward,
+                         images * (pixels + 2 * model.prototype.shape[1]) + 4 * parameters))
+    return rows
+
+
+def random_pictures(folder: Path, images: int, identities: int, side: int) -> tuple[ClipStore, Images, Decoded]:
+    """Write a store of train clips and a memory map of one picture each, square and of random bytes."""
+    rng = np.random.default_rng(0)
+    names = tuple(f"{number:06d}" for number in range(images))
+    with ClipStore.create(folder / "store", simulated=True, provenance={"by": "benchmarks.scene"}) as writer:
+        table = pd.DataFrame({"clip": names, "split": "train", "identity": rng.integers(0, identities, images)})
+        writer.finish(table, [str(identity) for identity in range(identities)], {})
+    pixels = ArrayStream(folder / "pixels.npy", np.uint8, (3,))
+    for _ in range(images):
+        pixels.append(rng.integers(0, 256, (side * side, 3), dtype=np.uint8))
+    pixels.finish()
+    decoded = Decoded(side, np.arange(images), np.arange(images) * side * side, np.full((images, 2), side),
+                      np.full(images, "RGB"), map_array(folder / "pixels.npy"))
+    return ClipStore.open(folder / "store"), Images(folder, names, (("1.jpg",),) * images, 0, 0), decoded
+
+
+def flops(model: SceneModel, size: int) -> tuple[int, int]:
+    """Return the operations that a picture takes: features alone, and a step of training, the updates left out."""
+    pixels = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=model.prototype.device)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model.eval().features(pixels)
+    with FlopCounterMode(display=False) as both:
+        model.train()(pixels).sum().backward()
+    model.zero_grad(set_to_none=True)
+    return forward.get_total_flops() // 2, both.get_total_flops() // 2
+
+
+def _seconds(call) -> float:
+    began = time.perf_counter()
+    call()  # ends with numbers on the processor, so nothing is under way
+    return time.perf_counter() - began
+
+
+def _row(what: str, seconds: float, images: int, each: int, size: int) -> dict:
+    return {"what": what, "seconds": seconds, "images": images, "images_per_s": images / seconds, "flops": images * each,
+            "bytes": size}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="")
+    parser.add_argument("--size", type=int, default=0, help="side of the crop in pixels")
+    parser.add_argument("--images", type=int, default=0, help="pictures an epoch")
+    parser.add_argument("--batch", type=int, nargs="+", default=[], dest="batches")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--compile-mode", default="", help="of torch.compile, such as default; none if empty")
+    for row in measure(**vars(parser.parse_args())):
+        print(f"{row['what']}: {row['images_per_s']:,.3g} images/s ({row['images']:,} in {row['seconds']:.2f} s), "
+              f"{row['flops'] / row['seconds'] / 1e9:,.0f} GFLOP/s, {row['bytes'] / row['seconds'] / 1e6:,.0f} MB/s")
+
+
+if __name__ == "__main__":
+    main()

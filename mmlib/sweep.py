@@ -1,0 +1,265 @@
+"""Fill the store of records with many processes, on one machine or on several that share the cache folder.
+
+Whatever is made is claimed first, with a lock on a file, and looked for once more when the lock is held: so no record is
+made twice, and no world drawn twice.  The system takes a lock from a process that dies, however it dies: the same call
+given again goes on where it was.  Each lock has a journal beside it, ``records/<library>/locks/*.jsonl``: who began which
+record and who stored it, when, and where.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from mmlib.clips.simulate import settings_for, simulate
+from mmlib.clips.store import ClipStore
+from mmlib.experiment import Experiment, torch_device
+from mmlib.runs import Record, cache_folder, library_hash, run, write_whole
+
+PATIENCE = 1.0  # seconds to wait for a claim, once every task that is left is claimed by others
+Task = TypeVar("Task")
+
+
+# -- claims ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def claim(path: Path, wait: float = -1) -> Iterator[bool]:
+    """Hold the lock file ``path`` for a block, and yield whether it is held.
+
+    wait: seconds to wait for another process to let go of it; below 0 without end.  The file stays.  On a shared folder
+    the file system must carry ``flock`` from machine to machine.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=wait)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def share(tasks: Iterable[Task], attempt: Callable[[list[Task], float], Iterable[bool]]) -> None:
+    """Do tasks that other processes may be doing too: those that are free first, the others when they become free.
+
+    attempt: from tasks and the seconds to wait for the claim of each, to whether each is done.  A task that another
+    process had claimed is attempted again, as that process may have died.
+    """
+    tasks, wait = list(tasks), 0.0
+    while tasks:
+        left = [task for task, done in zip(tasks, attempt(tasks, wait)) if not done]
+        wait = PATIENCE if len(left) == len(tasks) else 0.0
+        tasks = left
+
+
+def remove_locks(folder: Path) -> None:
+    """Remove the lock files in a folder that nobody holds; a process that has just opened one notices that it is gone."""
+    for path in folder.glob("*.lock"):
+        with claim(path, 0) as held, suppress(OSError):  # not every system removes a file that is open
+            if held:
+                path.unlink()
+
+
+def clear_partial(path: Path) -> None:
+    """Remove what killed processes left of ``path`` half written; only for a process that has claimed it."""
+    for left in path.parent.glob(f".{path.name}.partial-*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+# -- worlds ---------------------------------------------------------------------------------------------------------
+
+
+def open_store(experiment: Experiment) -> ClipStore:
+    """Open the experiment's store, drawing its world first if it is not in the cache."""
+    if not experiment.simulated:
+        return ClipStore.open(experiment.data)
+    name = _world_name(experiment)
+    path = cache_folder() / "worlds" / name
+    if not path.exists():
+        with claim(_records() / "locks" / f"draw-{name}.lock"):
+            if not path.exists():  # another process may have drawn it meanwhile
+                clear_partial(path)
+                return simulate(path, *experiment.world())
+    return ClipStore.open(path)
+
+
+@contextmanager
+def _opened(experiment: Experiment) -> Iterator[ClipStore]:
+    """Open the store for a block; a passing world is drawn for it, by whoever has claimed it, and deleted."""
+    if not _is_passing(experiment):
+        yield open_store(experiment)
+        return
+    folder = cache_folder() / "passing" / _world_name(experiment)
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    try:
+        yield simulate(folder / "world", *experiment.world())
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_passing(experiment: Experiment) -> bool:
+    """Worlds whose settings differ from the calibrated ones are many, and drawn for a few runs each."""
+    return experiment.simulated and experiment.world()[0] != settings_for(experiment.profile)
+
+
+def _world_name(experiment: Experiment) -> str:
+    settings, seed = experiment.world()
+    said = json.dumps([asdict(settings), seed, library_hash()], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:20]
+
+
+# -- records --------------------------------------------------------------------------------------------------------
+
+
+def fetch_or_run(experiments: Iterable[Experiment], *, device: str = "auto", progress: bool = False) -> list[Record]:
+    """Return the records of experiments in their order, running those that are not stored.
+
+    Worlds whose settings differ from the calibrated ones are deleted after use; the others stay in the cache.  What
+    another process is making is waited for.
+    """
+    experiments = list(experiments)
+    tasks = _missing(experiments)
+    with tqdm(total=sum(map(len, tasks.values())), desc="run", unit="arm", disable=not progress, mininterval=1) as bar:
+
+        def attempt(names: list[str], wait: float) -> Iterator[bool]:
+            for name in names:
+                done = _make(name, tasks[name], device=device, wait=wait, progress=progress)
+                bar.update(done * len(tasks[name]))
+                yield done
+
+        share(tasks, attempt)
+    return [Record(**json.loads(_path(experiment.key()).read_text())) for experiment in experiments]
+
+
+def fetch_all(experiments: Iterable[Experiment], *, device: str = "auto") -> list[Record]:
+    """Do what ``fetch_or_run`` does, with a process in the place of a thread where that pays: many trainings on a CPU.
+
+    Small matrices leave a second thread idle, a second process not.  The threads are those that torch would take, at most
+    eight; ``OMP_NUM_THREADS`` sets them.  The processes end with the one that started them.
+    """
+    experiments = list(experiments)
+    workers = min(torch.get_num_threads(), 8)
+    tasks = _missing(experiments)
+    trainings = {name: _trainings(task.values()) for name, task in tasks.items()}
+    pays = sum(trainings.values()) >= 4 * workers and len(tasks) >= workers
+    if workers > 1 and pays and torch_device(device).type == "cpu":
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, initializer=_begin_worker) as pool:
+            # The longest first, so that no process is left with a long one at the end.
+            share(sorted(tasks, key=trainings.get, reverse=True), lambda names, wait: pool.map(
+                partial(_make, device=device, wait=wait), names, [tasks[name] for name in names]))
+    return fetch_or_run(experiments, device=device)
+
+
+def is_stored(experiment: Experiment) -> bool:
+    """Say whether the cache holds the experiment's record, made by this library."""
+    return _path(experiment.key()).exists()
+
+
+def _records() -> Path:
+    return cache_folder() / "records" / library_hash()
+
+
+def _path(key: str) -> Path:
+    return _records() / f"{key}.json"
+
+
+def _missing(experiments: Iterable[Experiment]) -> dict[str, dict[str, Experiment]]:
+    """Sort experiments without a record into what one process makes, by the name of its claim, then by key.
+
+    That is a passing world, or else a branch: experiments that share their trained members.  The claim follows from the
+    record's key, so that no record has two.
+    """
+    names: dict[object, str] = {}
+    tasks: dict[str, dict[str, Experiment]] = {}
+    for experiment in dict.fromkeys(experiments):
+        key = experiment.key()
+        if _path(key).exists():
+            continue
+        unit = experiment.world() if _is_passing(experiment) else experiment.branch()
+        if unit not in names:
+            names[unit] = (f"branch-{unit.key()}" if isinstance(unit, Experiment)
+                           else f"world-{_world_name(experiment)}")
+        # By key, because experiments that differ in what has no meaning share a record.
+        tasks.setdefault(names[unit], {}).setdefault(key, experiment)
+    return tasks
+
+
+def _make(name: str, task: dict[str, Experiment], *, device: str, wait: float, progress: bool = False) -> bool:
+    """Claim a task and make the records that it lacks; say whether there was no other process at it."""
+    lock = _records() / "locks" / f"{name}.lock"
+    with claim(lock, wait) as held:
+        keys = {experiment: key for key, experiment in task.items() if held and not _path(key).exists()}
+        if not keys:
+            return held
+        with _opened(next(iter(keys))) as store:
+            for group in _by_branch(keys):
+                trained = {}  # of one branch at a time: members are many
+                for experiment in group:
+                    path = _path(keys[experiment])
+                    clear_partial(path)
+                    _note(lock, "began", path.stem)
+                    record = run(experiment, store, device=device, progress=progress, trained=trained)
+                    write_whole(path, json.dumps(asdict(record)).encode())
+                    _note(lock, "stored", path.stem)
+    return True
+
+
+def _note(lock: Path, event: str, key: str) -> None:
+    """Add a line to the journal of a claim, which only its holder writes."""
+    line = {"event": event, "key": key, "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "host": platform.node(), "process": os.getpid()}
+    with lock.with_suffix(".jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _by_branch(experiments: Iterable[Experiment]) -> list[list[Experiment]]:
+    """Group experiments that share their trained members."""
+    groups: dict[Experiment, list[Experiment]] = {}
+    for experiment in experiments:
+        groups.setdefault(experiment.branch(), []).append(experiment)
+    return list(groups.values())
+
+
+def _trainings(experiments: Iterable[Experiment]) -> int:
+    """Count the members that a group of experiments trains."""
+    trained = set()
+    for e in experiments:
+        trained |= {(e.branch(), member) for member in e.members}
+        trained |= {(e.second().branch(), member) for member in e.fallback.members} if e.fallback else set()
+    return len(trained)
+
+
+def _begin_worker() -> None:
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone; killed, it could not tell its workers to end."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
