@@ -179,7 +179,7 @@ def top_k(score_blocks: Iterable[tuple[Tensor, Tensor]], *, k: int = 100) -> Ran
     _require_k(k)
     pool = None
     for rows, scores in score_blocks:
-        if scores.dim() != 2 or len(rows) != len(scores):
+        if scores.dim() != 2 or not scores.shape[1] or len(rows) != len(scores):
             raise ValueError(f"{len(rows)} gallery rows came with scores of shape {tuple(scores.shape)}")
         if pool is None:
             identities = scores.shape[1]
@@ -189,7 +189,7 @@ def top_k(score_blocks: Iterable[tuple[Tensor, Tensor]], *, k: int = 100) -> Ran
             raise ValueError(
                 f"a block has scores for {scores.shape[1]} identities, the first had {identities}"
             )
-        step = max(1, _PIECE // max(identities, 1))
+        step = max(1, _PIECE // identities)
         for row, part in zip(rows.split(step), scores.float().contiguous().split(step), strict=True):
             for place in _reaching(part, pool.bar):
                 clip, identity = row[place // identities], place % identities
@@ -221,7 +221,7 @@ def rank_cosines(feature: Tensor, prototype: Tensor, *, k: int = 100, offset: in
     of a clip that is among the best, which is slow if there are thousands.
     """
     _require_k(k)
-    if feature.dim() != 2 or prototype.dim() != 2 or feature.shape[1] != prototype.shape[1] or not feature.shape[1]:
+    if feature.dim() != 2 or prototype.dim() != 2 or feature.shape[1] != prototype.shape[1] or not prototype.numel():
         raise ValueError(f"feature has shape {tuple(feature.shape)} and prototype {tuple(prototype.shape)}: "
                          "they must be (N, D) and (C, D)")
     if not 0 <= offset <= _LOW - len(feature):
@@ -306,6 +306,7 @@ class _Pool:
         self.key = torch.full((identities, self.keep + self.room), _NOTHING, device=device)
         self.count = torch.zeros(identities, dtype=torch.int64, device=device)
         self.kth = torch.full_like(self.count, _NOTHING)
+        self.fresh = 0  # keys since the floors were raised
 
     @property
     def floor(self) -> Tensor:
@@ -333,6 +334,10 @@ class _Pool:
             at = slice(None) if most <= self.room else (place >= start) & (place < start + self.room)
             self.key[identity[at], (self.count - start)[identity[at]] + place[at]] = key[at]
             self.count += now
+        self.fresh += len(key)
+        if self.fresh > self.k * len(self.key):
+            self._shrink(torch.ones_like(self.count, dtype=torch.bool))
+            self.fresh = 0
 
     def foresee(self, score: Tensor) -> None:
         """Raise the floor before the first scores (C, n) are added, so that most of them need not be.
@@ -361,7 +366,8 @@ class _Pool:
 
     def _chosen(self, identity: Tensor) -> Tensor:
         """Return the best keys of identities (m,), (m, keep), best first, and raise their floors."""
-        best = self.key[identity].topk(self.keep, dim=1).values
+        width = max(self.keep, int(self.count[identity].max()))
+        best = self.key[identity, :width].topk(self.keep, dim=1).values
         self.kth[identity] = torch.maximum(self.kth[identity], best[:, self.k - 1])
         return best
 
@@ -398,7 +404,7 @@ class _RoughPool(_Pool):
 
     def _below(self, key: Tensor, cosines: int) -> Tensor:
         """Lower keys (C,) by what one or both of two cosines can be wrong."""
-        # After the rounded vectors: float32 sums of D products, for which tensor cores too stay within 2**-22 a product.
+        # Besides the vectors, float32 sums of D products are rounded: within 2**-22 a product, on tensor cores too.
         wrong = 1.01 * (self.furthest * self.size + self.distance) + self.feature.shape[1] * 2.0**-22 * self.size
         score = _score(key)
         # A cosine is rounded once more when it is written; 1.02 pays for taking the size of another in its place.
