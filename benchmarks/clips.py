@@ -17,12 +17,12 @@ from mmlib.clips.store import ClipStore
 
 
 def import_official(folder: str, scale: str, **_) -> dict:
-    """Import official pickles: as Python 2 wrote them, checked, to a store.
+    """Import official pickles: as Python 2 wrote them, checked, to a store.  Once, as memory is that of one import.
 
     Bytes: the pickle is read, its features are written to a spool, read, and written to the store.
     """
     store, source = Path(folder, "imported"), Path(folder, "faces")
-    found = measure(lambda: import_folder(source, store, overwrite=store.exists(), progress=False))
+    found = measure(lambda: import_folder(source, store, progress=False), repeats=1)
     shutil.rmtree(store)
     frames = SCALES[scale].imported
     size = pickle_path(source, "face", "val").stat().st_size
@@ -40,7 +40,7 @@ def load_pickle(folder: str, scale: str, **_) -> dict:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy has moved the functions that old pickles name
-        return measure(load) | {"work": "pickle.load alone"}
+        return measure(load, repeats=1) | {"work": "pickle.load alone"}
 
 
 def open_store(folder: str, scale: str, **_) -> dict:
