@@ -1,6 +1,7 @@
 import json
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 
 from mmlib import figures
@@ -181,3 +182,11 @@ def test_roofs_meet_their_ceilings_and_lines_stand_where_they_were_measured():
     assert max(single.get_ydata()) == pytest.approx(50e-9) and max(half.get_ydata()) == pytest.approx(100e-9)
     assert (mark.get_xdata(), mark.get_ydata()) == (pytest.approx([200]), pytest.approx([500e-9]))
     plt.close("all")
+
+
+def test_lean_table_names_the_place_only_where_there_are_several():
+    one = pd.DataFrame({"line": ["a", "b"], "where": ["here", "here"], "seconds": [1.0, 2.0], "MB on the GPU": [None, None]})
+    assert list(cost.lean(one)) == ["line", "seconds"]
+    two = one.assign(where=["here", "there"], **{"MB on the GPU": [None, 3.0]})
+    assert list(cost.lean(two)) == list(two)
+    assert list(cost.lean(one.iloc[:0])) == list(one)

@@ -137,6 +137,12 @@ def bar_sentence(bars: pd.DataFrame) -> str:
                   if len(missed) else ".")
 
 
+def lean(table: pd.DataFrame) -> pd.DataFrame:
+    """Leave out the columns that are empty, and ``where`` if all was measured in one place."""
+    empty = [name for name in table if len(table) and table[name].isna().all()]
+    return table.drop(columns=[*empty, *(["where"] if table["where"].nunique() == 1 else [])])
+
+
 def _times(times: float) -> str:
     return f"{times:.3g} times faster" if times >= 1 else f"{1 / times:.3g} times slower"
 
@@ -144,12 +150,12 @@ def _times(times: float) -> str:
 def _seconds(seconds: float) -> str:
     """Write a duration in a unit that it is read in.
 
-    >>> _seconds(0.0123), _seconds(250), _seconds(9000), _seconds(864000)
-    ('12.3 ms', '250 s', '2.5 h', '10 days')
+    >>> _seconds(0.0123), _seconds(25), _seconds(1500), _seconds(9000), _seconds(864000)
+    ('12.3 ms', '25 s', '25 min', '2.5 h', '10 days')
     """
-    for size, unit in ((86_400 * 2, "days"), (7_200, "h"), (1, "s")):
-        if seconds >= size:
-            return f"{seconds / {'days': 86_400, 'h': 3_600, 's': 1}[unit]:.3g} {unit}"
+    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min"), (1, "s")):
+        if seconds >= (size if unit == "s" else 2 * size):
+            return f"{seconds / size:.3g} {unit}"
     return f"{1_000 * seconds:.3g} ms"
 
 
