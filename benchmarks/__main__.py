@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from benchmarks import reference as released
 from benchmarks.lines import Bar, Line, chosen
 from benchmarks.meter import StepFailed, isolated
+from mmlib.runs import write_whole
 
 SCHEMA = 1
 ON_GPU_ONLY = {"challenge, one member": "100 epochs of the challenge's train split are hours on a CPU"}  # at full scale
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         found = measure_all(lines, growth, scene, scale=asked.scale, reference=path,
                             folder=str(Path(folder).resolve()))  # every step has a working folder of its own
     if asked.save:
-        save(Path(asked.save), found)
+        write_whole(Path(asked.save), (json.dumps(found, indent=1) + "\n").encode())
     return int(any(row.get("failed") for row in found["lines"] + found["growth"]))
 
 
@@ -167,16 +167,6 @@ def sentence(row: dict) -> str:
     parts += [f"bar {bar['quantity']} {'>=' if bar['other'] else '<='} {bar['bound']:.3g}: "
               f"{'met' if bar['met'] else 'missed'}" for bar in row["bars"]]
     return "  ".join(parts) + f"\n    {row['work']}"
-
-
-def save(path: Path, found: dict) -> None:
-    """Write the table whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(found, indent=1) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from benchmarks.meter import ROOT, measure
+from benchmarks.meter import measure
+from mmlib.runs import commit
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices
 COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes
@@ -25,7 +25,7 @@ def describe(**_) -> dict:
             "gpu": torch.cuda.get_device_name() if gpu else None,
             "gpu_memory": torch.cuda.get_device_properties(0).total_memory if gpu else None,
             "python": platform.python_version(), "torch": torch.__version__,
-            "made": datetime.now(UTC).isoformat(timespec="seconds"), "commit": _commit()}
+            "made": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
 
 
 def ceilings(device: str, scale: str = "full") -> dict[str, float]:
@@ -52,11 +52,3 @@ def _cpu_name() -> str:
         return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError):
         return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "none"

@@ -134,7 +134,7 @@ def run(experiment: Experiment, store: ClipStore, *, device: str = "auto", progr
         losses=[round(x, 5) for x in found.members[0].losses], seconds=found.seconds,
         versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         device=torch.cuda.get_device_name() if torch_device(device).type == "cuda" else "CPU",
-        made=datetime.now(UTC).isoformat(timespec="seconds"), commit=_commit())
+        made=datetime.now(UTC).isoformat(timespec="seconds"), commit=commit())
 
 
 def _of_members(experiment: Experiment, store: ClipStore, found: Retrieval) -> dict[str, float]:
@@ -213,7 +213,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 @cache
-def _commit() -> str:
+def commit() -> str:
     """Return the short commit of the repository the library lies in, with + if files differ; else ``none``."""
     try:
         git = ["git", "-C", str(PACKAGE), "describe", "--always", "--dirty=+", "--exclude=*"]

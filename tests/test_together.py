@@ -79,8 +79,7 @@ def test_regions_that_leave_unequal_widths_are_trained_in_groups(patchy):
     assert_same([fit(e, patchy, member, device=torch.device("cpu")) for member in members], together)
 
 
-def test_training_together_reads_no_more_than_training_alone_changes(patchy):
-    """The order of the members is of no meaning."""
+def test_order_of_the_members_has_no_meaning(patchy):
     e = experiment(patchy, aggregator="attention + scores")
     forth = fit_together(e, patchy, [0, 1, 2], device=torch.device("cpu"))
     back = fit_together(e, patchy, [2, 1, 0], device=torch.device("cpu"))
