@@ -19,7 +19,7 @@ from mmlib import metrics, rank
 from mmlib.clips.iqiyi import export_folder, import_folder
 from mmlib.clips.store import ClipStore
 from mmlib.ensemble import member_seed
-from mmlib.retrieval import make_model
+from mmlib.fitting import make_model
 from mmlib.train import train_together
 
 # Cost and axis -> its four sizes, and the sizes of what stays fixed, at full scale.

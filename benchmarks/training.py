@@ -14,8 +14,8 @@ from benchmarks.meter import measure
 from mmlib.clips.store import ClipStore
 from mmlib.ensemble import member_seed
 from mmlib.experiment import Experiment
+from mmlib.fitting import make_model
 from mmlib.models import LEARNED, IdentityModel
-from mmlib.retrieval import make_model
 from mmlib.systems import ONE_NAME_AS_CODED
 from mmlib.train import Training, train, train_together
 

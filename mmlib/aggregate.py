@@ -302,14 +302,16 @@ class CodedAttention(nn.Module):
         scores = frame_scores(quality, det) if self.scores else None
         with torch.autocast(x.device.type, enabled=False):
             gram, own = self._products(x, scores)
-            mixed = self._mixed(gram)  # (B, T/2 + 1, T + 1)
+            g = _rows(self.g)  # (T/2, T + 1)
+            attention, moments = self._affinity(gram, g)
             layer, norm = self.expand
-            moments = torch.einsum("bin,bjn->ij", mixed @ gram, mixed) / len(x) if norm.training else None
             expand = _normalised(norm, _rows(layer), moments, len(x), self.out_dim)  # (T, T/2 + 1)
-            logit = (mixed @ own[..., None])[..., 0] @ expand.T + own[:, :-1]
-            attention = torch.softmax(logit, dim=1)
-            weight = ((attention @ expand)[:, None] @ mixed)[:, 0]
-            return _sum(x, scores, weight[:, :-1] + attention) + weight[:, -1:]
+            # What the query says of A g and of ones, then of the frames that the last convolution adds to.
+            mixed = torch.cat([(attention @ (own @ g.T)[..., None])[..., 0], own[:, -1:]], dim=1)
+            frames = torch.softmax(mixed @ expand.T + own[:, :-1], dim=1)
+            back = frames @ expand
+            weight = (back[:, None, :-1] @ attention)[:, 0] @ g
+            return _sum(x, scores, weight[:, :-1] + frames) + weight[:, -1:] + back[:, -1:]
 
     def _products(self, x: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor]:
         """Multiply the frames and a row of ones by each other, (B, T + 1, T + 1), and by the query, (B, T + 1)."""
@@ -320,17 +322,23 @@ class CodedAttention(nn.Module):
         own = _dot(x, scores, self.query)
         return gram, torch.cat([own, self.query.sum().expand(len(x), 1)], dim=1)
 
-    def _mixed(self, gram: Tensor) -> Tensor:
-        """Return the rows of A g and a row of ones, as sums of frames and ones."""
+    def _affinity(self, gram: Tensor, g: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return A (B, T/2, T/2) and, in training, the products of what enters the last convolution, A g and ones."""
         average = gram.mean(dim=0)
         theta, phi = (
             _normalised(norm, _rows(layer), average, len(gram), self.out_dim)
             for layer, norm in (self.theta, self.phi)
         )
-        affinity = theta.expand(len(gram), -1, -1) @ (gram @ phi.T)
-        attention = torch.softmax(affinity, dim=-1)
-        ones = F.pad(gram.new_zeros(self.frames), (0, 1), value=1.0)
-        return torch.cat([attention @ _rows(self.g), ones.expand(len(gram), 1, -1)], dim=1)
+        attention = torch.softmax(theta.expand(len(gram), -1, -1) @ (gram @ phi.T), dim=-1)
+        if not self.expand[1].training:
+            return attention, None
+        ones = F.pad(g.new_zeros(1, self.frames), (0, 1), value=1.0)
+        both = torch.cat([g, ones])
+        product = attention @ (g.expand(len(gram), -1, -1) @ (gram @ both.T))  # of A g with g and with ones
+        square = torch.einsum("bin,bjn->ij", product[..., :-1], attention) / len(gram)
+        total = product[..., -1].mean(dim=0)
+        corner = total.new_full((1,), self.out_dim)
+        return attention, torch.cat([torch.cat([square, total[:, None]], 1), torch.cat([total, corner])[None]])
 
 
 def _rows(layer: nn.Conv1d) -> Tensor:

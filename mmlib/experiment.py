@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmlib import ensemble, rank
+from mmlib import ensemble
 from mmlib.clips.simulate import Settings, settings_for
 from mmlib.clips.store import ClipStore
+from mmlib.combine import COMBINE, Fallback
 from mmlib.models import LEARNED
-from mmlib.rank import Fallback
 from mmlib.train import Training
 
 CLASSIFIERS = ("nearest", "class means", "whitened means", "linear", "mlp")
@@ -43,8 +43,8 @@ class Experiment:
 
     The ensemble.  ensemble: a kind of ``mmlib.ensemble``, ``regions``: blocks of ``views``.  members: which are used.
 
-    The ranking.  split: whose clips, ``val`` or ``test``.  combine, scale: as in ``rank.combine_scores``.  fallback: when a second model on contexts counts; its
-    ensemble is of the same kind, with twice as many regions, as in the released code.
+    The ranking.  split: whose clips, ``val`` or ``test``.  combine, scale: as in ``combine_scores``.  fallback: when a
+    second model on contexts counts; its ensemble is of the same kind, with twice as many regions, as in the released code.
 
     Experiments that differ in ``RANKING`` only share their trained members.
     """
@@ -77,7 +77,7 @@ class Experiment:
 
     def __post_init__(self):
         for name, known in (("classifier", CLASSIFIERS), ("fusion", FUSIONS), ("distractors", DISTRACTORS),
-                            ("start", STARTS), ("ensemble", ensemble.KINDS), ("combine", rank.COMBINE), ("split", ("val", "test"))):
+                            ("start", STARTS), ("ensemble", ensemble.KINDS), ("combine", COMBINE), ("split", ("val", "test"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         trained = self.classifier in TRAINED

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from mmlib.clips.store import ClipStore
 from mmlib.experiment import Experiment
-from mmlib.retrieval import TOGETHER, Member, fit_together, make_model
+from mmlib.fitting import fit_together, make_model
+from mmlib.retrieval import TOGETHER, Member
 from mmlib.runs import library_hash, write_whole
 from mmlib.sweep import claim, clear_partial, share
 

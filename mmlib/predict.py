@@ -23,8 +23,9 @@ from mmlib import rank, retrieval
 from mmlib.clips.store import ClipStore
 from mmlib.clips.truth import RESULT_LIMIT, write_result
 from mmlib.experiment import Experiment, torch_device
+from mmlib.fitting import missing_scores, training_clips
 from mmlib.members import SavedMembers
-from mmlib.retrieval import missing_scores, rank_clips, ranked_gallery, training_clips
+from mmlib.retrieval import rank_clips, ranked_gallery
 from mmlib.runs import library_hash, write_whole
 from mmlib.sweep import claim, clear_partial, remove_locks, share
 from mmlib.systems import FACE_ONLY, SYSTEMS, with_members

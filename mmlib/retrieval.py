@@ -1,4 +1,4 @@
-"""Train what an experiment names, rank the clips for every identity, and hold the ranking against the labels."""
+"""Rank the clips for every identity by the models of an experiment, and hold the ranking against the labels."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from mmlib import ensemble, metrics, rank
+from mmlib import metrics, rank
 from mmlib.clips.store import ClipStore
-from mmlib.experiment import TRAINED, Experiment, torch_device
-from mmlib.models import NEEDS_SCORES, IdentityModel, kept_width, make_aggregator, within_class_whitening
-from mmlib.train import classes_of, pooled_features, seed_torch, train_together
+from mmlib.combine import combine_scores, fuse_ranks
+from mmlib.experiment import Experiment, torch_device
+from mmlib.fitting import fit_together, require, training_distractors
+from mmlib.models import IdentityModel
+from mmlib.train import pooled_features
 
 
 class Member:
@@ -58,25 +59,19 @@ def gallery_of(experiment: Experiment, store: ClipStore) -> np.ndarray:
     e = experiment
     sources = e.context if e.modality is None else (e.modality,)
     gallery = np.unique(np.concatenate([store.select(e.split, having=name) for name in sources]))
-    return gallery if e.distractors == "all" else np.setdiff1d(gallery, _training_distractors(e, store))
+    return gallery if e.distractors == "all" else np.setdiff1d(gallery, training_distractors(e, store))
 
 
 def ranked_gallery(experiment: Experiment, store: ClipStore) -> np.ndarray:
     """Return the clips that the experiment ranks: its gallery and what its fallback alone can score; refuse none."""
     e = experiment
-    _require(e, store)
+    require(e, store)
     gallery = gallery_of(e, store)
     if not len(gallery):
         raise ValueError(f"{store.path}: no {e.split} clip with {e.modality or ' or '.join(e.context)!r}: nothing to rank")
     if e.fallback and e.fallback.absent is not None:
         gallery = np.union1d(gallery, gallery_of(e.second(), store))
     return gallery
-
-
-def _training_distractors(experiment: Experiment, store: ClipStore) -> np.ndarray:
-    """Return a random half of the distractors in val, which have the modality or not."""
-    distractors = store.select("val", labelled=False)
-    return np.sort(np.random.default_rng([experiment.seed, 6]).permutation(distractors)[: len(distractors) // 2])
 
 
 @dataclass(frozen=True)
@@ -150,7 +145,7 @@ def rank_clips(experiment: Experiment, store: ClipStore, *, device: str = "auto"
             pass
         every = torch.arange(len(gallery), device=members[0].model.prototype.device).split(BLOCK)
         classes = len(store.identities)
-        ranking = rank.fuse_ranks(rank.top_k(((r, torch.log_softmax(e.scale * m.cosines(r), 1)[:, :classes])
+        ranking = fuse_ranks(rank.top_k(((r, torch.log_softmax(e.scale * m.cosines(r), 1)[:, :classes])
                                               for r in every), k=DEPTH) for m in members)
     else:
         ranking = rank.top_k(blocks)
@@ -201,7 +196,7 @@ def _score_blocks(e: Experiment, store: ClipStore, members: list[Member], second
             cosines = (member.cosines(chosen) for member in group)
             if group is members:
                 cosines = _noting(cosines, by_member, block[at], scores.shape[1])
-            part = rank.combine_scores(cosines, how, scale=e.scale)[:, :scores.shape[1]]
+            part = combine_scores(cosines, how, scale=e.scale)[:, :scores.shape[1]]
             scores[torch.from_numpy(at).to(device)] += torch.from_numpy(share[block[at]]).to(part)[:, None] * part
         predicted[block] = scores.argmax(1).cpu()
         yield torch.from_numpy(block).to(device), scores
@@ -231,94 +226,3 @@ def _second_weight(e: Experiment, store: ClipStore, gallery: np.ndarray, first: 
     weight[has] = e.fallback.weights(store.clip_means(e.modality, e.fallback.by)[clips])
     weight[~has] = e.fallback.absent or 0
     return np.where(second >= 0, weight, 0)
-def fit(experiment: Experiment, store: ClipStore, member: int = 0, *, device: torch.device,
-        progress: bool = False) -> tuple[IdentityModel, np.ndarray, list[float]]:
-    """Return a member's model, its training clips and its loss by epoch (empty where nothing is trained)."""
-    return fit_together(experiment, store, [member], device=device, progress=progress)[0]
-
-
-def fit_together(experiment: Experiment, store: ClipStore, members: list[int], *, device: torch.device,
-                 progress: bool = False) -> list[tuple[IdentityModel, np.ndarray, list[float]]]:
-    """Do what ``fit`` does for several members, those of one shape in one batched pass (``train.train_together``)."""
-    e = experiment
-    _require(e, store)
-    started = [_start(e, store, member, device) for member in members]
-    if e.classifier not in TRAINED:
-        return [(model.eval(), clips, []) for model, clips in started]
-    # Regions of a width that the blocks do not divide differ by one dimension.
-    groups: dict[tuple, list[int]] = {}
-    for place, (model, _) in enumerate(started):
-        groups.setdefault(tuple(p.shape for p in model.parameters()), []).append(place)
-    losses = [[]] * len(members)
-    for places in groups.values():
-        found = train_together([started[p][0] for p in places], store, [started[p][1] for p in places], e.training,
-                               seeds=[ensemble.member_seed(e.seed, members[p]) for p in places], modality=e.modality,
-                               progress=progress)
-        for place, history in zip(places, found):
-            losses[place] = history
-    return [(*one, history) for one, history in zip(started, losses)]
-
-
-def _start(e: Experiment, store: ClipStore, member: int, device: torch.device) -> tuple[IdentityModel, np.ndarray]:
-    """Return a member's model before its training, and its training clips."""
-    clips = training_clips(e, store)
-    clips = ensemble.member_clips(e.ensemble, clips, store.identity_of(clips), seed=e.seed, member=member)
-    model = make_model(e, store, member).to(device)
-    label = torch.from_numpy(classes_of(store, clips)).to(device)
-    if e.start == "class means" or e.classifier not in TRAINED:
-        pooled = pooled_features(model, store, clips, e.modality, seed=e.seed)
-        if e.classifier == "whitened means":
-            unit = F.normalize(pooled, dim=1)
-            model.centre = unit.mean(0)
-            model.whitening = within_class_whitening(unit, label, shrinkage=e.shrinkage)
-            pooled = pooled_features(model, store, clips, e.modality, seed=e.seed)
-        model.start_from_class_means(pooled, label)
-    return model, clips
-
-
-def make_model(experiment: Experiment, store: ClipStore, member: int = 0) -> IdentityModel:
-    """Return a member's model before it has seen a clip."""
-    e = experiment
-    seed_torch(ensemble.member_seed(e.seed, member))
-    widths = {name: source.feature.shape[1] for name, source in store.modalities.items()}
-    discard = (member, e.regions) if e.ensemble == "views" else None
-    aggregator = None if e.modality is None else make_aggregator(e.aggregator, kept_width(widths[e.modality], discard))
-    return IdentityModel(aggregator, len(store.identities) + (e.distractors == "class"), dropout=e.dropout,
-                         hidden=e.hidden if e.classifier == "mlp" else 0, concat=e.concat, head=e.head,
-                         contexts={name: widths[name] for name in e.context}, context_dim=e.context_dim,
-                         gated=e.fusion == "gated" and e.modality is not None, discard=discard)
-
-
-def training_clips(experiment: Experiment, store: ClipStore) -> np.ndarray:
-    """Return the clips that can be trained on: labelled, with the modality or a context, and distractors if asked."""
-    e = experiment
-    sources = e.context if e.modality is None else (e.modality,)
-    clips = np.unique(np.concatenate([store.select("train", labelled=True, having=name) for name in sources]))
-    if not len(clips):
-        raise ValueError(f"{store.path}: no labelled train clip has {' or '.join(sources)}, so nothing can be trained")
-    if e.distractors == "class":
-        having = np.unique(np.concatenate([store.select("val", labelled=False, having=name) for name in sources]))
-        clips = np.concatenate([clips, np.intersect1d(_training_distractors(e, store), having)])
-    return clips
-
-
-def missing_scores(experiment: Experiment, store: ClipStore) -> list[str]:
-    """Name the scores that the experiment's arm needs and the store lacks."""
-    e = experiment
-    wanted = []
-    appended = e.concat in ("normalised", "raw")
-    if e.modality is not None and (e.aggregator in NEEDS_SCORES or appended):
-        wanted = ["quality"] if e.aggregator == "best half" and not appended else ["quality", "det"]
-    if e.fallback and e.fallback.by == "quality" and "quality" not in wanted:
-        wanted.append("quality")
-    return [name for name in wanted if name not in store.modalities[e.modality].columns]
-
-
-def _require(e: Experiment, store: ClipStore) -> None:
-    asked = [e.modality, *e.context, *(e.fallback.context if e.fallback else ())]
-    for name in asked:
-        if name is not None and name not in store.modalities:
-            raise ValueError(f"{store.path}: no modality {name!r}, it has {', '.join(store.modalities)}")
-    if missing := missing_scores(e, store):
-        raise ValueError(f"{store.path}: {e.aggregator!r} needs {' and '.join(missing)} scores of "
-                         f"{e.modality!r}, and the store has none")

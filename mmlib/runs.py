@@ -27,13 +27,15 @@ from mmlib import ensemble, metrics
 from mmlib.clips.calibration import QUALITY_EDGES
 from mmlib.clips.store import ClipStore
 from mmlib.experiment import Experiment, torch_device
-from mmlib.retrieval import Retrieval, retrieve, training_clips
+from mmlib.fitting import training_clips
+from mmlib.retrieval import Retrieval, retrieve
 
 PACKAGE = Path(__file__).parent
 RESULTS = PACKAGE.parent / "book" / "results"  # committed records
 DECIDING = ("clips/arrays.py", "clips/sampling.py", "clips/store.py", "clips/writer.py", "clips/calibration.py",
-            "clips/simulate.py", "aggregate.py", "losses.py", "models.py", "ensemble.py", "together.py", "train.py", "rank.py", "metrics.py",
-            "experiment.py", "retrieval.py", "runs.py")
+            "clips/simulate.py", "aggregate.py", "losses.py", "models.py", "ensemble.py", "together.py",
+            "train.py", "rank.py", "combine.py", "metrics.py", "experiment.py", "fitting.py", "retrieval.py",
+            "runs.py")
 LENGTH_EDGES = [1, 5, 10, 15, 20, 30, 40, 241]  # frames
 PERCENTILE_EDGES = [*QUALITY_EDGES, 40, 60, 80, 100]
 WRONG_EDGES = [0, 1e-9, .1, .25, .5, .8, 1.001]  # share of frames

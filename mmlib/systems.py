@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mmlib.combine import Fallback
 from mmlib.experiment import Experiment
-from mmlib.rank import Fallback
 from mmlib.train import Training
 
 CODED_FACE_SCENE = (0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 15)  # members that the released code keeps, of sixteen each

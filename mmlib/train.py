@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -177,12 +177,16 @@ class Reader:
             dim = self._frames.feature.shape[1] - (self._gaps[0].stop - self._gaps[0].start)
             out = self._buffer.resize_(len(parts), *parts[0].shape, dim)
             parts = [self._frames.gather(rows, gap=gap, out=one)[1:4] for rows, gap, one in zip(parts, self._gaps, out)]
-            inputs = [out, *(None if part[0] is None else torch.stack(part) for part in zip(*parts))]
+            inputs = [out, *(None if part[0] is None else _stack(part) for part in zip(*parts))]
         places = self._place.gather(1, places)
-        context = {name: tuple(torch.stack([value[place] for value, place in zip(values, places)])
-                               for values in zip(*read))
+        context = {name: tuple(_stack([value[place] for value, place in zip(values, places)]) for values in zip(*read))
                    for name, read in self._contexts.items()}
         return *inputs, context
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    """Stack tensors of one shape, a single one without a copy."""
+    return torch.stack(tuple(parts)) if len(parts) > 1 else parts[0][None]
 
 
 def _sampling(model: IdentityModel, sample: str, frames: int | None) -> tuple[str, int | None]:
@@ -205,7 +209,7 @@ def _blocks(count: np.ndarray, block: int) -> Iterator[np.ndarray]:
 
 @torch.no_grad()
 def contexts(store: ClipStore, name: str, clips: np.ndarray, gap: slice, device: torch.device, *,
-             block: int = 16_384) -> tuple[Tensor, Tensor]:
+             block: int = 2_048) -> tuple[Tensor, Tensor]:
     """Return the context feature of clips, (n, D - gap), and whether they have it, (n,), on a device.
 
     It is the mean of the unit embeddings of all frames, scaled to entries of order 1; a model that discards a region does

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from conftest import BRIEF, of
 
+from mmlib.combine import Fallback
 from mmlib.experiment import Experiment, as_seeds, torch_device
-from mmlib.rank import Fallback
 from mmlib.runs import run
 from mmlib.train import Training
 

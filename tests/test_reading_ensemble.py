@@ -9,7 +9,7 @@ from scipy import stats
 from mmlib import sweep
 from mmlib.ensemble import KINDS, member_clips
 from mmlib.experiment import Experiment
-from mmlib.retrieval import training_clips
+from mmlib.fitting import training_clips
 from mmlib.reading import ensemble
 from mmlib.reading.ensemble import MAIN, RULES
 

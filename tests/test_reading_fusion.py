@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 from conftest import made
 
-from mmlib import arms, retrieval
+from mmlib import arms, fitting
 from mmlib.clips.store import ClipStore
+from mmlib.combine import Fallback
 from mmlib.experiment import Experiment
-from mmlib.rank import Fallback
 from mmlib.reading import fusion
 from mmlib.runs import PERCENTILE_EDGES
 
@@ -90,7 +90,7 @@ def test_possible_arms_can_be_run(partial):
     for arm in (fusion.possible(arms.FUSIONS, partial) | fusion.weighted(FACE, partial)).values():
         if arm.fallback:
             arm = replace(arm, aggregator="attention")
-        retrieval._require(arm, partial)  # raises where something is missing
+        fitting.require(arm, partial)  # raises where something is missing
 
 
 def test_weights_share_both_models_and_differ_in_nothing_else(store):

@@ -33,8 +33,8 @@ from mmlib.train import Training
 
 
 def changed(before, after):
-    """The fields in which two experiments differ."""
-    return {item.name for item in fields(Experiment) if getattr(before, item.name) != getattr(after, item.name)}
+    """The fields in which two experiments, or two fallbacks, differ."""
+    return {item.name for item in fields(before) if getattr(before, item.name) != getattr(after, item.name)}
 
 
 def test_described_steps_change_what_they_name_and_nothing_else():
@@ -60,7 +60,8 @@ def test_coded_steps_change_what_they_name_and_nothing_else():
 @pytest.mark.parametrize("name", LADDERS)
 def test_the_last_rung_is_the_system_but_for_the_budget(name):
     last = climb(LADDERS[name])["fallback"]
-    assert changed(last, LADDERS[name]) <= {"training", "start"}
+    assert changed(last, LADDERS[name]) <= {"training", "start", "fallback"}
+    assert changed(last.fallback, LADDERS[name].fallback) == {"lr"}
     loss = ("margin", "scale", "gamma", "focal")
     assert [getattr(last.training, f) for f in loss] == [getattr(LADDERS[name].training, f) for f in loss]
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from conftest import made, of
 
-from mmlib import arms, figures, retrieval
+from mmlib import arms, figures, fitting
 from mmlib.experiment import Experiment
 from mmlib.reading import compare, loss
 
@@ -332,6 +332,6 @@ def test_arms_with_scores_need_them(bare):
     lacking = [
         name
         for name, arm in arms.LOSSES.items()
-        if retrieval.missing_scores(replace(arm, data=str(bare.path), aggregator="norm"), bare)
+        if fitting.missing_scores(replace(arm, data=str(bare.path), aggregator="norm"), bare)
     ]
     assert lacking == [name for name in arms.LOSSES if "scores" in name]

@@ -8,12 +8,13 @@ import pytest
 import torch
 from conftest import BRIEF, of
 
-from mmlib import metrics, rank, retrieval
+from mmlib import fitting, metrics, rank, retrieval
 from mmlib.clips.store import ClipStore
+from mmlib.combine import COMBINE, Fallback
 from mmlib.ensemble import KINDS
 from mmlib.experiment import Experiment
-from mmlib.rank import Fallback
-from mmlib.retrieval import Member, fit, fit_together, gallery_of, missing_scores, retrieve, training_clips
+from mmlib.fitting import fit, fit_together, missing_scores, training_clips
+from mmlib.retrieval import Member, gallery_of, retrieve
 from mmlib.runs import run
 from mmlib.train import Training
 
@@ -263,7 +264,7 @@ def without_padding(ranking):
     return [row[row >= 0].tolist() for row in ranking]
 
 
-@pytest.mark.parametrize("combine", rank.COMBINE)
+@pytest.mark.parametrize("combine", COMBINE)
 @pytest.mark.parametrize("kind", KINDS)
 def test_ensemble_of_one_ranks_as_its_member(patchy, kind, combine):
     trained = {}
@@ -300,7 +301,7 @@ def test_ranks_of_an_ensemble_are_fused_from_its_members_rankings(patchy):
     assert np.all(np.diff(picked, axis=1) < 1e-6) and np.all(picked[:, 0] == points.max(axis=1))
 
 
-@pytest.mark.parametrize("combine", rank.COMBINE)
+@pytest.mark.parametrize("combine", COMBINE)
 @pytest.mark.parametrize("kind", KINDS)
 def test_prefix_of_members_is_the_same_whether_or_not_more_were_trained(patchy, kind, combine):
     three = small(patchy, ensemble=kind, members=(0, 1, 2), combine=combine)
@@ -311,7 +312,7 @@ def test_prefix_of_members_is_the_same_whether_or_not_more_were_trained(patchy, 
         alone.ap, alone.measures, alone.breakdown, alone.losses)
 
 
-@pytest.mark.parametrize("combine", rank.COMBINE)
+@pytest.mark.parametrize("combine", COMBINE)
 def test_order_of_members_does_not_change_the_ranking(patchy, combine):
     one, two = (retrieve(small(patchy, members=members, combine=combine), patchy, device="cpu")
                 for members in ((0, 1), (1, 0)))
@@ -330,14 +331,14 @@ def test_members_repeat_themselves_and_differ_from_the_first(patchy, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_members_are_drawn_and_trained_with_seeds_of_their_own(patchy, monkeypatch, kind):
     seeds = []
-    monkeypatch.setattr(retrieval, "seed_torch", seeds.append)
+    monkeypatch.setattr(fitting, "seed_torch", seeds.append)
 
     def spy(models, *_, seeds: list, **__):
         trained.extend(seeds)
         return [[]] * len(models)
 
     trained = []
-    monkeypatch.setattr(retrieval, "train_together", spy)
+    monkeypatch.setattr(fitting, "train_together", spy)
     fit_together(small(patchy, ensemble=kind, seed=7), patchy, [0, 1, 3], device=CPU)
     assert seeds == trained == [7, [7, 1], [7, 3]]
 
@@ -405,7 +406,7 @@ def test_members_that_the_fallback_cannot_have_are_refused_before_anything_is_tr
 
 @pytest.mark.parametrize("at_once, calls", [(1, [[0], [2], [1]]), (16, [[0, 2], [1]])])
 def test_trained_members_are_reused_and_added(patchy, monkeypatch, at_once, calls):
-    fitted, plain = [], retrieval.fit_together
+    fitted, plain = [], fitting.fit_together
     monkeypatch.setattr(retrieval, "fit_together", lambda e, s, members, **o: fitted.append(members) or plain(e, s, members, **o))
     monkeypatch.setitem(retrieval.TOGETHER, "cpu", at_once)
     asked, trained = small(patchy, members=(0, 2)), {}
@@ -433,7 +434,7 @@ def test_second_model_sees_contexts_alone_with_twice_as_many_regions(patchy):
     second = first.second()
     assert (second.modality, second.context, second.regions, second.members) == (None, ("scene",), 8, (5, 7))
     assert second.fallback is None and second.training == first.training and second.seed == first.seed
-    model = retrieval.make_model(second, patchy, 5)
+    model = fitting.make_model(second, patchy, 5)
     assert model.aggregator is None and model.discard == (5, 8) and model.branches["scene"].layers[0].in_features == 28
 
 
@@ -675,7 +676,7 @@ def test_other_seed_takes_another_half(patchy):
     assert one.tolist() == again.tolist() != two.tolist()
 
 
-@pytest.mark.parametrize("combine", rank.COMBINE)
+@pytest.mark.parametrize("combine", COMBINE)
 def test_class_of_distractors_is_in_the_softmax_and_never_in_a_ranking(patchy, scored, combine):
     asked = small(patchy, members=(0, 1), distractors="class", combine=combine)
     found, scores = scored(asked, patchy)
@@ -719,7 +720,7 @@ def test_start_of_the_identities_vectors(patchy, start):
     still = Training(epochs=1, batch=16, frames=4, lr=0.0, weight_decay=0.0)
     asked = small(patchy, context=(), start=start, training=still)
     found = fit(asked, patchy, device=CPU)[0].prototype
-    drawn = retrieval.make_model(asked, patchy).prototype
+    drawn = fitting.make_model(asked, patchy).prototype
     moved = (found != drawn).any(dim=1).tolist()
     # The last identity has no train clip to start from.
     assert moved == [start == "class means"] * 5 + [False]

@@ -8,9 +8,10 @@ import pytest
 from conftest import BRIEF, made, of, small
 
 from mmlib import runs
+from mmlib.combine import Fallback
 from mmlib.experiment import Experiment
-from mmlib.rank import Fallback
-from mmlib.retrieval import retrieve, training_clips
+from mmlib.fitting import training_clips
+from mmlib.retrieval import retrieve
 from mmlib.runs import Record, cache_folder, library_hash, read_results, run, write_results
 from mmlib.train import Training
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from conftest import made, of, small
 
-from mmlib import retrieval, runs, sweep
+from mmlib import fitting, retrieval, runs, sweep
 from mmlib.clips.simulate import settings_for, simulate
+from mmlib.combine import Fallback
 from mmlib.experiment import Experiment
-from mmlib.rank import Fallback
 from mmlib.runs import library_hash, run
 from mmlib.sweep import claim, clear_partial, fetch_all, fetch_or_run, open_store, remove_locks, share
 from mmlib.train import Training
@@ -222,7 +222,7 @@ def test_open_store_opens_the_given_one(store):
 @pytest.fixture
 def fitted(monkeypatch):
     """Write down what is trained: the modality and the member."""
-    calls, plain = [], retrieval.fit_together
+    calls, plain = [], fitting.fit_together
 
     def spy(asked, store, members, **options):
         calls.extend((asked.modality, member) for member in members)

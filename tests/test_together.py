@@ -9,8 +9,8 @@ import torch
 
 from mmlib import ensemble
 from mmlib.experiment import Experiment
+from mmlib.fitting import fit, fit_together, make_model, training_clips
 from mmlib.models import AGGREGATORS, IdentityModel, make_aggregator
-from mmlib.retrieval import fit, fit_together, make_model, training_clips
 from mmlib.together import Together
 from mmlib.train import Training, train, train_together
 

@@ -10,9 +10,9 @@ import pandas as pd
 
 from mmlib.arms import CHOSEN
 from mmlib.clips.store import ClipStore
+from mmlib.combine import Fallback
 from mmlib.experiment import Experiment
-from mmlib.retrieval import missing_scores
-from mmlib.rank import Fallback
+from mmlib.fitting import missing_scores
 from mmlib.reading import breakdown_frame, compare, listed
 from mmlib.runs import Record
 

@@ -10,8 +10,8 @@ import pandas as pd
 
 from mmlib import arms, metrics
 from mmlib.clips.store import ClipStore
+from mmlib.combine import Fallback
 from mmlib.experiment import Experiment
-from mmlib.rank import Fallback
 from mmlib.reading import compare
 from mmlib.retrieval import Retrieval
 from mmlib.runs import Record

@@ -13,8 +13,8 @@ from mmlib import metrics
 from mmlib.arms import CHOSEN
 from mmlib.clips.simulate import settings_for
 from mmlib.clips.store import ClipStore
+from mmlib.combine import Fallback
 from mmlib.experiment import Experiment
-from mmlib.rank import Fallback
 from mmlib.reading import compare
 from mmlib.reading.aggregation import tuned
 from mmlib.runs import Record
@@ -37,9 +37,9 @@ def climb(system: Experiment, *, scene: bool = True, scores: bool = True) -> dic
     """Return the rungs from the baseline to a system, each with one part of it more than the one before.
 
     All rungs have the same epochs, batches, start and rule of ranking; the rates are those that the searches of chapters
-    04 and 05 chose for the aggregator and for the loss with its scores, on worlds that no rung uses.  scene, scores: what the clips have.  Without a scene there
-    is no such step and no fallback; without scores attention and fallback do without, and the coded attention, which
-    cannot, is left out.
+    04 and 05 chose for the aggregator and for the loss with its scores, and that of chapter 07 for the fallback's model,
+    a scene alone, on worlds that no rung uses.  scene, scores: what the clips have.  Without a scene there is no such step
+    and no fallback; without scores attention and fallback do without, and the coded attention, which cannot, is left out.
     """
     start = replace(FACE_ONLY, aggregator="quality" if scores else "norm", scale=system.scale, training=BUDGET)
     rungs = {"baseline": start}
@@ -60,7 +60,7 @@ def climb(system: Experiment, *, scene: bool = True, scores: bool = True) -> dic
     start = rungs["ensemble"] = replace(start, ensemble=system.ensemble, regions=system.regions, members=system.members)
     if scene:
         rungs["fallback"] = replace(start, fallback=replace(
-            system.fallback, by=system.fallback.by if scores else "norm"))
+            system.fallback, by=system.fallback.by if scores else "norm", lr=CHOSEN["scene"]))
     return rungs
 
 

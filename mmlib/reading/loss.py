@@ -12,7 +12,7 @@ import torch
 from mmlib import losses, metrics
 from mmlib.clips.store import ClipStore
 from mmlib.experiment import Experiment
-from mmlib.retrieval import make_model
+from mmlib.fitting import make_model
 from mmlib.reading import compare
 from mmlib.runs import Record
 from mmlib.train import pooled_features
