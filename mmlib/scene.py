@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from mmlib.launch import Launch, launched
 from mmlib.runs import PACKAGE, cache_folder, library_hash
 from mmlib.scene_network import SceneModel, SceneSettings, make_backbone, make_model, settings_for
 from mmlib.scene_training import extract, fine_tune, training_clips
+from mmlib.sweep import claim, clear_partial
 
 __all__ = ["SceneModel", "SceneRun", "SceneSettings", "code_hash", "decoded_pictures", "extract", "fetch_or_train",
            "fine_tune", "fine_tune_to_store", "make_backbone", "make_model", "occlusion", "run_key", "settings_for",
@@ -183,30 +184,39 @@ class SceneRun:
 
 def fetch_or_train(store: ClipStore, images: Images, settings: SceneSettings, *, seed: int, device: str = "auto",
                    progress: bool = False) -> SceneRun:
-    """Return the network of these settings, images and seed from the cache, or train it and keep it there."""
-    folder = cache_folder() / "scenes" / run_key(store, images, settings, seed)
-    if not (folder / "run.json").exists():
-        run, began = launched(device), time.perf_counter()
-        with decoded_pictures(store, images, settings, run, progress=progress) as pictures:
-            model, history = fine_tune(store, images, settings, seed=seed, device=device, decoded=pictures,
-                                       progress=progress)
-            trained = time.perf_counter()
+    """Return the network of these settings, images and seed from the cache, or train it and keep it there.
 
-            def write(blocks: Iterator) -> Counter:
-                with partial_folder(folder, "run.json", overwrite=True) as partial:
-                    modes = write_scene_store(store, partial / "trained", blocks,
-                                              provenance={"settings": asdict(settings), "seed": seed}, keep=())
-                    torch.save(model.state_dict(), partial / "model.pt")
-                    seconds = {"fine-tune": round(trained - began, 3), "extract": round(time.perf_counter() - trained, 3)}
-                    said = {"history": history, "modes": modes, "seconds": seconds}
-                    (partial / "run.json").write_text(json.dumps(said) + "\n")
-                return modes
-
-            _first_writes(run, extract(model, images, settings, seed=seed, decoded=pictures), write)
+    Of several runs that ask for it at once, one trains it and the others wait.
+    """
+    run, folder = launched(device), cache_folder() / "scenes" / run_key(store, images, settings, seed)
+    with claim(folder.with_suffix(".lock")) if run.index == 0 else nullcontext():
+        if not run.same((folder / "run.json").exists()):  # as the first process has seen it, which holds the claim
+            _train_and_keep(store, images, settings, folder, run, seed=seed, device=device, progress=progress)
     said = json.loads((folder / "run.json").read_text())
     model = SceneModel(make_backbone(settings.architecture), len(store.identities)).to(torch_device(device))
     model.load_state_dict(torch.load(folder / "model.pt", map_location="cpu", weights_only=True))
     return SceneRun(folder, settings, model.eval(), said["history"], said["modes"], said["seconds"])
+
+
+def _train_and_keep(store: ClipStore, images: Images, settings: SceneSettings, folder: Path, run: Launch, *, seed: int,
+                    device: str, progress: bool) -> None:
+    began = time.perf_counter()
+    with decoded_pictures(store, images, settings, run, progress=progress) as pictures:
+        model, history = fine_tune(store, images, settings, seed=seed, device=device, decoded=pictures, progress=progress)
+        trained = time.perf_counter()
+
+        def write(blocks: Iterator) -> Counter:
+            clear_partial(folder)
+            with partial_folder(folder, "run.json", overwrite=True) as partial:
+                modes = write_scene_store(store, partial / "trained", blocks,
+                                          provenance={"settings": asdict(settings), "seed": seed}, keep=())
+                torch.save(model.state_dict(), partial / "model.pt")
+                seconds = {"fine-tune": round(trained - began, 3), "extract": round(time.perf_counter() - trained, 3)}
+                said = {"history": history, "modes": modes, "seconds": seconds}
+                (partial / "run.json").write_text(json.dumps(said) + "\n")
+            return modes
+
+        _first_writes(run, extract(model, images, settings, seed=seed, decoded=pictures), write)
 
 
 def run_key(store: ClipStore, images: Images, settings: SceneSettings, seed: int) -> str:

@@ -1,5 +1,8 @@
 import json
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -453,6 +456,39 @@ def test_a_network_is_trained_once_and_read_back(world, images, cache, monkeypat
     assert again.history == first.history
     with torch.no_grad():
         assert torch.equal(again.model(pixels()), first.model(pixels()))
+
+
+def test_two_runs_that_want_one_network_train_it_once(world, images, cache, monkeypatch):
+    calls, plain = [], scene.fine_tune
+    both = threading.Barrier(2)
+
+    def watched(*arguments, **options):
+        calls.append(arguments)
+        time.sleep(.5)  # long enough for the other to come this far, if nothing held it
+        return plain(*arguments, **options)
+
+    def fetch(_):
+        both.wait()
+        return scene.fetch_or_train(world, images, replace(SMALL, epochs=1), seed=0, device="cpu")
+
+    monkeypatch.setattr(scene, "fine_tune", watched)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(fetch, range(2))
+    assert len(calls) == 1 and one.history == other.history and one.folder == other.folder
+
+
+def test_pictures_that_another_run_is_rendering_are_waited_for(world, cache, monkeypatch):
+    calls, plain = [], scene_reading.render_scenes
+    both = threading.Barrier(2)
+
+    def fetch(_):
+        both.wait()
+        return scene_reading._rendered(world, 36)
+
+    monkeypatch.setattr(scene_reading, "render_scenes", lambda *a, **o: (calls.append(a), time.sleep(.5), plain(*a, **o)))
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(fetch, range(2))
+    assert len(calls) == 1 and one == other and (one / scene_reading.ABOUT).exists()
 
 
 def test_what_decides_a_network_changes_its_key(world, images, tmp_path):

@@ -24,7 +24,7 @@ from mmlib.experiment import Experiment, fingerprint
 from mmlib.retrieval import Retrieval, retrieve
 from mmlib.runs import Record, cache_folder
 from mmlib.scene import SceneRun, SceneSettings
-from mmlib.sweep import fetch_or_run, open_store
+from mmlib.sweep import claim, clear_partial, fetch_or_run, open_store
 
 TUNED, UNTRAINED, THUMBNAIL, TRUTH = "fine-tuned network", "untrained network", "thumbnail", "show and set"
 SMALLEST = 16  # identities of a rendered world in the tiny profile
@@ -79,8 +79,10 @@ def _rendered(store: ClipStore, size: int) -> Path:
     """Return the folder of a store's rendered pictures, rendering them if they are not in the cache."""
     said = json.dumps([fingerprint(store.path), size, scene.code_hash()])
     folder = cache_folder() / "pictures" / hashlib.sha256(said.encode()).hexdigest()[:20]
-    if not (folder / ABOUT).exists():
-        render_scenes(store, folder, size=size, overwrite=True)
+    with claim(folder.with_suffix(".lock")):
+        if not (folder / ABOUT).exists():
+            clear_partial(folder)
+            render_scenes(store, folder, size=size, overwrite=True)
     return folder
 
 
@@ -106,9 +108,11 @@ def feature_stores(scenes: Scenes) -> dict[str, Path]:
         makers[TRUTH] = _truth
     for name, make in makers.items():
         found[name] = folder / name.replace(" ", "-")
-        if not (found[name] / "store.json").exists():
-            scene.write_scene_store(scenes.store, found[name], make(scenes), provenance={"feature": name}, keep=(),
-                                    overwrite=True)
+        with claim(found[name].with_suffix(".lock")):
+            if not (found[name] / "store.json").exists():
+                clear_partial(found[name])
+                scene.write_scene_store(scenes.store, found[name], make(scenes), provenance={"feature": name}, keep=(),
+                                        overwrite=True)
     return found
 
 
