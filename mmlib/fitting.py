@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -16,26 +18,31 @@ from mmlib.train import classes_of, pooled_features, seed_torch, train_together
 def fit(experiment: Experiment, store: ClipStore, member: int = 0, *, device: torch.device,
         progress: bool = False) -> tuple[IdentityModel, np.ndarray, list[float]]:
     """Return a member's model, its training clips and its loss by epoch (empty where nothing is trained)."""
-    return fit_together(experiment, store, [member], device=device, progress=progress)[0]
+    return fit_together([(experiment, member)], store, device=device, progress=progress)[0]
 
 
-def fit_together(experiment: Experiment, store: ClipStore, members: list[int], *, device: torch.device,
+def fit_together(wanted: list[tuple[Experiment, int]], store: ClipStore, *, device: torch.device,
                  progress: bool = False) -> list[tuple[IdentityModel, np.ndarray, list[float]]]:
-    """Do what ``fit`` does for several members, those of one shape in one batched pass (``train.train_together``)."""
-    e = experiment
+    """Do what ``fit`` does for several members of experiments that differ in their seeds only, in as few passes as can be.
+
+    Those of one shape, with as many clips, are trained in one (``train.train_together``).
+    """
+    if len({replace(experiment.branch(), seed=0) for experiment, _ in wanted}) > 1:
+        raise ValueError("experiments whose members are trained together may differ in their seeds only")
+    e = wanted[0][0]
     require(e, store)
-    started = [_start(e, store, member, device) for member in members]
+    started = [_start(experiment, store, member, device) for experiment, member in wanted]
     if e.classifier not in TRAINED:
         return [(model.eval(), clips, []) for model, clips in started]
     # Regions of a width that the blocks do not divide differ by one dimension.
     groups: dict[tuple, list[int]] = {}
-    for place, (model, _) in enumerate(started):
-        groups.setdefault(tuple(p.shape for p in model.parameters()), []).append(place)
-    losses = [[]] * len(members)
+    for place, (model, clips) in enumerate(started):
+        groups.setdefault((len(clips), *(p.shape for p in model.parameters())), []).append(place)
+    losses = [[]] * len(wanted)
     for places in groups.values():
         found = train_together([started[p][0] for p in places], store, [started[p][1] for p in places], e.training,
-                               seeds=[ensemble.member_seed(e.seed, members[p]) for p in places], modality=e.modality,
-                               progress=progress)
+                               seeds=[ensemble.member_seed(wanted[p][0].seed, wanted[p][1]) for p in places],
+                               modality=e.modality, progress=progress)
         for place, history in zip(places, found):
             losses[place] = history
     return [(*one, history) for one, history in zip(started, losses)]

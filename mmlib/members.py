@@ -85,8 +85,7 @@ class SavedMembers:
             if not missing:
                 return
             branch, began = missing[0][0], time.perf_counter()
-            fitted = fit_together(branch, self.store, [number for _, number in missing], device=self.device,
-                                  progress=self.progress)
+            fitted = fit_together(missing, self.store, device=self.device, progress=self.progress)
             seconds = (time.perf_counter() - began) / len(missing)
             for key, parts in zip(missing, fitted):
                 found[key] = Member(branch, self.store, *parts, seconds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -134,8 +134,9 @@ def rank_clips(experiment: Experiment, store: ClipStore, *, device: str = "auto"
         raise ValueError("rows of a gallery cannot be ranked apart with combine 'ranks', which fuses whole rankings")
     gallery = ranked_gallery(e, store)
     began = time.perf_counter()
-    members = _members(e, store, torch_device(device), progress, trained)
-    second = _members(e.second(), store, torch_device(device), progress, trained) if e.fallback else []
+    add_members([e, *([e.second()] if e.fallback else [])], store, trained, device=device, progress=progress)
+    members = [trained[e.branch(), member] for member in e.members]
+    second = [trained[e.second().branch(), member] for member in e.fallback.members] if e.fallback else []
     fitted = time.perf_counter()
     predicted = np.full(len(gallery), -1)
     by_member = np.full((len(members), len(gallery)), -1)
@@ -163,18 +164,22 @@ DEPTH = 1000  # clips of a member's ranking that take part in a fusion of ranks
 TOGETHER = {"cuda": 16, "cpu": 1}
 
 
-def _members(e: Experiment, store: ClipStore, device: torch.device, progress: bool,
-             trained: MutableMapping) -> list[Member]:
-    branch = e.branch()
-    missing = [member for member in e.members if (branch, member) not in trained]
-    for at in range(0, len(missing), TOGETHER[device.type]):
-        group = missing[at:at + TOGETHER[device.type]]
-        began = time.perf_counter()
-        fitted = fit_together(branch, store, group, device=device, progress=progress)
-        seconds = (time.perf_counter() - began) / len(group)
-        for member, found in zip(group, fitted):
-            trained[branch, member] = Member(branch, store, *found, seconds)
-    return [trained[branch, member] for member in e.members]
+def add_members(experiments: Iterable[Experiment], store: ClipStore, trained: MutableMapping, *, device: str = "auto",
+                progress: bool = False) -> None:
+    """Train the members of experiments that are not among ``trained`` yet, those that differ in number or seed together."""
+    at = torch_device(device)
+    arms: dict[Experiment, list[tuple[Experiment, int]]] = {}
+    for branch, member in dict.fromkeys((e.branch(), member) for e in experiments for member in e.members):
+        if (branch, member) not in trained:
+            arms.setdefault(replace(branch, seed=0), []).append((branch, member))
+    for missing in arms.values():
+        for first in range(0, len(missing), TOGETHER[at.type]):
+            group = missing[first:first + TOGETHER[at.type]]
+            began = time.perf_counter()
+            fitted = fit_together(group, store, device=at, progress=progress)
+            seconds = (time.perf_counter() - began) / len(group)
+            for (branch, member), found in zip(group, fitted):
+                trained[branch, member] = Member(branch, store, *found, seconds)
 
 
 def _score_blocks(e: Experiment, store: ClipStore, members: list[Member], second: list[Member], gallery: np.ndarray,

@@ -17,8 +17,8 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -31,10 +31,12 @@ from tqdm.auto import tqdm
 from mmlib.clips.simulate import settings_for, simulate
 from mmlib.clips.store import ClipStore
 from mmlib.experiment import Experiment, torch_device
+from mmlib.retrieval import TOGETHER, add_members
 from mmlib.runs import Record, cache_folder, library_hash, run, write_whole
 
 PATIENCE = 1.0  # seconds to wait for a claim, once every task that is left is claimed by others
 Task = TypeVar("Task")
+Tasks = dict[str, dict[str, Experiment]]  # experiments by the name of their claim, then by the key of their record
 
 
 # -- claims ---------------------------------------------------------------------------------------------------------
@@ -145,13 +147,13 @@ def fetch_or_run(experiments: Iterable[Experiment], *, device: str = "auto", pro
     tasks = _missing(experiments)
     with tqdm(total=sum(map(len, tasks.values())), desc="run", unit="arm", disable=not progress, mininterval=1) as bar:
 
-        def attempt(names: list[str], wait: float) -> Iterator[bool]:
-            for name in names:
-                done = _make(name, tasks[name], device=device, wait=wait, progress=progress)
-                bar.update(done * len(tasks[name]))
+        def attempt(batches: list[Tasks], wait: float) -> Iterator[bool]:
+            for batch in batches:
+                done = _make(batch, device=device, wait=wait, progress=progress)
+                bar.update(done * sum(map(len, batch.values())))
                 yield done
 
-        share(tasks, attempt)
+        share(_batches(tasks, device), attempt)
     return [Record(**json.loads(_path(experiment.key()).read_text())) for experiment in experiments]
 
 
@@ -171,7 +173,7 @@ def fetch_all(experiments: Iterable[Experiment], *, device: str = "auto") -> lis
         with ProcessPoolExecutor(workers, context, initializer=_begin_worker) as pool:
             # The longest first, so that no process is left with a long one at the end.
             share(sorted(tasks, key=trainings.get, reverse=True), lambda names, wait: pool.map(
-                partial(_make, device=device, wait=wait), names, [tasks[name] for name in names]))
+                partial(_make, device=device, wait=wait), [{name: tasks[name]} for name in names]))
     return fetch_or_run(experiments, device=device)
 
 
@@ -188,14 +190,14 @@ def _path(key: str) -> Path:
     return _records() / f"{key}.json"
 
 
-def _missing(experiments: Iterable[Experiment]) -> dict[str, dict[str, Experiment]]:
+def _missing(experiments: Iterable[Experiment]) -> Tasks:
     """Sort experiments without a record into what one process makes, by the name of its claim, then by key.
 
     That is a passing world, or else a branch: experiments that share their trained members.  The claim follows from the
     record's key, so that no record has two.
     """
     names: dict[object, str] = {}
-    tasks: dict[str, dict[str, Experiment]] = {}
+    tasks: Tasks = {}
     for experiment in dict.fromkeys(experiments):
         key = experiment.key()
         if _path(key).exists():
@@ -209,24 +211,43 @@ def _missing(experiments: Iterable[Experiment]) -> dict[str, dict[str, Experimen
     return tasks
 
 
-def _make(name: str, task: dict[str, Experiment], *, device: str, wait: float, progress: bool = False) -> bool:
-    """Claim a task and make the records that it lacks; say whether there was no other process at it."""
-    lock = _records() / "locks" / f"{name}.lock"
-    with claim(lock, wait) as held:
-        keys = {experiment: key for key, experiment in task.items() if held and not _path(key).exists()}
-        if not keys:
-            return held
-        with _opened(next(iter(keys))) as store:
-            for group in _by_branch(keys):
-                trained = {}  # of one branch at a time: members are many
-                for experiment in group:
-                    path = _path(keys[experiment])
-                    clear_partial(path)
-                    _note(lock, "began", path.stem)
-                    record = run(experiment, store, device=device, progress=progress, trained=trained)
-                    write_whole(path, json.dumps(asdict(record)).encode())
-                    _note(lock, "stored", path.stem)
-    return True
+def _batches(tasks: Tasks, device: str) -> list[Tasks]:
+    """Put tasks together whose models a GPU trains in one pass: the seeds of an arm on a given store.
+
+    Simulated worlds of different seeds have different identities, and a CPU is full with one model.
+    """
+    arms: dict[object, Tasks] = {}
+    for name, task in tasks.items():
+        branch = next(iter(task.values())).branch()
+        alone = branch.simulated or TOGETHER[torch_device(device).type] == 1
+        arms.setdefault(name if alone else replace(branch, seed=0), {})[name] = task
+    return list(arms.values())
+
+
+def _make(tasks: Tasks, *, device: str, wait: float, progress: bool = False) -> bool:
+    """Claim tasks on one store and make the records that they lack; say whether there was no other process at any."""
+    with ExitStack() as stack:
+        locks = {name: _records() / "locks" / f"{name}.lock" for name in tasks}
+        held = {name for name, lock in locks.items() if stack.enter_context(claim(lock, wait))}
+        missing = {experiment: (locks[name], _path(key)) for name in tasks if name in held
+                   for key, experiment in tasks[name].items() if not _path(key).exists()}
+        if missing:
+            with _opened(next(iter(missing))) as store:
+                trained: dict = {}
+                if len({experiment.seed for experiment in missing}) > 1:
+                    second = [e.second() for e in missing if e.fallback]
+                    add_members([*missing, *second], store, trained, device=device, progress=progress)
+                for group in _by_branch(missing):
+                    for experiment in group:
+                        lock, path = missing[experiment]
+                        clear_partial(path)
+                        _note(lock, "began", path.stem)
+                        record = run(experiment, store, device=device, progress=progress, trained=trained)
+                        write_whole(path, json.dumps(asdict(record)).encode())
+                        _note(lock, "stored", path.stem)
+                    for key in [key for key in trained if key[0].seed == group[0].seed]:
+                        del trained[key]  # members, and what they make of a gallery, are many
+    return held == tasks.keys()
 
 
 def _note(lock: Path, event: str, key: str) -> None:

@@ -339,7 +339,7 @@ def test_members_are_drawn_and_trained_with_seeds_of_their_own(patchy, monkeypat
 
     trained = []
     monkeypatch.setattr(fitting, "train_together", spy)
-    fit_together(small(patchy, ensemble=kind, seed=7), patchy, [0, 1, 3], device=CPU)
+    fit_together([(small(patchy, ensemble=kind, seed=7), member) for member in (0, 1, 3)], patchy, device=CPU)
     assert seeds == trained == [7, [7, 1], [7, 3]]
 
 
@@ -407,7 +407,7 @@ def test_members_that_the_fallback_cannot_have_are_refused_before_anything_is_tr
 @pytest.mark.parametrize("at_once, calls", [(1, [[0], [2], [1]]), (16, [[0, 2], [1]])])
 def test_trained_members_are_reused_and_added(patchy, monkeypatch, at_once, calls):
     fitted, plain = [], fitting.fit_together
-    monkeypatch.setattr(retrieval, "fit_together", lambda e, s, members, **o: fitted.append(members) or plain(e, s, members, **o))
+    monkeypatch.setattr(retrieval, "fit_together", lambda wanted, s, **o: fitted.append([member for _, member in wanted]) or plain(wanted, s, **o))
     monkeypatch.setitem(retrieval.TOGETHER, "cpu", at_once)
     asked, trained = small(patchy, members=(0, 2)), {}
     retrieve(asked, patchy, device="cpu", trained=trained)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import made, of, small
 
@@ -224,9 +225,9 @@ def fitted(monkeypatch):
     """Write down what is trained: the modality and the member."""
     calls, plain = [], fitting.fit_together
 
-    def spy(asked, store, members, **options):
-        calls.extend((asked.modality, member) for member in members)
-        return plain(asked, store, members, **options)
+    def spy(wanted, store, **options):
+        calls.extend((asked.modality, member) for asked, member in wanted)
+        return plain(wanted, store, **options)
 
     monkeypatch.setattr(retrieval, "fit_together", spy)
     return calls
@@ -292,9 +293,9 @@ class Pool:
     def __exit__(self, *_):
         pass
 
-    def map(self, function, names, tasks):
-        Pool.tasks = [list(task.values()) for task in tasks]
-        return [function(*arguments) for arguments in zip(names, tasks)]
+    def map(self, function, batches):
+        Pool.tasks = [list(task.values()) for batch in batches for task in batch.values()]
+        return [function(batch) for batch in batches]
 
 
 @pytest.fixture
@@ -318,6 +319,57 @@ def test_pool_is_left_alone_for_few_trainings_or_one_branch(patchy, cache, pool)
     assert pool.tasks == []
     fetch_all([small(patchy, members=tuple(range(9)))], device="cpu")
     assert pool.tasks == []
+
+
+# -- seeds of an arm -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Train as many members in one pass as a GPU would, and write down the seeds and members of each pass."""
+    calls, plain = [], fitting.fit_together
+
+    def spy(wanted, store, **options):
+        calls.append([(asked.seed, member) for asked, member in wanted])
+        return plain(wanted, store, **options)
+
+    monkeypatch.setattr(retrieval, "fit_together", spy)
+    monkeypatch.setitem(sweep.TOGETHER, "cpu", 4)
+    return calls
+
+
+def seeds_of(store, **options):
+    return [small(store, seed=seed, **options) for seed in (0, 1, 2)]
+
+
+def test_seeds_of_an_arm_are_trained_together_and_give_the_records_of_each_alone(patchy, cache, passes):
+    asked = seeds_of(patchy, members=(0, 1), fallback=Fallback(share=0.2))
+    asked = [e for pair in zip(asked, seeds_of(patchy, hidden=16)) for e in pair]  # two arms, by seed
+    records = fetch_or_run(asked, device="cpu")
+    both = [(seed, member) for seed in (0, 1, 2) for member in (0, 1)]
+    assert passes == [both[:4], both[4:], [(0, 0), (1, 0), (2, 0)], [(0, 0), (1, 0), (2, 0)]]
+    passes.clear()
+    for record, e in zip(records, asked):
+        alone = run(e, patchy, device="cpu")
+        np.testing.assert_allclose(record.losses, alone.losses, rtol=1e-3)
+        assert record.measures == pytest.approx(alone.measures, abs=.02) and record.key == alone.key
+
+
+def test_seeds_that_are_stored_or_claimed_are_not_trained_again(patchy, cache, passes):
+    asked = seeds_of(patchy)
+    fetch_or_run(asked[:1], device="cpu")
+    assert passes == [[(0, 0)]]
+    passes.clear()
+    name = next(iter(sweep._missing(asked[1:2])))
+    with claim(sweep._records() / "locks" / f"{name}.lock"):
+        batch = next(iter(sweep._batches(sweep._missing(asked), "cpu")))
+        assert not sweep._make(batch, device="cpu", wait=0)
+    assert passes == [[(2, 0)]] and [sweep.is_stored(e) for e in asked] == [True, False, True]
+
+
+def test_worlds_of_different_seeds_are_not_trained_together(passes):
+    asked = [Experiment(profile="tiny", seed=seed) for seed in (0, 1)]
+    assert [len(batch) for batch in sweep._batches(sweep._missing(asked), "cpu")] == [1, 1]
 
 
 # -- claims --------------------------------------------------------------------------------------------------
@@ -480,7 +532,7 @@ def test_record_that_another_process_made_is_not_made_again(store, done, cache):
     asked = of(store)
     ((name, task),) = sweep._missing([asked]).items()
     fetch_or_run([asked])
-    assert sweep._make(name, task, device="cpu", wait=0) and len(done) == 1
+    assert sweep._make({name: task}, device="cpu", wait=0) and len(done) == 1
 
 
 def test_branch_that_another_process_holds_is_left_to_it(store, done, cache):
@@ -488,7 +540,7 @@ def test_branch_that_another_process_holds_is_left_to_it(store, done, cache):
     tasks = sweep._missing(asked)
     first, second = tasks
     with ThreadPoolExecutor() as pool, claim(sweep._records() / "locks" / f"{first}.lock"):
-        assert not sweep._make(first, tasks[first], device="cpu", wait=0) and done == []
+        assert not sweep._make({first: tasks[first]}, device="cpu", wait=0) and done == []
         waiting = pool.submit(fetch_or_run, asked)
         deadline = time.monotonic() + 60
         while not sweep.is_stored(asked[1]):

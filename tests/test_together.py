@@ -44,7 +44,7 @@ def assert_same(alone, together):
 def test_every_aggregator_trains_together_as_alone(patchy, device, aggregator):
     e, at = experiment(patchy, aggregator=aggregator), torch.device(device)
     assert_same([fit(e, patchy, member, device=at) for member in MEMBERS],
-                fit_together(e, patchy, list(MEMBERS), device=at))
+                fit_together([(e, member) for member in MEMBERS], patchy, device=at))
 
 
 @pytest.mark.parametrize("options", [
@@ -60,12 +60,12 @@ def test_every_aggregator_trains_together_as_alone(patchy, device, aggregator):
 def test_every_kind_of_ensemble_trains_together_as_alone(patchy, device, options):
     e, at = experiment(patchy, **options), torch.device(device)
     assert_same([fit(e, patchy, member, device=at) for member in MEMBERS],
-                fit_together(e, patchy, list(MEMBERS), device=at))
+                fit_together([(e, member) for member in MEMBERS], patchy, device=at))
 
 
 def test_members_differ_from_each_other_and_from_where_they_started(patchy):
     e = experiment(patchy, ensemble="views", regions=8, aggregator="NAN")
-    found = fit_together(e, patchy, [0, 1], device=torch.device("cpu"))
+    found = fit_together([(e, member) for member in [0, 1]], patchy, device=torch.device("cpu"))
     assert not torch.allclose(found[0][0].prototype, found[1][0].prototype, atol=1e-2)
     assert found[0][2][-1] < found[0][2][0] and found[1][2][-1] < found[1][2][0]
     assert not torch.equal(found[1][0].mlp.layers[0].weight, make_model(e, patchy, 1).mlp.layers[0].weight)
@@ -74,15 +74,28 @@ def test_members_differ_from_each_other_and_from_where_they_started(patchy):
 def test_regions_that_leave_unequal_widths_are_trained_in_groups(patchy):
     e = experiment(patchy, ensemble="views", regions=5)  # 16 dimensions: regions of 3 and 4
     members = [0, 1, 2, 3, 4]
-    together = fit_together(e, patchy, members, device=torch.device("cpu"))
+    together = fit_together([(e, member) for member in members], patchy, device=torch.device("cpu"))
     assert {model.dim for model, _, _ in together} == {12, 13}
     assert_same([fit(e, patchy, member, device=torch.device("cpu")) for member in members], together)
 
 
+@pytest.mark.parametrize("options", [{"ensemble": "bagging"}, {"distractors": "class", "context": ("scene",)}], ids=str)
+def test_seeds_of_an_arm_train_together_as_alone(patchy, device, options):
+    seeds, at = [experiment(patchy, seed=seed, aggregator="NAN", **options) for seed in range(3)], torch.device(device)
+    assert_same([fit(e, patchy, member, device=at) for e in seeds for member in (0, 1)],
+                fit_together([(e, member) for e in seeds for member in (0, 1)], patchy, device=at))
+
+
+def test_arms_that_differ_in_more_than_their_seeds_are_refused(patchy):
+    e = experiment(patchy)
+    with pytest.raises(ValueError, match="may differ in their seeds only"):
+        fit_together([(e, 0), (replace(e, seed=1, hidden=7), 0)], patchy, device=torch.device("cpu"))
+
+
 def test_order_of_the_members_has_no_meaning(patchy):
     e = experiment(patchy, aggregator="attention + scores")
-    forth = fit_together(e, patchy, [0, 1, 2], device=torch.device("cpu"))
-    back = fit_together(e, patchy, [2, 1, 0], device=torch.device("cpu"))
+    forth = fit_together([(e, member) for member in [0, 1, 2]], patchy, device=torch.device("cpu"))
+    back = fit_together([(e, member) for member in [2, 1, 0]], patchy, device=torch.device("cpu"))
     assert_same(forth, back[::-1])
 
 
