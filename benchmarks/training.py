@@ -15,7 +15,7 @@ from mmlib.clips.store import ClipStore
 from mmlib.ensemble import member_seed
 from mmlib.experiment import Experiment
 from mmlib.fitting import make_model
-from mmlib.models import LEARNED, IdentityModel
+from mmlib.models import IdentityModel
 from mmlib.systems import ONE_NAME_AS_CODED
 from mmlib.train import Training, train, train_together
 
@@ -33,13 +33,12 @@ def system(aggregator: str, scale: str) -> Experiment:
 
 
 def epoch(folder: str, scale: str, device: str, aggregator: str, **_) -> dict:
-    """Train one epoch, reading included."""
+    """Train one epoch, reading included; of a pooling without parameters, the network behind it."""
     store, asked = ClipStore.open(Path(folder, "clips")), system(aggregator, scale)
     clips = store.select("train", labelled=True)
     model = make_model(asked, store).to(device)
     found = measure(lambda: train(model, store, clips, asked.training, seed=0), warm=1, device=device)
-    learned = "" if aggregator in LEARNED else ", which has no parameters: the network after it is trained"
-    return found | {"work": f"{_size(store, clips, asked.training)}, {aggregator!r}{learned}",
+    return found | {"work": _size(store, clips, asked.training),
                     "flops": step_flops(model, store, clips, asked.training) * steps(clips, asked.training),
                     "bytes": epoch_bytes(model, store, clips, asked.training)}
 

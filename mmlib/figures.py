@@ -462,21 +462,24 @@ PRECISIONS = {"fp32": "-", "bf16": "--"}
 def roofline(lines: pd.DataFrame, ceilings: pd.DataFrame) -> Figure:
     """Draw measured lines under the roof of their processor, a panel each, numbered by a legend.
 
-    lines: columns line, where, intensity (FLOP a byte), reached (FLOP/s); ceilings: columns where, precision, compute
-    (FLOP/s), copy (bytes/s).
+    lines: columns mark (lines of one name share it), where, intensity (FLOP a byte), reached (FLOP/s); ceilings: columns
+    where, precision, compute (FLOP/s), copy (bytes/s).
     """
     places = list(ceilings["where"].unique())
     figure, axes = plt.subplots(len(places), squeeze=False, figsize=(7.4, 4.2 * len(places)), layout="constrained")
     for ax, place in zip(axes[:, 0], places):
         part = lines[lines["where"] == place]
-        over = np.geomspace(min([.1, *part["intensity"] / 2]), max([1_000, *part["intensity"] * 2]), 200)
+        over = np.geomspace(min([1, *part["intensity"] / 2]), max([1_000, *part["intensity"] * 2]), 200)
         for roof in ceilings[ceilings["where"] == place].to_dict("records"):
             ax.plot(over, np.minimum(roof["compute"], over * roof["copy"]) / 1e9, PRECISIONS[roof["precision"]], color="0.4",
                     linewidth=1.2, label=roof["precision"])
-        for (name, row), marker, colour in zip(part.groupby("line", sort=False), cycle(MARKERS),
+        for (name, row), marker, colour in zip(part.groupby("mark", sort=False), cycle(MARKERS),
                                                cycle((BLUE, ORANGE, GREEN, RED, PURPLE, SKY, "#000000"))):
             ax.plot(row["intensity"], row["reached"] / 1e9, marker, color=colour, markersize=6, label=name)
         ax.set(xscale="log", yscale="log", xlabel="operations a byte (FLOP/B)", ylabel="operations (GFLOP/s)")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
         ax.text(.01, 1.02, place, transform=ax.transAxes, fontsize=9)
         ax.legend(loc="center left", bbox_to_anchor=(1, .5), fontsize=8)
     return figure

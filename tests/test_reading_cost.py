@@ -107,6 +107,16 @@ def test_bars_that_are_missed_are_named():
         "1 of 2 bars are met; missed: rank, memory.")
 
 
+def test_work_that_is_the_same_is_not_said_again():
+    frame = cost.line_frame([result([line(work="a"), line(work="a"), line(work="b"), line(work="a")])])
+    assert frame["work"].tolist() == ["a", "the same", "b", "a"]
+
+
+def test_epochs_share_a_mark():
+    frame = cost.roofline_frame([result([line("epoch, mean", flops=9), line("epoch, NAN", flops=9), line(flops=9)])])
+    assert frame["mark"].tolist() == 2 * ["an epoch, any aggregator"] + ["rank"]
+
+
 def test_the_roof_is_the_lower_of_computing_and_copying():
     frame = cost.roofline_frame([result([line(), line(flops=1000), line(flops=0), line(flops=None)])])
     assert frame["intensity"].tolist() == [6, 200] and frame["reached"].tolist() == [15, 500]

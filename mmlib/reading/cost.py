@@ -76,11 +76,16 @@ def _rows(results: list[dict]) -> list[tuple[dict, dict]]:
 
 def line_frame(results: list[dict]) -> pd.DataFrame:
     """Return one row a measured line: line, where, work, seconds (median), MB (growth of the peak), MB on the GPU, and
-    the shares (of 1) of the compute ceiling, of the copy ceiling, and of the roof, the larger of them."""
+    the shares (of 1) of the compute ceiling, of the copy ceiling, and of the roof, the larger of them.
+
+    Work that is that of the row before is "the same".
+    """
     rows = [(row["name"], where(result, row["device"]), row["work"], row["median"], row["memory"] / 1e6,
              np.nan if row["device_memory"] is None else row["device_memory"] / 1e6,
              *(row["shares"].get(name, np.nan) for name in ("compute", "copy", "roof"))) for result, row in _rows(results)]
-    return pd.DataFrame(rows, columns=["line", "where", "work", "seconds", "MB", "MB on the GPU", "compute", "copy", "roof"])
+    frame = pd.DataFrame(rows, columns=["line", "where", "work", "seconds", "MB", "MB on the GPU", "compute", "copy", "roof"])
+    frame["work"] = frame["work"].mask(frame["work"] == frame["work"].shift(), "the same")
+    return frame
 
 
 def left_out(results: list[dict]) -> str:
@@ -163,18 +168,21 @@ def _seconds(seconds: float) -> str:
 
 
 def roofline_frame(results: list[dict]) -> pd.DataFrame:
-    """Return one row a line with operations: line, where, precision, intensity (FLOP a byte), reached, attainable (FLOP/s).
+    """Return one row a line with operations.
 
-    Attainable is the roof, min(compute ceiling, intensity x copy ceiling) (Williams et al., CACM 2009).
+    Columns: line, mark (what a figure calls it: epochs of all aggregators share a mark, as they lie close together), where,
+    precision, intensity (FLOP a byte), reached, attainable (FLOP/s).  Attainable is the roof, min(compute ceiling,
+    intensity x copy ceiling) (Williams et al., CACM 2009).
     """
     rows = []
     for result, row in _rows(results):
         if row["flops"]:
             ceilings, precision = result["ceilings"][row["device"]], row["precision"]
             intensity = row["flops"] / row["bytes"]
-            rows.append((row["name"], where(result, row["device"]), precision, intensity, row["flops"] / row["median"],
+            mark = "an epoch, any aggregator" if row["name"].startswith("epoch, ") else row["name"]
+            rows.append((row["name"], mark, where(result, row["device"]), precision, intensity, row["flops"] / row["median"],
                          min(ceilings[precision], intensity * ceilings["copy"])))
-    return pd.DataFrame(rows, columns=["line", "where", "precision", "intensity", "reached", "attainable"])
+    return pd.DataFrame(rows, columns=["line", "mark", "where", "precision", "intensity", "reached", "attainable"])
 
 
 def ceiling_frame(results: list[dict]) -> pd.DataFrame:
