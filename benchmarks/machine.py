@@ -21,7 +21,8 @@ def describe(**_) -> dict:
     """Return names, cores, memory (bytes), versions, date and commit."""
     gpu = torch.cuda.is_available()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": _cpu_name(), "cores": cores, "threads": torch.get_num_threads(), "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+    return {"cpu": _cpu_name(), "cores": cores, "threads": torch.get_num_threads(),
+            "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
             "gpu": torch.cuda.get_device_name() if gpu else None,
             "gpu_memory": torch.cuda.get_device_properties(0).total_memory if gpu else None,
             "python": platform.python_version(), "torch": torch.__version__,

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from mmlib import figures
-from mmlib.reading import cost
+from mmlib.reading import cost, prediction
 
 MACHINE = {"cpu": "A", "cores": 2, "memory": 10e9, "gpu": None, "gpu_memory": None, "made": "2026-01-02T03:04:05", "torch": "2",
            "commit": "abc"}
@@ -53,42 +53,42 @@ RANKED = [series("rank", "clips", lambda s: 1e-3 * s * 5, identities=5),
 
 
 def test_prediction_of_a_product_of_sizes_is_the_product():
-    (found,) = cost.predict([result(growth=RANKED, bf16=1e12)], clips=8_000, identities=500, faces=2).to_dict("records")
+    (found,) = prediction.predict([result(growth=RANKED, bf16=1e12)], clips=8_000, identities=500, faces=2).to_dict("records")
     assert [found[name] for name in ("power", "low", "high", "line", "seconds")] == pytest.approx([1e-3 * 8_000 * 500] * 5)
-    assert found["floor"] == 2 * 8_000 * 500 * 512 / 1e12 and found["verdict"] == cost.AS_IT_IS
+    assert found["floor"] == 2 * 8_000 * 500 * 512 / 1e12 and found["verdict"] == prediction.AS_IT_IS
 
 
 def test_prediction_is_not_below_the_counted_operations():
-    (found,) = cost.predict([result(growth=RANKED, bf16=1e6)], clips=8_000, identities=500, faces=2).to_dict("records")
+    (found,) = prediction.predict([result(growth=RANKED, bf16=1e6)], clips=8_000, identities=500, faces=2).to_dict("records")
     assert found["seconds"] == found["floor"] == 2 * 8_000 * 500 * 512 / 1e6
 
 
 def test_a_fixed_part_is_not_taken_for_slow_growth():
     grown = [series("open", "clips", lambda s: 10 + .1 * s)]
-    (found,) = cost.predict([result(growth=grown)], clips=1e6, identities=5, faces=2).to_dict("records")
+    (found,) = prediction.predict([result(growth=grown)], clips=1e6, identities=5, faces=2).to_dict("records")
     assert found["line"] == pytest.approx(10 + 1e5) == found["seconds"] and found["power"] < 1e4
 
 
 def test_memory_grows_along_its_line_and_is_held_against_the_machine():
     grown = [series("import", "faces", lambda s: 1e-3 * s, memory=lambda s: 100 + 7 * s)]
-    for clips, verdict in ((1e6, cost.AS_IT_IS), (1e9, "too large: needs")):
-        (found,) = cost.predict([result(growth=grown)], clips=clips, identities=5, faces=2, hours=1e9).to_dict("records")
+    for clips, verdict in ((1e6, prediction.AS_IT_IS), (1e9, "too large: needs")):
+        (found,) = prediction.predict([result(growth=grown)], clips=clips, identities=5, faces=2, hours=1e9).to_dict("records")
         assert found["memory"] == pytest.approx(100 + 7 * 2 * clips) and found["verdict"].startswith(verdict)
-    (found,) = cost.predict([result(growth=grown)], clips=1e9, identities=5, faces=2, hours=1).to_dict("records")
+    (found,) = prediction.predict([result(growth=grown)], clips=1e9, identities=5, faces=2, hours=1).to_dict("records")
     assert found["verdict"].startswith("too slow and too large")  # 2 million s and 14 GB where there are 3,600 and 10
 
 
 def test_counted_memory_is_classifier_states_logits_and_features():
-    assert cost.counted_memory("train", 7, 10, batch=3) == 10 * 640 * 4 * 4 + 3 * 3 * 10 * 4
-    assert cost.counted_memory("rank", 7, 10, batch=3) == 17 * 512 * 4 + 10 * 100 * 12
+    assert prediction.counted_memory("train", 7, 10, batch=3) == 10 * 640 * 4 * 4 + 3 * 3 * 10 * 4
+    assert prediction.counted_memory("rank", 7, 10, batch=3) == 17 * 512 * 4 + 10 * 100 * 12
 
 
 def test_prediction_names_what_works_and_what_the_others_need():
     grown = [*RANKED, series("open", "clips", lambda s: 1e-6 * s)]
-    predicted = cost.predict([result(growth=grown, bf16=1e12)], clips=1e5, identities=1e5, faces=2)
-    said = cost.prediction_sentence(predicted)
+    predicted = prediction.predict([result(growth=grown, bf16=1e12)], clips=1e5, identities=1e5, faces=2)
+    said = prediction.prediction_sentence(predicted)
     assert said.startswith("open works as measured; rank would take 116 days and 0.5 GB on A, 2 cores and needs an index")
-    assert cost.shown(predicted)["time"].tolist()[0] == "116 days"
+    assert prediction.shown(predicted)["time"].tolist()[0] == "116 days"
 
 
 def test_a_line_stands_beside_the_released_code_and_another_way():
@@ -125,25 +125,25 @@ def test_the_roof_is_the_lower_of_computing_and_copying():
 
 def test_extraction_counts_pictures_searched_and_faces():
     forward = line("forward, scene network", flops=20e9)  # 10 GFLOP/s
-    found = cost.extraction_frame([result([forward])], clips=100, clip_seconds=2, rate=5, faces=3, hours=.1,
-                                  gflop={cost.SEARCH: .5, "small": 1.0, "large": 100.0})
+    found = prediction.extraction_frame([result([forward])], clips=100, clip_seconds=2, rate=5, faces=3, hours=.1,
+                                  gflop={prediction.SEARCH: .5, "small": 1.0, "large": 100.0})
     # 100 clips of 10 pictures, half an operation each, and of 3 faces: 500 + 300 or 30,000 GFLOP at 10 a second.
     assert (found["hours"] * 3_600).tolist() == pytest.approx([80, 3_050])
     assert found["fits"].tolist() == [True, False]
-    assert "small would take 80 s on A, 2 cores, and needs 2 GFLOP/s to fit" in cost.extraction_sentence(found, .1)
-    assert cost.extraction_sentence(found, .1).endswith("depends on network and machine.")
+    assert "small would take 80 s on A, 2 cores, and needs 2 GFLOP/s to fit" in prediction.extraction_sentence(found, .1)
+    assert prediction.extraction_sentence(found, .1).endswith("depends on network and machine.")
 
 
 def test_a_file_without_reference_growth_or_networks_is_read_as_such():
     results = [result([{"name": "challenge", "device": "cpu", "skipped": "hours"}])]
-    beside, predicted = cost.beside_frame(results), cost.predict(results, clips=5, identities=5, faces=1)
-    assert cost.answer(beside, predicted, "5 clips") == "For 5 clips: nothing is predicted, since no growth was measured."
+    beside, predicted = cost.beside_frame(results), prediction.predict(results, clips=5, identities=5, faces=1)
+    assert prediction.answer(beside, predicted, "5 clips") == "For 5 clips: nothing is predicted, since no growth was measured."
     assert cost.left_out(results) == "Not measured: challenge (A, 2 cores): hours."
     assert cost.released_sentence(beside).startswith("No run of the released code")
     assert cost.growth_sentence(cost.exponents(cost.growth_frame(results))) == "No series of sizes was measured."
     assert cost.roofline_sentence(cost.line_frame(results)).startswith("No line")
     assert cost.bar_sentence(cost.bar_frame(results)).startswith("No bar")
-    assert cost.extraction_sentence(cost.extraction_frame(results, clips=1, clip_seconds=1, rate=1, faces=1, gflop={}, hours=1),
+    assert prediction.extraction_sentence(prediction.extraction_frame(results, clips=1, clip_seconds=1, rate=1, faces=1, gflop={}, hours=1),
                                     1).startswith("No network was timed")
 
 
