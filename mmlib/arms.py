@@ -22,6 +22,7 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 EPOCHS = (8, 16)
 
 BASE = Experiment(training=Training(lr=1e-3))
+# Of an aggregator 3e-3 is as good, within .02 points (chapter 04).
 FUSED = replace(BASE, aggregator="attention + scores", training=Training(lr=1e-3, aggregator_lr=1e-3))
 
 
@@ -50,8 +51,8 @@ FUSIONS = {
 # The rate with the best mean MAP@100 in the search at the shorter length, at which all arms are compared.
 CHOSEN = {
     "softmax": 3e-4, "cosine softmax": 1e-3, "margin": 1e-3, "margin + focal": 1e-3, "margin + batch focal": 1e-3,
-    "margin, scores": 1e-2, "margin + focal, scores": 3e-3, "margin + focal, raw scores": 1e-3,
-    "face": 1e-3, "scene": 3e-4, "scene 32": 1e-3, "scene 64": 1e-3, "scene 128": 1e-2, "scene 256": 1e-2,
+    "margin, scores": 1e-2, "margin + focal, scores": 1e-2, "margin + focal, raw scores": 1e-3,
+    "face": 1e-3, "scene": 3e-4, "scene 32": 1e-3, "scene 64": 1e-3, "scene 128": 1e-2, "scene 256": 1e-3,
     "scene 128, gated": 1e-3, "head": 1e-3, "body": 1e-3, "audio": 1e-3, "all": 3e-3,
 }
 

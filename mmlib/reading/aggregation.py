@@ -85,12 +85,12 @@ TUNING_SEEDS = (100, 101)  # worlds that no comparison uses
 # all arms, so that all take the same steps; ``tuning_frame`` shows the search and ``longer_is_worth`` the other length.
 _NETWORK = {"lr": 1e-3}
 TUNED: dict[str, dict] = {
-    "mean": _NETWORK, "norm": {"lr": 5e-4}, "quality": _NETWORK, "best half": _NETWORK,
-    "learned scores": _NETWORK | {"aggregator_lr": 3.0},
+    "mean": _NETWORK, "norm": _NETWORK, "quality": _NETWORK, "best half": _NETWORK,
+    "learned scores": _NETWORK | {"aggregator_lr": 1.0},
     "NAN": _NETWORK | {"aggregator_lr": 1e-3}, "NAN, two blocks": _NETWORK | {"aggregator_lr": 3e-4},
     "NAN + scores": _NETWORK | {"aggregator_lr": 1e-3}, "attention": _NETWORK | {"aggregator_lr": 1e-3},
-    "attention + scores": _NETWORK | {"aggregator_lr": 1e-3}, "DANet + scores": _NETWORK | {"aggregator_lr": 1e-3},
-    "as coded": _NETWORK | {"aggregator_lr": 3e-4},
+    "attention + scores": _NETWORK | {"aggregator_lr": 3e-3}, "DANet + scores": _NETWORK | {"aggregator_lr": 1e-2},
+    "as coded": _NETWORK | {"aggregator_lr": 3e-3},
 }
 
 
