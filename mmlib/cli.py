@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -320,6 +321,31 @@ def rerun(
         finally:
             partial.unlink(missing_ok=True)
     print(f"wrote {out}")
+
+
+@app.command(epilog="""\b
+Examples:
+  mmlib keep book/results/full.jsonl.gz
+  mmlib keep quick.jsonl.gz --profile quick""")
+def keep(
+    out: Annotated[Path, typer.Argument(metavar="FILE", show_default=False, help=(
+        "File of records to write, replaced if it exists; the book reads book/results/full.jsonl.gz."))],
+    profile: Annotated[str, typer.Option(help="Size of the worlds: tiny, quick or full.")] = "full",
+) -> None:
+    """Keep the records of reruns on whole worlds of one size, for the book to show beside its own.
+
+    They are those in the cache that this version of the code made. Of the average precisions the mean is kept.
+    """
+    from mmlib.runs import cache_folder, write_results
+    from mmlib.sweep import stored
+
+    records = stored(profile)
+    if not records:
+        raise ValueError(f"{cache_folder()}: no records of simulated worlds of profile {profile!r} by this version of the code")
+    with _writing(out):
+        write_results(out, [replace(record, ap=[record.measures["map_at_100"]]) for record in records])
+    seeds = sorted({record.experiment["seed"] for record in records})
+    print(f"wrote {len(records)} records, seeds {', '.join(map(str, seeds))}: {out}")
 
 
 @app.command("render-scenes", epilog="""\b

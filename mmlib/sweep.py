@@ -182,6 +182,13 @@ def is_stored(experiment: Experiment) -> bool:
     return _path(experiment.key()).exists()
 
 
+def stored(profile: str) -> list[Record]:
+    """Return the records in the cache of a profile's whole, calibrated worlds, made by this library, in order of keys."""
+    found = (Record(**json.loads(path.read_text())) for path in sorted(_records().glob("*.json")))
+    return [record for record in found if record.experiment["data"] == "simulated"
+            and record.experiment["profile"] == profile and not record.experiment["settings"]]
+
+
 def _records() -> Path:
     return cache_folder() / "records" / library_hash()
 

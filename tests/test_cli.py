@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,12 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from mmlib import cli
+from mmlib import cli, runs, sweep
 from mmlib.clips import arrays, features
 from mmlib.clips.iqiyi import pickle_path
 from mmlib.clips.simulate import PROFILES
 from mmlib.clips.store import ClipStore
+from mmlib.experiment import Experiment
 from mmlib.systems import SYSTEMS
 
 SMALL = ["--profile", "tiny", "--set", "identities=12"]
@@ -570,3 +572,23 @@ def test_rerun_outside_a_checkout_is_refused(tmp_path, monkeypatch):
     pytest.importorskip("papermill")
     monkeypatch.setattr(cli, "CHAPTERS", tmp_path / "nowhere")
     assert_refused("nowhere: no chapters there", "rerun", "04")
+
+
+def test_kept_records_are_those_of_whole_worlds_of_one_size_with_their_mean(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMLIB_CACHE", str(tmp_path / "cache"))
+    asked = Experiment(profile="tiny", classifier="class means", aggregator="mean")
+    few = (("identities", 20),)
+    every = sweep.fetch_or_run([asked, replace(asked, seed=1), replace(asked, settings=few)])
+    (said,) = succeed("keep", tmp_path / "kept.jsonl.gz", "--profile", "tiny")
+    assert said == f"wrote 2 records, seeds 0, 1: {tmp_path / 'kept.jsonl.gz'}"
+    kept = {record.key: record for record in runs.read_results(tmp_path / "kept.jsonl.gz")}
+    assert kept.keys() == {record.key for record in every[:2]}
+    for record in every[:2]:
+        assert kept[record.key].ap == [record.measures["map_at_100"]] == [pytest.approx(np.mean(record.ap), abs=1e-6)]
+        assert replace(kept[record.key], ap=record.ap) == record
+
+
+def test_nothing_to_keep_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMLIB_CACHE", str(tmp_path))
+    assert_refused("no records of simulated worlds of profile 'full' by this version", "keep", tmp_path / "kept.jsonl.gz")
+    assert not (tmp_path / "kept.jsonl.gz").exists()

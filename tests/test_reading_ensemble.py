@@ -257,6 +257,12 @@ def worlds():
     ]
 
 
+def test_ends_are_the_plain_model_and_every_kind_with_the_most_members(worlds):
+    found = [(name, r.experiment["seed"]) for name, r in ensemble.ends(worlds)]
+    kinds = ("seeds, 1", "seeds, 2", "views, 2", "bagging, 2")
+    assert sorted(found) == sorted((name, seed) for name in kinds for seed in range(3))
+
+
 def test_kinds_and_sizes_are_compared_with_the_plain_model(worlds):
     table = ensemble.by_members(worlds)
     assert list(zip(table["kind"], table["members"])) == [

@@ -23,7 +23,7 @@ from mmlib.runs import Record
 
 # -- the runs -------------------------------------------------------------------------------------------------------
 
-MAIN = "softmax"
+MAIN, PLAIN = "softmax", "seeds, 1"
 RULES = {  # how the scores of members are averaged: combine and scale of an experiment
     MAIN: ("softmax", 30.0), "softmax, temperature 1": ("softmax", 1.0), "cosine": ("cosine", 30.0),
     "log softmax": ("log softmax", 30.0), "ranks": ("ranks", 30.0)}
@@ -292,6 +292,14 @@ def by_system_and_members(systems: dict[str, list[Record]]) -> pd.DataFrame:
     parts = [by_members(records).assign(system=name) for name, records in systems.items()]
     columns = ["system", "kind", "members", "map_at_100", "difference", "low", "high", "n"]
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def ends(records: Iterable[Record]) -> list[tuple[str, Record]]:
+    """Return the plain model's records and those of every kind with the most members, by the rule ``MAIN``, with names."""
+    records = [record for record in records if _rule(record) == MAIN]
+    most = largest(records)
+    named = [(f"{record.experiment['ensemble']}, {_size(record)}", record) for record in records]
+    return [(name, record) for name, record in named if name == PLAIN or (_size(record) == most > 1)]
 
 
 def between_kinds(records: Iterable[Record], baseline: str = "seeds") -> pd.DataFrame:
