@@ -69,12 +69,13 @@ def test_sentence_counts_signs_by_the_intervals():
             ("new", -1, 1, -2, -1), ("never", -1, 1, -1, 1), ("both low", -2, -1, -3, -2)]
     frame = pd.DataFrame(rows, columns=["arm", "low", "high", "large low", "large high"])
     assert challenge.sentence(frame, "base").startswith(
-        "Of 6 differences from base, by their intervals, 2 have the same sign at both sizes, 1 have the opposite sign, "
-        "1 are told from zero at the larger size alone, 1 at the smaller size alone and 1 at neither. The larger worlds: ")
+        "Of 6 differences from base, by their intervals, 2 have the same sign at both sizes, 1 have opposite signs, 1 are "
+        "told from zero at the larger size alone, 1 are told from zero at the smaller size alone and 1 are told from zero "
+        "at neither. The larger worlds: ")
 
 
 def test_page_shows_both_sizes(kept):
     kept(of_worlds("full", (0, 1, 2), .3, quality=0, NAN=.03))
-    table = challenge.shown(beside(of_worlds("quick", (0, 1), quality=0, NAN=.01)))
+    table = challenge.shown(beside(of_worlds("quick", (0, 1), quality=0, NAN=.01))).data
     assert table["arm"].tolist() == ["NAN", "quality"] and table["MAP@100 at full size"].tolist() == [pytest.approx(.84), pytest.approx(.81)]
     assert table["difference here"].tolist() == ["+1.00 (+1.00 to +1.00)", "+0.00 (+0.00 to +0.00)"]

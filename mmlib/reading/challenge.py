@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 
 import pandas as pd
+from pandas.io.formats.style import Styler
 
 from mmlib.experiment import Experiment
 from mmlib.reading import compare, listed, provenance
@@ -53,9 +54,10 @@ def sentence(frame: pd.DataFrame, baseline: str) -> str:
     rows = frame[frame["arm"] != baseline]
     small, large = (_sign(rows, before) for before in ("", "large "))
     told = {"have the same sign at both sizes": (small == large) & (small != 0),
-            "have the opposite sign": small * large < 0,
+            "have opposite signs": small * large < 0,
             "are told from zero at the larger size alone": (small == 0) & (large != 0),
-            "at the smaller size alone": (small != 0) & (large == 0), "at neither": (small == 0) & (large == 0)}
+            "are told from zero at the smaller size alone": (small != 0) & (large == 0),
+            "are told from zero at neither": (small == 0) & (large == 0)}
     parts = [f"{int(which.sum())} {what}" for what, which in told.items() if which.any()]
     return (f"Of {len(rows)} differences from {baseline}, by their intervals, {listed(parts)}. "
             f"The larger worlds: {provenance(read_results(KEPT))}")
@@ -66,7 +68,7 @@ def _sign(rows: pd.DataFrame, before: str) -> pd.Series:
     return (rows[f"{before}low"] > 0).astype(int) - (rows[f"{before}high"] < 0).astype(int)
 
 
-def shown(frame: pd.DataFrame) -> pd.DataFrame | None:
+def shown(frame: pd.DataFrame) -> Styler | None:
     """Return the frame of ``beside`` as a page shows it; nothing if it is empty."""
     if frame.empty:
         return None
@@ -76,4 +78,4 @@ def shown(frame: pd.DataFrame) -> pd.DataFrame | None:
         out[f"difference {where}"] = [f"{d:+.2f} ({low:+.2f} to {high:+.2f})" for d, low, high in zip(
             *(frame[f"{before}{name}"] for name in ("difference", "low", "high")))]
         out[f"worlds {where}"] = frame[f"{before}n"]
-    return out
+    return out.style.hide(axis="index").format(precision=4)
