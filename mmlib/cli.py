@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
-import mmlib
+from mmlib import options
 
 if TYPE_CHECKING:
     from mmlib.clips.simulate import Settings
     from mmlib.clips.store import ClipStore
 
-CHAPTERS = Path(mmlib.__file__).parents[1] / "book" / "chapters"
 Profile = StrEnum("Profile", ["tiny", "quick", "full"])
 System = StrEnum("System", ["one-name", "one-name-as-coded", "face-only"])
 Split = StrEnum("Split", ["val", "test"])
@@ -86,7 +85,7 @@ def simulate(
     from mmlib.clips.simulate import settings_for
     from mmlib.clips.simulate import simulate as draw
 
-    chosen = settings_for(profile.value, **_read_settings(settings or []))
+    chosen = settings_for(profile.value, **options.read_settings(settings or []))
     with _writing(out):
         if as_official:
             lines = _draw_official(out, chosen, seed, overwrite)
@@ -226,7 +225,7 @@ def predict(
             if merge is not None or labelled_only or keep_members:
                 raise ValueError("--shard goes without --merge, --labelled-only and --keep-members, which say how "
                                  "FILE is written")
-            report = predict_shard(store, out, *_read_shard(shard), **asked)
+            report = predict_shard(store, out, *options.read_shard(shard), **asked)
         else:
             report = train_and_rank(store, out, labelled_only=labelled_only, keep_members=keep_members, shards=merge,
                                     **asked)
@@ -293,12 +292,12 @@ def rerun(
         raise ValueError(f"rerun needs papermill ({error}): pip install -e '.[book]' in the checkout"
                          ) from None
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it would log is raised too
-    notebook = _find_chapter(chapter)
-    values = _read_parameters(notebook, parameters or [])
+    notebook = options.find_chapter(chapter)
+    values = options.read_parameters(notebook, parameters or [])
     out = Path(f"{notebook.stem}-rerun.ipynb") if out is None else out
     if out.suffix != ".ipynb":
         raise ValueError(f"--out {out}: the name of a notebook ends in .ipynb")
-    if out.resolve().is_relative_to(CHAPTERS.resolve()):
+    if out.resolve().is_relative_to(options.CHAPTERS.resolve()):
         raise ValueError(f"--out {out}: lies among the chapters, which stay as they are")
     if out.is_dir():
         raise ValueError(f"--out {out}: is a folder")
@@ -457,83 +456,6 @@ def _summary(store: "ClipStore") -> list[str]:
     frames = ", ".join(f"{len(modality.feature)} {name}" for name, modality in store.modalities.items())
     return [f"clips: {len(store)}, {len(train)} train and {len(val)} val", f"frames: {frames}",
             f"identities: {len(store.identities)}", f"distractors: {len(distractors)}"]
-
-
-def _read_settings(texts: list[str]) -> dict[str, float]:
-    """Read NAME=VALUE texts as settings of the simulator."""
-    from dataclasses import fields
-
-    from mmlib.clips.simulate import Settings
-
-    kinds = {field.name: type(field.default) for field in fields(Settings)}
-    values = {}
-    for name, text in _split_pairs("--set", texts).items():
-        if name not in kinds:
-            raise ValueError(f"--set {name}: no such setting; there are {', '.join(kinds)}")
-        try:
-            values[name] = kinds[name](text)
-        except ValueError:
-            kind = "a whole number" if kinds[name] is int else "a number"
-            raise ValueError(f"--set {name}: expected {kind}, got {text!r}") from None
-        if not abs(values[name]) < float("inf"):
-            raise ValueError(f"--set {name}: expected a finite number, got {text!r}")
-    return values
-
-
-def _read_parameters(notebook: Path, texts: list[str]) -> dict[str, object]:
-    """Read NAME=VALUE texts as parameters that the notebook has."""
-    import papermill
-    import yaml
-
-    known = papermill.inspect_notebook(notebook)
-    values = {}
-    for name, text in _split_pairs("-p", texts).items():
-        if name not in known:
-            raise ValueError(f"-p {name}: {notebook.stem} has no such parameter; "
-                             f"it has {', '.join(known) or 'none'}")
-        try:
-            values[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ValueError(f"-p {name}: {text!r} is not YAML") from None
-        if isinstance(values[name], str):  # YAML takes 1e-3 for text, papermill for a number
-            try:
-                values[name] = float(values[name])
-            except ValueError:
-                pass
-    return values
-
-
-def _read_shard(text: str) -> tuple[int, int]:
-    """Read I/N."""
-    number, slash, total = text.partition("/")
-    if not (slash and number.isdecimal() and total.isdecimal()):
-        raise ValueError(f"--shard {text}: expected I/N, such as 1/4")
-    return int(number), int(total)
-
-
-def _split_pairs(option: str, texts: list[str]) -> dict[str, str]:
-    pairs = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise ValueError(f"{option} {text}: expected NAME=VALUE")
-        if name in pairs:
-            raise ValueError(f"{option} {name}: given twice, {pairs[name]!r} and {value!r}")
-        pairs[name] = value
-    return pairs
-
-
-def _find_chapter(name: str) -> Path:
-    chapters = sorted(CHAPTERS.glob("*.ipynb"))
-    if not chapters:
-        raise ValueError(f"{CHAPTERS}: no chapters there; rerun works from a checkout of the repository")
-    stem = name.removesuffix(".ipynb")
-    found = [path for path in chapters if path.stem == stem or path.stem.startswith(f"{stem}_")]
-    if len(found) != 1:
-        listed = ", ".join(path.stem for path in found or chapters)
-        number = "more than one" if found else "no"
-        raise ValueError(f"{name}: {number} chapter has that name; there are {listed}")
-    return found[0]
 
 
 @contextmanager

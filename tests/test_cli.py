@@ -20,7 +20,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from mmlib import cli, runs, sweep
+from mmlib import cli, options, runs, sweep
 from mmlib.clips import arrays, features
 from mmlib.clips.iqiyi import pickle_path
 from mmlib.clips.simulate import PROFILES
@@ -523,7 +523,7 @@ def chapters(tmp_path, monkeypatch):
     for name in ("01_data", "04_aggregation"):
         notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
         nbformat.write(notebook, folder / f"{name}.ipynb")
-    monkeypatch.setattr(cli, "CHAPTERS", folder)
+    monkeypatch.setattr(options, "CHAPTERS", folder)
     monkeypatch.chdir(tmp_path)
     return folder
 
@@ -570,7 +570,7 @@ def test_rerun_without_papermill_says_what_to_install(chapters, monkeypatch):
 
 def test_rerun_outside_a_checkout_is_refused(tmp_path, monkeypatch):
     pytest.importorskip("papermill")
-    monkeypatch.setattr(cli, "CHAPTERS", tmp_path / "nowhere")
+    monkeypatch.setattr(options, "CHAPTERS", tmp_path / "nowhere")
     assert_refused("nowhere: no chapters there", "rerun", "04")
 
 
