@@ -52,7 +52,7 @@ def test_other_arms_and_those_of_fewer_worlds_are_left_out(kept):
 def test_without_kept_records_the_page_says_so(kept):
     frame = beside(of_worlds("quick", (0, 1), quality=0, NAN=.01))
     assert frame.empty and challenge.shown(frame) is None
-    assert challenge.sentence(frame, "quality").startswith("No records of this comparison at the size of the challenge")
+    assert challenge.sentence(frame, "quality").startswith("No records of this comparison in simulated worlds")
     kept(of_worlds("full", (0, 1), NAN=.01))
     assert beside(of_worlds("quick", (0, 1), quality=0, NAN=.01)).empty  # their baseline is not among them
 

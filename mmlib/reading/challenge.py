@@ -49,8 +49,8 @@ def _arm(record: Record) -> str:
 def sentence(frame: pd.DataFrame, baseline: str) -> str:
     """Say how far the differences of ``beside`` hold at the larger size, and where its records come from."""
     if frame.empty:
-        return ("No records of this comparison at the size of the challenge are kept with the book. "
-                "`mmlib rerun` makes them with `profile=full`, best on a GPU, and `mmlib keep` keeps them.")
+        return ("No records of this comparison in simulated worlds of the challenge's size are kept with the book. "
+                "The command mmlib rerun makes them with profile=full, best on a GPU, and mmlib keep keeps them.")
     rows = frame[frame["arm"] != baseline]
     small, large = (_sign(rows, before) for before in ("", "large "))
     told = {"have the same sign at both sizes": (small == large) & (small != 0),
