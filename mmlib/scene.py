@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -228,6 +229,7 @@ def run_key(store: ClipStore, images: Images, settings: SceneSettings, seed: int
     return digest.hexdigest()[:20]
 
 
+@cache
 def code_hash() -> str:
     """Hash the modules that decide pictures and networks, comments aside, and the library under them."""
     trees = [ast.dump(ast.parse((PACKAGE / name).read_text())) for name in DECIDING]

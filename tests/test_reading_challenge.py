@@ -52,7 +52,7 @@ def test_other_arms_and_those_of_fewer_worlds_are_left_out(kept):
 def test_without_kept_records_the_page_says_so(kept):
     frame = beside(of_worlds("quick", (0, 1), quality=0, NAN=.01))
     assert frame.empty and challenge.shown(frame) is None
-    assert challenge.sentence(frame, "quality").startswith("No records of this comparison in simulated worlds")
+    assert challenge.sentence(frame, "quality", "simulated").startswith("No records of this comparison in simulated worlds")
     kept(of_worlds("full", (0, 1), NAN=.01))
     assert beside(of_worlds("quick", (0, 1), quality=0, NAN=.01)).empty  # their baseline is not among them
 
@@ -61,14 +61,16 @@ def test_records_of_a_given_store_have_no_larger_world(kept):
     kept(of_worlds("full", (0, 1), quality=0))
     given = [(name, replace(record, experiment=record.experiment | {"data": "store"}))
              for name, record in of_worlds("quick", (0, 1), quality=0)]
-    assert beside(given).empty
+    frame = beside(given)
+    assert frame.empty and challenge.sentence(frame, "quality", "store") == (
+        "The clips of this page were given to it, and have one size.")
 
 
 def test_sentence_counts_signs_by_the_intervals():
     rows = [("base", 0, 0, 0, 0), ("same", 1, 2, 3, 4), ("turned", 1, 2, -2, -1), ("gone", 1, 2, -1, 1),
             ("new", -1, 1, -2, -1), ("never", -1, 1, -1, 1), ("both low", -2, -1, -3, -2)]
     frame = pd.DataFrame(rows, columns=["arm", "low", "high", "large low", "large high"])
-    assert challenge.sentence(frame, "base").startswith(
+    assert challenge.sentence(frame, "base", "simulated").startswith(
         "Of 6 differences from base, by their intervals, 2 have the same sign at both sizes, 1 have opposite signs, 1 are "
         "told from zero at the larger size alone, 1 are told from zero at the smaller size alone and 1 are told from zero "
         "at neither. The larger worlds: ")

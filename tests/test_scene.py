@@ -458,7 +458,13 @@ def test_a_network_is_trained_once_and_read_back(world, images, cache, monkeypat
         assert torch.equal(again.model(pixels()), first.model(pixels()))
 
 
-def test_two_runs_that_want_one_network_train_it_once(world, images, cache, monkeypatch):
+@pytest.fixture
+def hashed():
+    """Hash the code before threads do: Python 3.11 cannot parse in two at once."""
+    return scene.code_hash()
+
+
+def test_two_runs_that_want_one_network_train_it_once(world, images, cache, hashed, monkeypatch):
     calls, plain = [], scene.fine_tune
     both = threading.Barrier(2)
 
@@ -477,7 +483,7 @@ def test_two_runs_that_want_one_network_train_it_once(world, images, cache, monk
     assert len(calls) == 1 and one.history == other.history and one.folder == other.folder
 
 
-def test_pictures_that_another_run_is_rendering_are_waited_for(world, cache, monkeypatch):
+def test_pictures_that_another_run_is_rendering_are_waited_for(world, cache, hashed, monkeypatch):
     calls, plain = [], scene_reading.render_scenes
     both = threading.Barrier(2)
 

@@ -46,8 +46,13 @@ def _arm(record: Record) -> str:
     return json.dumps([record.experiment.get(name) for name in _ARM], sort_keys=True)  # tuples and lists are the same
 
 
-def sentence(frame: pd.DataFrame, baseline: str) -> str:
-    """Say how far the differences of ``beside`` hold at the larger size, and where its records come from."""
+def sentence(frame: pd.DataFrame, baseline: str, data: str) -> str:
+    """Say how far the differences of ``beside`` hold at the larger size, and where its records come from.
+
+    data: the parameter of the page.
+    """
+    if data != "simulated":
+        return "The clips of this page were given to it, and have one size."
     if frame.empty:
         return ("No records of this comparison in simulated worlds of the challenge's size are kept with the book. "
                 "The command mmlib rerun makes them with profile=full, best on a GPU, and mmlib keep keeps them.")
