@@ -44,7 +44,8 @@ def dense(folder: str, scale: str, device: str, **_) -> dict:
         return (unit[0] @ unit[1].T).topk(K, dim=1)
 
     with torch.no_grad():
-        return measure(call, device=device) | _of_ranking(s.gallery, s.queries) | {"precision": "fp32"}
+        return measure(call, device=device) | _of_ranking(s.gallery, s.queries) | {
+            "precision": "fp32", "work": "a dense matrix and topk, the same vectors"}
 
 
 def _of_ranking(gallery: int, queries: int) -> dict:

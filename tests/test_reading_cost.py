@@ -92,7 +92,7 @@ def test_prediction_names_what_works_and_what_the_others_need():
 
 
 def test_a_line_stands_beside_the_released_code_and_another_way():
-    other = {"median": 6.0, "memory": 2e6, "work": "by hand"}
+    other = {"median": 6.0, "memory": 2e6, "work": "by hand, on the same clips"}
     beside = cost.beside_frame([result([line(reference=other, baseline=other)])])
     assert beside["against"].tolist() == [cost.RELEASED, "another way: by hand"]
     assert beside["times"].tolist() == [3, 3] and beside["times the memory"].tolist() == [.5, .5]

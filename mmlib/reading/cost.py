@@ -104,7 +104,7 @@ def beside_frame(results: list[dict]) -> pd.DataFrame:
         for kind, name in (("reference", RELEASED), ("baseline", OTHER)):
             other = row.get(kind, {})
             if "median" in other:
-                named = name if kind == "reference" else f"{name}: {other['work']}"
+                named = name if kind == "reference" else f"{name}: {other['work'].split(', ')[0]}"
                 rows.append((row["name"], where(result, row["device"]), named, row["median"], other["median"],
                              other["median"] / row["median"], row["memory"] / 1e6, other["memory"] / 1e6,
                              other["memory"] / row["memory"] if row["memory"] > 0 else np.nan))
