@@ -49,6 +49,13 @@ def test_other_arms_and_those_of_fewer_worlds_are_left_out(kept):
     assert frame["arm"].tolist() == ["quality"]
 
 
+def test_worlds_of_searches_and_second_names_do_not_count(kept):
+    kept([*of_worlds("full", (0, 1), quality=0, NAN=.01), *of_worlds("full", (100, 101), NAN=.2)])
+    own = of_worlds("quick", (0, 1), quality=0, NAN=.01)
+    frame = beside([*own, *((f"also {name}", record) for name, record in own)]).set_index("arm")
+    assert frame["large n"].to_dict() == {"quality": 2, "NAN": 2} and frame.loc["NAN", "large difference"] == pytest.approx(1)
+
+
 def test_without_kept_records_the_page_says_so(kept):
     frame = beside(of_worlds("quick", (0, 1), quality=0, NAN=.01))
     assert frame.empty and challenge.shown(frame) is None

@@ -9,6 +9,7 @@ from dataclasses import fields
 import pandas as pd
 from pandas.io.formats.style import Styler
 
+from mmlib.arms import SEARCH_SEEDS
 from mmlib.experiment import Experiment
 from mmlib.reading import compare, listed, provenance
 from mmlib.runs import Record, read_results
@@ -21,13 +22,16 @@ def beside(records: Iterable[Record], names: Iterable[str], baseline: str) -> pd
     """Compare arms with ``baseline`` in the worlds of a page and again in the kept ones of the challenge's size.
 
     names: the arm of each record.  An arm is found again by all that decides it but the world.  Arms that were not run in
-    every kept world of the baseline are left out, and so is all where the records are not of simulated worlds.  Columns:
-    arm, map_at_100, difference, low and high (points), n (worlds), and the same of the kept worlds with "large " before.
+    every kept world of the baseline are left out, so are the worlds of searches, and all where the records are not of
+    simulated worlds.  Of two names of one arm the first counts.  Columns: arm, map_at_100, difference, low and high (points), n (worlds), and the same of the kept worlds with "large " before.
     """
     records, names = list(records), list(names)
-    arm_of = {_arm(record): name for record, name in zip(records, names, strict=True)
-              if record.experiment["data"] == "simulated"}
-    kept = [(arm_of[arm], record) for record in read_results(KEPT) if (arm := _arm(record)) in arm_of]
+    arm_of: dict[str, str] = {}
+    for record, name in zip(records, names, strict=True):
+        if record.experiment["data"] == "simulated":
+            arm_of.setdefault(_arm(record), name)
+    kept = [(arm_of[arm], record) for record in read_results(KEPT)
+            if (arm := _arm(record)) in arm_of and record.experiment["seed"] not in SEARCH_SEEDS]
     worlds: dict[str, set[int]] = {}
     for name, record in kept:
         worlds.setdefault(name, set()).add(record.experiment["seed"])
