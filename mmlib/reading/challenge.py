@@ -23,7 +23,10 @@ def beside(records: Iterable[Record], names: Iterable[str], baseline: str) -> pd
 
     names: the arm of each record.  An arm is found again by all that decides it but the world.  Arms that were not run in
     every kept world of the baseline are left out, so are the worlds of searches, and all where the records are not of
-    simulated worlds.  Of two names of one arm the first counts.  Columns: arm, map_at_100, difference, low and high (points), n (worlds), and the same of the kept worlds with "large " before.
+    simulated worlds.  Of two names of one arm the first counts.
+
+    Columns: arm, map_at_100, difference, low and high (points), n (worlds), and the same of the kept worlds with "large "
+    before.
     """
     records, names = list(records), list(names)
     arm_of: dict[str, str] = {}
