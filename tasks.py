@@ -50,8 +50,10 @@ def setup() -> int:
     inside = Path(sys.prefix).resolve() == VENV.resolve()  # its own Python cannot make it anew
     if not inside:
         if not all(importlib.util.find_spec(name) for name in ("venv", "ensurepip")):
-            print("Python's venv module is incomplete here; on Debian and Ubuntu: apt install python3-venv",
-                  file=sys.stderr)
+            print(
+                "Python's venv module is incomplete here; on Debian and Ubuntu: apt install python3-venv",
+                file=sys.stderr,
+            )
             return 1
         other_python = installed().split(" ")[0] not in ("", wanted().split(" ")[0])
         print("Making {} (several gigabytes, some minutes)".format(VENV), flush=True)

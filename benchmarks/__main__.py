@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks import reference as released
 from benchmarks.lines import Bar, Line, chosen
 from benchmarks.meter import StepFailed, isolated
-from mmlib.runs import write_whole
+from mmlib.records import write_whole
 
 SCHEMA = 1
 ON_GPU_ONLY = {"challenge, one member": "100 epochs of the challenge's train split are hours on a CPU"}  # at full scale
@@ -22,9 +22,13 @@ ON_GPU_ONLY = {"challenge, one member": "100 epochs of the challenge's train spl
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; 1 if a line failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure what the study costs.")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="lines that begin so, e.g. rank 'epoch, NAN'")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="lines that begin so, e.g. rank 'epoch, NAN'"
+    )
     parser.add_argument("--scale", choices=("tiny", "full"), default="full", help="tiny tries the command itself")
-    parser.add_argument("--reference", metavar="PATH", help="a checkout of the released code of 2019, measured beside ours")
+    parser.add_argument(
+        "--reference", metavar="PATH", help="a checkout of the released code of 2019, measured beside ours"
+    )
     parser.add_argument("--save", metavar="FILE.json")
     parser.add_argument("--folder", help="where temporary files go; at full scale some 10 GB")
     asked = parser.parse_args(arguments)
@@ -34,8 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-        found = measure_all(lines, growth, scene, scale=asked.scale, reference=path,
-                            folder=str(Path(folder).resolve()))  # every step has a working folder of its own
+        found = measure_all(
+            lines, growth, scene, scale=asked.scale, reference=path, folder=str(Path(folder).resolve())
+        )  # every step has a working folder of its own
     if asked.save:
         write_whole(Path(asked.save), (json.dumps(found, indent=1) + "\n").encode())
     return int(any(row.get("failed") for row in found["lines"] + found["growth"]))
@@ -86,8 +91,9 @@ def measure_line(line: Line, device: str, *, scale: str, reference: str, folder:
     return row
 
 
-def attempt(row: dict, step: str, line: Line, device: str, scale: str, folder: str, made: set[str],
-            reference: str = "") -> dict:
+def attempt(
+    row: dict, step: str, line: Line, device: str, scale: str, folder: str, made: set[str], reference: str = ""
+) -> dict:
     """Run a step of a line after what it needs; what fails is said in the row, so that the others go on."""
     try:
         for need in line.needs:
@@ -116,17 +122,29 @@ def finish(row: dict, ceilings: dict[str, float], bars: tuple[Bar, ...]) -> dict
         if "seconds" in part:
             part["best"], part["median"] = min(part["seconds"]), float(np.median(part["seconds"]))
     row["shares"] = shares(row, ceilings)
-    row["ratios"] = {other: {quantity: row[other][key] / row[key] for quantity, key in (("seconds", "median"),
-                                                                                         ("memory", "memory"))
-                             if row[key] and row[other].get(key) is not None}
-                     for other in ("baseline", "reference") if "median" in row.get(other, {})}
+    row["ratios"] = {
+        other: {
+            quantity: row[other][key] / row[key]
+            for quantity, key in (("seconds", "median"), ("memory", "memory"))
+            if row[key] and row[other].get(key) is not None
+        }
+        for other in ("baseline", "reference")
+        if "median" in row.get(other, {})
+    }
     row["bars"] = []
     for bar in bars if row["scale"] == "full" else ():
         value = row["ratios"].get(bar.other, {}).get(bar.quantity) if bar.other else row[bar.quantity]
         if value is not None:
             met = value >= bar.ratio if bar.other else value <= bar.most
-            row["bars"].append({"quantity": bar.quantity, "other": bar.other, "value": value,
-                                "bound": bar.ratio if bar.other else bar.most, "met": met})
+            row["bars"].append(
+                {
+                    "quantity": bar.quantity,
+                    "other": bar.other,
+                    "value": value,
+                    "bound": bar.ratio if bar.other else bar.most,
+                    "met": met,
+                }
+            )
     return row
 
 
@@ -134,18 +152,25 @@ def shares(row: dict, ceilings: dict[str, float]) -> dict[str, float]:
     """Return the shares of the compute ceiling of the row's precision and of the copy ceiling, and the larger: the roof."""
     if row["flops"] is None:
         return {}
-    found = {"compute": row["flops"] / row["median"] / ceilings[row["precision"]],
-             "copy": row["bytes"] / row["median"] / ceilings["copy"]}
+    found = {
+        "compute": row["flops"] / row["median"] / ceilings[row["precision"]],
+        "copy": row["bytes"] / row["median"] / ceilings["copy"],
+    }
     return found | {"roof": max(found.values())}
 
 
 def header(found: dict) -> str:
     """Say what the machine is and what it reaches."""
     machine = found["machine"]
-    lines = [f"{machine['cpu']}, {machine['cores']} cores, {machine['memory'] / 1e9:.0f} GB; "
-             f"{machine['gpu'] or 'no GPU'}; torch {machine['torch']}; {machine['made']}, commit {machine['commit']}"]
-    lines += [f"ceilings, {device}: {c['fp32'] / 1e9:,.0f} GFLOP/s fp32, {c['bf16'] / 1e9:,.0f} bf16, "
-              f"{c['copy'] / 1e9:,.1f} GB/s" for device, c in found["ceilings"].items()]
+    lines = [
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory'] / 1e9:.0f} GB; "
+        f"{machine['gpu'] or 'no GPU'}; torch {machine['torch']}; {machine['made']}, commit {machine['commit']}"
+    ]
+    lines += [
+        f"ceilings, {device}: {c['fp32'] / 1e9:,.0f} GFLOP/s fp32, {c['bf16'] / 1e9:,.0f} bf16, "
+        f"{c['copy'] / 1e9:,.1f} GB/s"
+        for device, c in found["ceilings"].items()
+    ]
     columns = "line; seconds (median); memory; GFLOP counted, share of compute; GB, share of copy; ratios"
     return "\n".join([*lines, "", columns])
 
@@ -164,8 +189,11 @@ def sentence(row: dict) -> str:
     for other in ("baseline", "reference"):
         if "failed" in row.get(other, {}):
             parts.append(f"{other} failed: {row[other]['failed']}")
-    parts += [f"bar {bar['quantity']} {'>=' if bar['other'] else '<='} {bar['bound']:.3g}: "
-              f"{'met' if bar['met'] else 'missed'}" for bar in row["bars"]]
+    parts += [
+        f"bar {bar['quantity']} {'>=' if bar['other'] else '<='} {bar['bound']:.3g}: "
+        f"{'met' if bar['met'] else 'missed'}"
+        for bar in row["bars"]
+    ]
     return "  ".join(parts) + f"\n    {row['work']}"
 
 

@@ -26,14 +26,34 @@ def build(folder: str, scale: str, **_) -> dict:
         work = "the whole book, no cache"
     else:
         chapter = f"book/chapters/{CHAPTER}.ipynb"
-        command = ["-m", "papermill", "--no-progress-bar", chapter, str(Path(folder, "out.ipynb")), "-p", "profile", "tiny"]
+        command = [
+            "-m",
+            "papermill",
+            "--no-progress-bar",
+            chapter,
+            str(Path(folder, "out.ipynb")),
+            "-p",
+            "profile",
+            "tiny",
+        ]
         work = f"chapter {CHAPTER} alone, in the tiny profile, no cache"
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, *command], cwd=copy, env=os.environ | {"MMLIB_CACHE": str(cache)},
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=copy,
+        env=os.environ | {"MMLIB_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+    )
     seconds = time.perf_counter() - began
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
     unit = 1 if sys.platform == "darwin" else 1024
-    return {"seconds": [seconds], "memory": unit * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss,
-            "device_memory": None, "work": work, "flops": None, "bytes": None}
+    return {
+        "seconds": [seconds],
+        "memory": unit * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss,
+        "device_memory": None,
+        "work": work,
+        "flops": None,
+        "bytes": None,
+    }

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mmlib.clips.iqiyi import export_folder, import_folder
-from mmlib.clips.store import ClipStore
+from mmlib.data.iqiyi import export_folder, import_folder
+from mmlib.data.store import ClipStore
 
 FACE, SCENE = 512, 2048  # dimensions of the official features
 
@@ -45,14 +45,40 @@ class Scale:
     images: int = 16
 
 
-SCALES = {"full": Scale("full"), "tiny": Scale(
-    "tiny", clips=160, identities=20, batch=40, members=3, imported=3_000, store_clips=500, store_frames=2_000,
-    gallery=2_000, queries=200, labelled=1_200, challenge_clips=160, challenge_frames=2_000, challenge_identities=20,
-    challenge_batch=40, images=1)}
+SCALES = {
+    "full": Scale("full"),
+    "tiny": Scale(
+        "tiny",
+        clips=160,
+        identities=20,
+        batch=40,
+        members=3,
+        imported=3_000,
+        store_clips=500,
+        store_frames=2_000,
+        gallery=2_000,
+        queries=200,
+        labelled=1_200,
+        challenge_clips=160,
+        challenge_frames=2_000,
+        challenge_identities=20,
+        challenge_batch=40,
+        images=1,
+    ),
+}
 
 
-def write_store(path: Path, count: np.ndarray, split: np.ndarray, identity: np.ndarray, identities: int, *,
-                face: int = FACE, scene: int = 0, official: bool = True) -> None:
+def write_store(
+    path: Path,
+    count: np.ndarray,
+    split: np.ndarray,
+    identity: np.ndarray,
+    identities: int,
+    *,
+    face: int = FACE,
+    scene: int = 0,
+    official: bool = True,
+) -> None:
     """Write random clips: count (N,) of faces, split (N,), identity (N,) with -1 for nobody.
 
     face, scene: dimensions, 0 for no scenes.  official: with the columns that the challenge's files need.
@@ -62,7 +88,7 @@ def write_store(path: Path, count: np.ndarray, split: np.ndarray, identity: np.n
     with ClipStore.create(path, simulated=True, provenance={"by": "benchmarks"}) as writer:
         for first in range(0, frames, 20_000):
             n = min(20_000, frames - first)
-            columns = {"quality": rng.uniform(0, 200, n), "det": rng.uniform(.8, 1, n)}
+            columns = {"quality": rng.uniform(0, 200, n), "det": rng.uniform(0.8, 1, n)}
             if official:
                 corner = rng.random((n, 2)) * 100
                 columns |= {"frame": np.full(n, 10), "box": np.concatenate([corner, corner + 50], axis=1)}
@@ -74,8 +100,11 @@ def write_store(path: Path, count: np.ndarray, split: np.ndarray, identity: np.n
                 writer.append("scene", rng.standard_normal((n, scene), np.float32).astype(np.float16), frame=np.ones(n))
             spans["scene"] = np.arange(len(count)), np.ones(len(count), int)
         clips = [f"IQIYI_VID_{part.upper()}_{i:07d}" for i, part in enumerate(split)]
-        writer.finish(pd.DataFrame({"clip": clips, "split": split, "identity": identity}),
-                      [str(i + 1) for i in range(identities)], spans)
+        writer.finish(
+            pd.DataFrame({"clip": clips, "split": split, "identity": identity}),
+            [str(i + 1) for i in range(identities)],
+            spans,
+        )
 
 
 def make_faces(folder: str, scale: str, **_) -> dict:
@@ -106,7 +135,9 @@ def make_clips(folder: str, scale: str, **_) -> dict:
     scenes.mkdir()
     names, scene = store.clips["clip"], store.modalities["scene"]
     for part in ("train", "val"):
-        found = {names[clip]: [(1, np.array(scene.feature[scene.start[clip]], np.float32))] for clip in store.select(part)}
+        found = {
+            names[clip]: [(1, np.array(scene.feature[scene.start[clip]], np.float32))] for clip in store.select(part)
+        }
         with open(scenes / f"scene_infos_{part}.pickle", "wb") as file:
             pickle.dump(found, file)
     return {}
@@ -124,8 +155,16 @@ def make_store(folder: str, scale: str, **_) -> dict:
 def make_challenge(folder: str, scale: str, **_) -> dict:
     """Write ``folder/challenge``, faces and scenes of the size of the challenge's train split."""
     s, rng = SCALES[scale], np.random.default_rng(3)
-    count = 1 + rng.multinomial(s.challenge_frames - s.challenge_clips, np.full(s.challenge_clips, 1 / s.challenge_clips))
-    write_store(Path(folder, "challenge"), count, np.full(s.challenge_clips, "train"),
-                rng.integers(0, s.challenge_identities, s.challenge_clips), s.challenge_identities, scene=SCENE,
-                official=False)
+    count = 1 + rng.multinomial(
+        s.challenge_frames - s.challenge_clips, np.full(s.challenge_clips, 1 / s.challenge_clips)
+    )
+    write_store(
+        Path(folder, "challenge"),
+        count,
+        np.full(s.challenge_clips, "train"),
+        rng.integers(0, s.challenge_identities, s.challenge_clips),
+        s.challenge_identities,
+        scene=SCENE,
+        official=False,
+    )
     return {}

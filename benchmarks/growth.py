@@ -16,10 +16,10 @@ from benchmarks.meter import measure
 from benchmarks.ranking import K, features, ranking_problem
 from benchmarks.training import system
 from mmlib import metrics, rank
-from mmlib.clips.iqiyi import export_folder, import_folder
-from mmlib.clips.store import ClipStore
+from mmlib.data.iqiyi import export_folder, import_folder
+from mmlib.data.store import ClipStore
 from mmlib.ensemble import member_seed
-from mmlib.fitting import make_model
+from mmlib.retrieve import make_model
 from mmlib.train import train_together
 
 # Cost and axis -> its four sizes, and the sizes of what stays fixed, at full scale.
@@ -54,8 +54,14 @@ def grow(folder: str, scale: str, device: str, series: str, **_) -> dict:
     for size, call in COSTS[cost](Path(folder), device, axis, along, fixed):
         found = measure(call, warm=1, device=device)
         memory = max(memory, found["memory"])
-        points.append({"size": size, "seconds": float(np.median(found["seconds"])), "memory": memory,
-                       "device_memory": found["device_memory"]})
+        points.append(
+            {
+                "size": size,
+                "seconds": float(np.median(found["seconds"])),
+                "memory": memory,
+                "device_memory": found["device_memory"],
+            }
+        )
     return {"cost": cost, "axis": axis, "device": device, "fixed": fixed, "points": points}
 
 
@@ -78,17 +84,30 @@ def make_epochs(folder: str, scale: str, **_) -> dict:
             path = _epoch_store(Path(folder), fixed | {axis: size})
             if not path.exists():
                 said, rng = fixed | {axis: size}, np.random.default_rng(4)
-                write_store(path, np.full(said["clips"], 20), np.full(said["clips"], "train"),
-                            rng.integers(0, said["identities"], said["clips"]), said["identities"], scene=SCENE,
-                            official=False)
+                write_store(
+                    path,
+                    np.full(said["clips"], 20),
+                    np.full(said["clips"], "train"),
+                    rng.integers(0, said["identities"], said["clips"]),
+                    said["identities"],
+                    scene=SCENE,
+                    official=False,
+                )
     return {}
 
 
 def make_opens(folder: str, scale: str, **_) -> dict:
     """Write a store for every size of the open series, two frames of few dimensions a clip."""
     for clips in sizes("open, clips", scale)[0]:
-        write_store(Path(folder, f"grow-open-{clips}"), np.full(clips, 2), np.full(clips, "val"), np.zeros(clips, int), 1,
-                    face=8, official=False)
+        write_store(
+            Path(folder, f"grow-open-{clips}"),
+            np.full(clips, 2),
+            np.full(clips, "val"),
+            np.zeros(clips, int),
+            1,
+            face=8,
+            official=False,
+        )
     return {}
 
 
@@ -116,7 +135,9 @@ def _epochs(folder: Path, device: str, axis: str, along: tuple[int, ...], fixed:
         said = fixed | {axis: size}
         store = ClipStore.open(_epoch_store(folder, said))
         clips = store.select("train")
-        training = replace(asked.training, frames=said["frames"], batch=min(512, max(2, len(clips) // 2)), sample="replace")
+        training = replace(
+            asked.training, frames=said["frames"], batch=min(512, max(2, len(clips) // 2)), sample="replace"
+        )
         models = [make_model(asked, store, member).to(device) for member in range(said["members"])]
         seeds = [member_seed(0, member) for member in range(len(models))]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from benchmarks.growth import SERIES
-from mmlib.models import AGGREGATORS
+from mmlib.aggregate import AGGREGATORS
 
 
 @dataclass(frozen=True)
@@ -39,34 +39,82 @@ class Line:
     arguments: dict = field(default_factory=dict)
 
 
-FACES, CLIPS, STORE, RANKING, CHALLENGE = ("data:make_faces", "data:make_clips", "data:make_store", "ranking:make_ranking",
-                                           "data:make_challenge")
+FACES, CLIPS, STORE, RANKING, CHALLENGE = (
+    "data:make_faces",
+    "data:make_clips",
+    "data:make_store",
+    "ranking:make_ranking",
+    "data:make_challenge",
+)
 GROWN = {"import": ("growth:make_imports",), "open": ("growth:make_opens",), "epoch": ("growth:make_epochs",)}
 
 LINES = [
-    Line("import", "clips:import_official", (FACES,), "clips:load_pickle", "reference:load_faces",
-         (Bar("memory", "reference", 3), Bar("seconds", "baseline", 1 / 1.5))),
+    Line(
+        "import",
+        "clips:import_official",
+        (FACES,),
+        "clips:load_pickle",
+        "reference:load_faces",
+        (Bar("memory", "reference", 3), Bar("seconds", "baseline", 1 / 1.5)),
+    ),
     Line("open", "clips:open_store", (STORE,)),
-    Line("first batch", "clips:first_batch", (CLIPS,), reference="reference:first_batch",
-         bars=(Bar("seconds", "reference", 50),)),
-    *(Line(f"batch, {sample}", "clips:batch", (STORE,), arguments={"sample": sample})
-      for sample in ("first", "random", "replace", "draw")),
-    *(Line(f"epoch, {name}", "training:epoch", (CLIPS,), gpu=True, arguments={"aggregator": name},
-           **({"reference": "reference:epoch", "bars": (Bar("seconds", "reference", 10),)} if name == "as coded" else {}))
-      for name in AGGREGATORS),
+    Line(
+        "first batch",
+        "clips:first_batch",
+        (CLIPS,),
+        reference="reference:first_batch",
+        bars=(Bar("seconds", "reference", 50),),
+    ),
+    *(
+        Line(f"batch, {sample}", "clips:batch", (STORE,), arguments={"sample": sample})
+        for sample in ("first", "random", "replace", "draw")
+    ),
+    *(
+        Line(
+            f"epoch, {name}",
+            "training:epoch",
+            (CLIPS,),
+            gpu=True,
+            arguments={"aggregator": name},
+            **(
+                {"reference": "reference:epoch", "bars": (Bar("seconds", "reference", 10),)}
+                if name == "as coded"
+                else {}
+            ),
+        )
+        for name in AGGREGATORS
+    ),
     Line("members together", "training:members_together", (CLIPS,), "training:members_apart", gpu=True),
     Line("challenge, one member", "training:challenge", (CHALLENGE,), gpu=True),
-    Line("rank", "ranking:stream", (), "ranking:dense", gpu=True,
-         bars=(Bar("memory", most=500e6), Bar("seconds", "baseline", 3))),
+    Line(
+        "rank",
+        "ranking:stream",
+        (),
+        "ranking:dense",
+        gpu=True,
+        bars=(Bar("memory", most=500e6), Bar("seconds", "baseline", 3)),
+    ),
     Line("metric", "ranking:metric", (RANKING,), reference="reference:metric"),
     Line("metric, arrays", "ranking:metric_arrays"),
     Line("metric, bootstrap", "ranking:bootstrap"),
-    Line("forward, scene network", "networks:forward", gpu=True,
-         arguments={"architecture": "seresnext50_32x4d", "size": 224}),
+    Line(
+        "forward, scene network",
+        "networks:forward",
+        gpu=True,
+        arguments={"architecture": "seresnext50_32x4d", "size": 224},
+    ),
     Line("book", "book:build"),
 ]
-GROWTH = [Line(f"growth, {series}", "growth:grow", GROWN.get(series.split(", ")[0], ()),
-               gpu=series.split(", ")[0] in ("epoch", "rank"), arguments={"series": series}) for series in SERIES]
+GROWTH = [
+    Line(
+        f"growth, {series}",
+        "growth:grow",
+        GROWN.get(series.split(", ")[0], ()),
+        gpu=series.split(", ")[0] in ("epoch", "rank"),
+        arguments={"series": series},
+    )
+    for series in SERIES
+]
 
 
 def chosen(names: list[str]) -> tuple[list[Line], list[Line], bool]:
@@ -82,4 +130,8 @@ def chosen(names: list[str]) -> tuple[list[Line], list[Line], bool]:
     def wanted(line: str) -> bool:
         return not names or any(line.startswith(name) for name in names)
 
-    return [line for line in LINES if wanted(line.name)], [line for line in GROWTH if wanted(line.name)], wanted("scene")
+    return (
+        [line for line in LINES if wanted(line.name)],
+        [line for line in GROWTH if wanted(line.name)],
+        wanted("scene"),
+    )

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.meter import measure
-from mmlib.runs import commit
+from mmlib.records import commit
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices
 COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes
@@ -21,12 +21,18 @@ def describe(**_) -> dict:
     """Return names, cores, memory (bytes), versions, date and commit."""
     gpu = torch.cuda.is_available()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": _cpu_name(), "cores": cores, "threads": torch.get_num_threads(),
-            "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-            "gpu": torch.cuda.get_device_name() if gpu else None,
-            "gpu_memory": torch.cuda.get_device_properties(0).total_memory if gpu else None,
-            "python": platform.python_version(), "torch": torch.__version__,
-            "made": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
+    return {
+        "cpu": _cpu_name(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "gpu": torch.cuda.get_device_name() if gpu else None,
+        "gpu_memory": torch.cuda.get_device_properties(0).total_memory if gpu else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+    }
 
 
 def ceilings(device: str, scale: str = "full") -> dict[str, float]:

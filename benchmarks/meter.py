@@ -54,8 +54,12 @@ def measure(call: Callable[[], object], *, repeats: int = 3, warm: int = 0, devi
             torch.cuda.synchronize()
         if turn >= warm:
             seconds.append(time.perf_counter() - began)
-    return {"seconds": seconds, "memory": peak_memory() - before,
-            "device_memory": torch.cuda.max_memory_allocated() if cuda else None, "precision": "bf16" if cuda else "fp32"}
+    return {
+        "seconds": seconds,
+        "memory": peak_memory() - before,
+        "device_memory": torch.cuda.max_memory_allocated() if cuda else None,
+        "precision": "bf16" if cuda else "fp32",
+    }
 
 
 class StepFailed(RuntimeError):
@@ -74,7 +78,14 @@ def isolated(step: str, *, device: str = "cpu", **arguments) -> dict:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
-        command = [sys.executable, "-m", "benchmarks.meter", step, json.dumps({"device": device} | arguments), str(answer)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.meter",
+            step,
+            json.dumps({"device": device} | arguments),
+            str(answer),
+        ]
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]

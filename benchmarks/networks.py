@@ -29,8 +29,12 @@ def forward(folder: str, scale: str, device: str, architecture: str, size: int, 
         feature = call()
     found = measure(call, warm=1, device=device)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return found | {"work": f"{images} pictures of {size} pixels through {architecture}", "images": images,
-                    "flops": counter.get_total_flops(), "bytes": 4 * (pixels.numel() + feature.numel() + parameters)}
+    return found | {
+        "work": f"{images} pictures of {size} pixels through {architecture}",
+        "images": images,
+        "flops": counter.get_total_flops(),
+        "bytes": 4 * (pixels.numel() + feature.numel() + parameters),
+    }
 
 
 def scene(device: str, scale: str, **_) -> dict:
@@ -40,6 +44,19 @@ def scene(device: str, scale: str, **_) -> dict:
     before, cuda = reset_peak(), device == "cuda"
     found = measure_scene(**({"images": 32} if scale == "tiny" else {}))
     memory, on_gpu = peak_memory() - before, torch.cuda.max_memory_allocated() if cuda else None
-    return {"rows": [{"name": f"scene, {row['what']}", "work": f"{row['images']} pictures: {row['what']}",
-                      "seconds": [row["seconds"]], "images": row["images"], "flops": row["flops"], "bytes": row["bytes"],
-                      "memory": memory, "device_memory": on_gpu, "precision": "bf16" if cuda else "fp32"} for row in found]}
+    return {
+        "rows": [
+            {
+                "name": f"scene, {row['what']}",
+                "work": f"{row['images']} pictures: {row['what']}",
+                "seconds": [row["seconds"]],
+                "images": row["images"],
+                "flops": row["flops"],
+                "bytes": row["bytes"],
+                "memory": memory,
+                "device_memory": on_gpu,
+                "precision": "bf16" if cuda else "fp32",
+            }
+            for row in found
+        ]
+    }

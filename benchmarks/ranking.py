@@ -10,8 +10,8 @@ import torch
 from benchmarks.data import FACE, SCALES
 from benchmarks.meter import measure
 from mmlib import metrics, rank
-from mmlib.clips.iqiyi import read_result, read_val_truth, write_result
-from mmlib.clips.truth import write_val_truth
+from mmlib.data.iqiyi import read_result, read_val_truth, write_result
+from mmlib.data.submission import write_val_truth
 
 K = 100
 
@@ -44,13 +44,19 @@ def dense(folder: str, scale: str, device: str, **_) -> dict:
         return (unit[0] @ unit[1].T).topk(K, dim=1)
 
     with torch.no_grad():
-        return measure(call, device=device) | _of_ranking(s.gallery, s.queries) | {
-            "precision": "fp32", "work": "a dense matrix and topk, the same vectors"}
+        return (
+            measure(call, device=device)
+            | _of_ranking(s.gallery, s.queries)
+            | {"precision": "fp32", "work": "a dense matrix and topk, the same vectors"}
+        )
 
 
 def _of_ranking(gallery: int, queries: int) -> dict:
-    return {"work": f"{gallery:,} clips for {queries:,} identities, {FACE} dimensions, the best {K}",
-            "flops": 2 * gallery * queries * FACE, "bytes": 4 * FACE * (gallery + queries) + 12 * K * queries}
+    return {
+        "work": f"{gallery:,} clips for {queries:,} identities, {FACE} dimensions, the best {K}",
+        "flops": 2 * gallery * queries * FACE,
+        "bytes": 4 * FACE * (gallery + queries) + 12 * K * queries,
+    }
 
 
 def ranking_problem(gallery: int, queries: int, labelled: int) -> tuple[np.ndarray, np.ndarray]:
@@ -81,8 +87,11 @@ def metric(folder: str, scale: str, **_) -> dict:
     """Read a submission and the truth, and score.  Bytes: those of the two files."""
     s, truth, result = SCALES[scale], Path(folder, "val_gt.txt"), Path(folder, "result.txt")
     found = measure(lambda: metrics.official_score(read_val_truth(truth), read_result(result)))
-    return found | {"work": f"files of {s.queries:,} identities, {K} clips each, read and scored", "flops": 0,
-                    "bytes": truth.stat().st_size + result.stat().st_size}
+    return found | {
+        "work": f"files of {s.queries:,} identities, {K} clips each, read and scored",
+        "flops": 0,
+        "bytes": truth.stat().st_size + result.stat().st_size,
+    }
 
 
 def metric_arrays(folder: str, scale: str, **_) -> dict:
@@ -91,8 +100,11 @@ def metric_arrays(folder: str, scale: str, **_) -> dict:
     identity, ranking = ranking_problem(s.gallery, s.queries, s.labelled)
     codes = np.arange(s.queries)
     found = measure(lambda: metrics.score_ranking(ranking, identity, codes))
-    return found | {"work": f"arrays of {s.queries:,} identities, {K} clips each, scored", "flops": 0,
-                    "bytes": ranking.nbytes + identity.nbytes}
+    return found | {
+        "work": f"arrays of {s.queries:,} identities, {K} clips each, scored",
+        "flops": 0,
+        "bytes": ranking.nbytes + identity.nbytes,
+    }
 
 
 def bootstrap(folder: str, scale: str, **_) -> dict:

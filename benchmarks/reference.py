@@ -45,7 +45,8 @@ def load_faces(folder: str, reference: str, **_) -> dict:
     """Load the faces of val as its data sets do."""
     load = released(reference, "utils").load_face_from_pickle
     return measure(lambda: load(str(Path(folder, "faces", "feat", "face_val_v2.pickle"))), repeats=1) | {
-        "work": "utils.load_face_from_pickle on the same pickle"}
+        "work": "utils.load_face_from_pickle on the same pickle"
+    }
 
 
 def first_batch(folder: str, scale: str, reference: str, **_) -> dict:
@@ -56,12 +57,19 @@ def first_batch(folder: str, scale: str, reference: str, **_) -> dict:
     data_set, transforms = released(reference, "datasets").IQiYiFaceSceneDataset, released(reference, "utils")
 
     def first():
-        found = data_set(str(Path(folder, "official")), str(Path(folder, "scenes")), "train", num_frame=s.frames,
-                         transform=transforms.sep_cat_qds_select_face_scene_transforms)
+        found = data_set(
+            str(Path(folder, "official")),
+            str(Path(folder, "scenes")),
+            "train",
+            num_frame=s.frames,
+            transform=transforms.sep_cat_qds_select_face_scene_transforms,
+        )
         loader = DataLoader(found, batch_size=s.batch, shuffle=True, num_workers=WORKERS)
         return next(iter(loader))
 
-    return measure(first) | {"work": f"IQiYiFaceSceneDataset and a DataLoader of {WORKERS} processes, same clips and batch"}
+    return measure(first) | {
+        "work": f"IQiYiFaceSceneDataset and a DataLoader of {WORKERS} processes, same clips and batch"
+    }
 
 
 def epoch(folder: str, scale: str, reference: str, **_) -> dict:
@@ -82,16 +90,32 @@ def epoch(folder: str, scale: str, reference: str, **_) -> dict:
 
     lr_scheduler.CosineAnnealingLR = Timed
     before = reset_peak()
-    script.main(Namespace(
-        seed=0, save_dir=str(Path(folder, "checkpoints")), face_root=str(Path(folder, "official")),
-        scene_root=str(Path(folder, "scenes")), face_feat_dim=FACE + 2, scene_feat_dim=SCENE, num_frame=s.frames,
-        batch_size=s.batch, num_classes=s.identities + 1, learning_rate=.1, epoch=3, device=None))
-    return {"seconds": np.diff(ends[-3:]).tolist(), "memory": peak_memory() - before,
-            "work": f"its training script, same clips, shapes and batch, {WORKERS} loading processes"}
+    script.main(
+        Namespace(
+            seed=0,
+            save_dir=str(Path(folder, "checkpoints")),
+            face_root=str(Path(folder, "official")),
+            scene_root=str(Path(folder, "scenes")),
+            face_feat_dim=FACE + 2,
+            scene_feat_dim=SCENE,
+            num_frame=s.frames,
+            batch_size=s.batch,
+            num_classes=s.identities + 1,
+            learning_rate=0.1,
+            epoch=3,
+            device=None,
+        )
+    )
+    return {
+        "seconds": np.diff(ends[-3:]).tolist(),
+        "memory": peak_memory() - before,
+        "work": f"its training script, same clips, shapes and batch, {WORKERS} loading processes",
+    }
 
 
 def metric(folder: str, reference: str, **_) -> dict:
     """Score the same files."""
     score = released(reference, "evaluation_map").calculate_map
     return measure(lambda: score(str(Path(folder, "val_gt.txt")), str(Path(folder, "result.txt")))) | {
-        "work": "evaluation_map.calculate_map on the same files"}
+        "work": "evaluation_map.calculate_map on the same files"
+    }

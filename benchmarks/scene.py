@@ -18,10 +18,10 @@ import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmlib.clips.arrays import ArrayStream, map_array
-from mmlib.clips.images import Images
-from mmlib.clips.pictures import Decoded
-from mmlib.clips.store import ClipStore
+from mmlib.data.images import Images
+from mmlib.data.pictures import Decoded
+from mmlib.data.store import ClipStore
+from mmlib.data.writer import ArrayStream, map_array
 from mmlib.scene import extract, fine_tune, make_model, settings_for
 from mmlib.scene_network import ARCHITECTURES, DEEP, SceneModel
 from mmlib.scene_training import compile_features
@@ -29,8 +29,15 @@ from mmlib.scene_training import compile_features
 EPOCHS = 2  # timed, of training
 
 
-def measure(*, architecture: str = "", size: int = 0, images: int = 0, batches: tuple[int, ...] = (), device: str = "auto",
-            compile_mode: str = "") -> list[dict]:
+def measure(
+    *,
+    architecture: str = "",
+    size: int = 0,
+    images: int = 0,
+    batches: tuple[int, ...] = (),
+    device: str = "auto",
+    compile_mode: str = "",
+) -> list[dict]:
     """Return rows of what, seconds, images, images_per_s, flops and bytes: training by size of batch, and extraction.
 
     Unless given: on a GPU an SE-ResNeXt-50 at 224 pixels, 8,192 pictures, batches of 40 as described and of 256; without
@@ -50,13 +57,20 @@ def measure(*, architecture: str = "", size: int = 0, images: int = 0, batches: 
         options = {"decoded": decoded, "seed": 0}
 
         def train(batch: int, epochs: int) -> SceneModel:
-            return fine_tune(store, listed, replace(settings, batch=batch, epochs=epochs), device=device, watch=0,
-                             compile_mode=compile_mode, **options)[0]
+            return fine_tune(
+                store,
+                listed,
+                replace(settings, batch=batch, epochs=epochs),
+                device=device,
+                watch=0,
+                compile_mode=compile_mode,
+                **options,
+            )[0]
 
         rows = []
         model = make_model(settings, identities, seed=0).to(device, memory_format=torch.channels_last)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        pixels = 3 * settings.size ** 2
+        pixels = 3 * settings.size**2
         forward, both = flops(model, settings.size)
         for batch in batches or ((settings.batch, 256) if gpu else (settings.batch,)):
             train(batch, 1)  # what is done once: kernels chosen, pages read
@@ -64,8 +78,15 @@ def measure(*, architecture: str = "", size: int = 0, images: int = 0, batches: 
             seconds = _seconds(lambda: train(batch, 1 + EPOCHS)) - once  # without the making of the network
             steps = EPOCHS * max(1, round(images / batch))
             # Weights twice, gradients twice, momentum twice, the new weights.
-            rows.append(_row(f"{settings.architecture} at {settings.size}, training, batch {batch}", seconds,
-                             EPOCHS * images, both, EPOCHS * images * pixels + steps * 7 * 4 * parameters))
+            rows.append(
+                _row(
+                    f"{settings.architecture} at {settings.size}, training, batch {batch}",
+                    seconds,
+                    EPOCHS * images,
+                    both,
+                    EPOCHS * images * pixels + steps * 7 * 4 * parameters,
+                )
+            )
         if compile_mode:
             compile_features(model, compile_mode)
 
@@ -73,8 +94,15 @@ def measure(*, architecture: str = "", size: int = 0, images: int = 0, batches: 
             return sum(len(feature) for _, feature in extract(model, listed, settings, **options))
 
         extract_all()
-        rows.append(_row(f"{settings.architecture} at {settings.size}, extraction", _seconds(extract_all), images, forward,
-                         images * (pixels + 2 * model.prototype.shape[1]) + 4 * parameters))
+        rows.append(
+            _row(
+                f"{settings.architecture} at {settings.size}, extraction",
+                _seconds(extract_all),
+                images,
+                forward,
+                images * (pixels + 2 * model.prototype.shape[1]) + 4 * parameters,
+            )
+        )
     return rows
 
 
@@ -89,8 +117,14 @@ def random_pictures(folder: Path, images: int, identities: int, side: int) -> tu
     for _ in range(images):
         pixels.append(rng.integers(0, 256, (side * side, 3), dtype=np.uint8))
     pixels.finish()
-    decoded = Decoded(side, np.arange(images), np.arange(images) * side * side, np.full((images, 2), side),
-                      np.full(images, "RGB"), map_array(folder / "pixels.npy"))
+    decoded = Decoded(
+        side,
+        np.arange(images),
+        np.arange(images) * side * side,
+        np.full((images, 2), side),
+        np.full(images, "RGB"),
+        map_array(folder / "pixels.npy"),
+    )
     return ClipStore.open(folder / "store"), Images(folder, names, (("1.jpg",),) * images, 0, 0), decoded
 
 
@@ -112,8 +146,14 @@ def _seconds(call) -> float:
 
 
 def _row(what: str, seconds: float, images: int, each: int, size: int) -> dict:
-    return {"what": what, "seconds": seconds, "images": images, "images_per_s": images / seconds, "flops": images * each,
-            "bytes": size}
+    return {
+        "what": what,
+        "seconds": seconds,
+        "images": images,
+        "images_per_s": images / seconds,
+        "flops": images * each,
+        "bytes": size,
+    }
 
 
 def main() -> None:
@@ -125,8 +165,10 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--compile-mode", default="", help="of torch.compile, such as default; none if empty")
     for row in measure(**vars(parser.parse_args())):
-        print(f"{row['what']}: {row['images_per_s']:,.3g} images/s ({row['images']:,} in {row['seconds']:.2f} s), "
-              f"{row['flops'] / row['seconds'] / 1e9:,.0f} GFLOP/s, {row['bytes'] / row['seconds'] / 1e6:,.0f} MB/s")
+        print(
+            f"{row['what']}: {row['images_per_s']:,.3g} images/s ({row['images']:,} in {row['seconds']:.2f} s), "
+            f"{row['flops'] / row['seconds'] / 1e9:,.0f} GFLOP/s, {row['bytes'] / row['seconds'] / 1e6:,.0f} MB/s"
+        )
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.data import SCALES
 from benchmarks.meter import measure
-from mmlib.clips.store import ClipStore
+from mmlib.data.store import ClipStore
 from mmlib.ensemble import member_seed
-from mmlib.experiment import Experiment
-from mmlib.fitting import make_model
+from mmlib.experiment import Experiment, Training
 from mmlib.models import IdentityModel
+from mmlib.retrieve import make_model
 from mmlib.systems import ONE_NAME_AS_CODED
-from mmlib.train import Training, train, train_together
+from mmlib.train import train, train_together
 
 
 def system(aggregator: str, scale: str) -> Experiment:
@@ -26,10 +26,15 @@ def system(aggregator: str, scale: str) -> Experiment:
     Its classes are those of the released code: the identities, and one for nobody.
     """
     s = SCALES[scale]
-    return replace(ONE_NAME_AS_CODED, aggregator=aggregator, concat="frames" if aggregator == "as coded" else "none",
-                   distractors="class",
-                   training=replace(ONE_NAME_AS_CODED.training, epochs=1, batch=s.batch, frames=s.frames, aggregator_lr=.01,
-                                    lr=.01))
+    return replace(
+        ONE_NAME_AS_CODED,
+        aggregator=aggregator,
+        concat="frames" if aggregator == "as coded" else "none",
+        distractors="class",
+        training=replace(
+            ONE_NAME_AS_CODED.training, epochs=1, batch=s.batch, frames=s.frames, aggregator_lr=0.01, lr=0.01
+        ),
+    )
 
 
 def epoch(folder: str, scale: str, device: str, aggregator: str, **_) -> dict:
@@ -38,22 +43,31 @@ def epoch(folder: str, scale: str, device: str, aggregator: str, **_) -> dict:
     clips = store.select("train", labelled=True)
     model = make_model(asked, store).to(device)
     found = measure(lambda: train(model, store, clips, asked.training, seed=0), warm=1, device=device)
-    return found | {"work": _size(store, clips, asked.training),
-                    "flops": step_flops(model, store, clips, asked.training) * steps(clips, asked.training),
-                    "bytes": epoch_bytes(model, store, clips, asked.training)}
+    return found | {
+        "work": _size(store, clips, asked.training),
+        "flops": step_flops(model, store, clips, asked.training) * steps(clips, asked.training),
+        "bytes": epoch_bytes(model, store, clips, asked.training),
+    }
 
 
 def members_together(folder: str, scale: str, device: str, **_) -> dict:
     """Train the members of an ensemble of views together, an epoch each."""
+
     def call(models, store, clips, training):
-        train_together(models, store, [clips] * len(models), training,
-                       seeds=[member_seed(0, member) for member in range(len(models))])
+        train_together(
+            models,
+            store,
+            [clips] * len(models),
+            training,
+            seeds=[member_seed(0, member) for member in range(len(models))],
+        )
 
     return _members(folder, scale, device, call, "together")
 
 
 def members_apart(folder: str, scale: str, device: str, **_) -> dict:
     """Train the same members one after another."""
+
     def call(models, store, clips, training):
         for member, model in enumerate(models):
             train(model, store, clips, training, seed=member_seed(0, member))
@@ -62,13 +76,20 @@ def members_apart(folder: str, scale: str, device: str, **_) -> dict:
 
 
 def _members(folder: str, scale: str, device: str, call: Callable, how: str) -> dict:
-    store, asked, count = ClipStore.open(Path(folder, "clips")), system("attention + scores", scale), SCALES[scale].members
+    store, asked, count = (
+        ClipStore.open(Path(folder, "clips")),
+        system("attention + scores", scale),
+        SCALES[scale].members,
+    )
     clips = store.select("train", labelled=True)
     models = [make_model(asked, store, member).to(device) for member in range(count)]
     found = measure(lambda: call(models, store, clips, asked.training), repeats=1, warm=1, device=device)
     flops = sum(step_flops(model, store, clips, asked.training) for model in models) * steps(clips, asked.training)
-    return found | {"work": f"{count} members {how}, each {_size(store, clips, asked.training)}", "flops": flops,
-                    "bytes": sum(epoch_bytes(model, store, clips, asked.training) for model in models)}
+    return found | {
+        "work": f"{count} members {how}, each {_size(store, clips, asked.training)}",
+        "flops": flops,
+        "bytes": sum(epoch_bytes(model, store, clips, asked.training) for model in models),
+    }
 
 
 def challenge(folder: str, scale: str, device: str, **_) -> dict:
@@ -82,9 +103,12 @@ def challenge(folder: str, scale: str, device: str, **_) -> dict:
     found = measure(lambda: train(model, store, clips, training, seed=0), repeats=2, warm=1, device=device)
     epochs = ONE_NAME_AS_CODED.training.epochs
     flops = step_flops(model, store, clips, training) * steps(clips, training)
-    return found | {"seconds": [epochs * second for second in found["seconds"]],
-                    "work": f"{epochs} epochs of {_size(store, clips, training)}: one epoch measured, times {epochs}",
-                    "flops": epochs * flops, "bytes": epochs * epoch_bytes(model, store, clips, training)}
+    return found | {
+        "seconds": [epochs * second for second in found["seconds"]],
+        "work": f"{epochs} epochs of {_size(store, clips, training)}: one epoch measured, times {epochs}",
+        "flops": epochs * flops,
+        "bytes": epochs * epoch_bytes(model, store, clips, training),
+    }
 
 
 def steps(clips: np.ndarray, training: Training) -> int:
@@ -94,7 +118,7 @@ def steps(clips: np.ndarray, training: Training) -> int:
 
 def step_flops(model: IdentityModel, store: ClipStore, clips: np.ndarray, training: Training) -> int:
     """Count the operations of the matrix products of one step, forward and backward."""
-    group = clips[:round(len(clips) / steps(clips, training))]
+    group = clips[: round(len(clips) / steps(clips, training))]
     counter = FlopCounterMode(display=False)
     with counter:
         train(model, store, group, replace(training, batch=len(group)), seed=0)
@@ -117,5 +141,7 @@ def epoch_bytes(model: IdentityModel, store: ClipStore, clips: np.ndarray, train
 
 def _size(store: ClipStore, clips: np.ndarray, training: Training) -> str:
     face, scene = (store.modalities[name].feature.shape[1] * 15 // 16 for name in ("face", "scene"))
-    return (f"{len(clips):,} clips, {len(store.identities) + 1:,} classes, {training.frames} frames of {face}, "
-            f"scenes of {scene}, batches of {training.batch:,}")
+    return (
+        f"{len(clips):,} clips, {len(store.identities) + 1:,} classes, {training.frames} frames of {face}, "
+        f"scenes of {scene}, batches of {training.batch:,}"
+    )

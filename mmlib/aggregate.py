@@ -11,6 +11,7 @@ spreads attention logits over tens and frame-to-frame products reach hundreds; a
 as they are.
 """
 
+from collections.abc import Callable
 from numbers import Integral
 
 import torch
@@ -292,13 +293,9 @@ class CodedAttention(nn.Module):
         nn.init.zeros_(self.expand[1].bias)
         self.query = nn.Parameter(torch.zeros(self.out_dim))
 
-    def forward(
-        self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None) -> Tensor:
         if x.shape[1] != self.frames:
-            raise ValueError(
-                f"CodedAttention needs exactly {self.frames} frames a clip, got T = {x.shape[1]}"
-            )
+            raise ValueError(f"CodedAttention needs exactly {self.frames} frames a clip, got T = {x.shape[1]}")
         scores = frame_scores(quality, det) if self.scores else None
         with torch.autocast(x.device.type, enabled=False):
             gram, own = self._products(x, scores)
@@ -326,8 +323,7 @@ class CodedAttention(nn.Module):
         """Return A (B, T/2, T/2) and, in training, the products of what enters the last convolution, A g and ones."""
         average = gram.mean(dim=0)
         theta, phi = (
-            _normalised(norm, _rows(layer), average, len(gram), self.out_dim)
-            for layer, norm in (self.theta, self.phi)
+            _normalised(norm, _rows(layer), average, len(gram), self.out_dim) for layer, norm in (self.theta, self.phi)
         )
         attention = torch.softmax(theta.expand(len(gram), -1, -1) @ (gram @ phi.T), dim=-1)
         if not self.expand[1].training:
@@ -364,3 +360,62 @@ def _normalised(norm: nn.BatchNorm1d, rows: Tensor, gram: Tensor | None, clips: 
     scale = norm.weight * (variance + norm.eps).rsqrt()
     shift = norm.bias - mean * scale
     return scale[:, None] * rows + F.pad(shift[:, None], (rows.shape[-1] - 1, 0))
+
+
+class FixedPool(nn.Module):
+    """Give a pooling function without parameters the call signature of the learned aggregators."""
+
+    def __init__(self, dim: int, pool: Callable[..., Tensor]):
+        super().__init__()
+        self.out_dim = dim
+        self.pool = pool
+
+    def forward(self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None) -> Tensor:
+        return self.pool(x, mask, quality, det)
+
+    def weights(self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None) -> Tensor:
+        """Return the weight of each frame (B, T), read off the pool itself.
+
+        It is the weight of the raw embeddings, or of the unit ones where the pool averages those (``mean``).
+        """
+        frames = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
+        # Embeddings of length 1, orthogonal to each other, come out with the weights of the raw ones as coordinates.
+        return self.pool(frames, mask, quality, det)
+
+
+# Name in the book -> constructor from the width D of an embedding.
+AGGREGATORS: dict[str, Callable[[int], nn.Module]] = {
+    "mean": lambda dim: FixedPool(dim, lambda x, mask, q, d: mean_pool(x, mask)),
+    "norm": lambda dim: FixedPool(dim, lambda x, mask, q, d: norm_pool(x, mask)),
+    "quality": lambda dim: FixedPool(dim, quality_pool),
+    "best half": lambda dim: FixedPool(dim, lambda x, mask, q, d: best_k_pool(x, mask, q, 0.5)),
+    "learned scores": ScoreAttention,
+    "NAN": NAN,
+    "NAN, two blocks": lambda dim: NAN(dim, blocks=2),
+    "NAN + scores": lambda dim: NAN(dim, scores=True),
+    "attention": ChannelAttention,
+    "attention + scores": lambda dim: ChannelAttention(dim, scores=True),
+    "DANet + scores": lambda dim: ChannelAttention(dim, scores=True, invert=True),
+    "as coded": CodedAttention,
+}
+
+
+NEEDS_SCORES = {
+    "quality",
+    "best half",
+    "learned scores",
+    "NAN + scores",
+    "attention + scores",
+    "DANet + scores",
+    "as coded",
+}
+
+
+LEARNED = {name for name in AGGREGATORS if name not in ("mean", "norm", "quality", "best half")}
+
+
+def make_aggregator(name: str, dim: int) -> nn.Module:
+    """Build an aggregator of ``AGGREGATORS`` for embeddings of width ``dim``."""
+    if name not in AGGREGATORS:
+        raise ValueError(f"aggregator must be one of {', '.join(AGGREGATORS)}, got {name!r}")
+    return AGGREGATORS[name](dim)

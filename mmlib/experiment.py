@@ -4,25 +4,64 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from mmlib import ensemble
-from mmlib.clips.simulate import Settings, settings_for
-from mmlib.clips.store import ClipStore
-from mmlib.combine import COMBINE, Fallback
-from mmlib.models import LEARNED
-from mmlib.train import Training
+from mmlib import ensemble, losses
+from mmlib.aggregate import LEARNED
+from mmlib.data.simulate import Settings, settings_for
+from mmlib.data.store import ClipStore
+from mmlib.rank import COMBINE, Fallback
 
 CLASSIFIERS = ("nearest", "class means", "whitened means", "linear", "mlp")
 TRAINED = ("linear", "mlp")
 FUSIONS = ("concat", "gated")
 DISTRACTORS = ("all", "held out", "class")
 STARTS = ("class means", "random")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What decides a training run.
+
+    epochs; batch: clips; frames: frames drawn a clip and step, by ``sample`` of ``ClipStore.batch``; lr of the MLP
+    and classifier, and of the aggregator (whose gradients are some orders smaller), both falling to 0 along a cosine;
+    weight_decay; margin in radians, 0 for a plain (cosine) softmax; scale of the cosines; gamma of the focal term,
+    ``focal`` "clip" or "batch"; optimiser "adamw", or "sgd" with momentum .9 as in the released code.
+    """
+
+    epochs: int = 8
+    batch: int = 256
+    frames: int = 16
+    sample: str = "random"
+    lr: float = 2e-3
+    aggregator_lr: float = 3e-3
+    weight_decay: float = 1e-4
+    margin: float = 0.5
+    scale: float = 30.0
+    gamma: float = 0.0
+    focal: str = "clip"
+    optimiser: str = "adamw"
+
+    def __post_init__(self):
+        if self.focal not in ("clip", "batch"):
+            raise ValueError(f"focal must be clip or batch, got {self.focal!r}")
+        if self.optimiser not in ("adamw", "sgd"):
+            raise ValueError(f"optimiser must be adamw or sgd, got {self.optimiser!r}")
+
+    def loss(self, cosine: Tensor, label: Tensor) -> Tensor:
+        """Return the loss of cosines (B, C) at labels (B,), a scalar; without a margin also of inner products."""
+        logits = (
+            losses.margin_logits(cosine, label, margin=self.margin, scale=self.scale)
+            if self.margin
+            else self.scale * cosine
+        )
+        return (losses.focal_loss if self.focal == "clip" else losses.batch_focal_loss)(logits, label, gamma=self.gamma)
 
 
 @dataclass(frozen=True)
@@ -62,9 +101,9 @@ class Experiment:
     context_dim: int = 128
     fusion: str = "concat"
     hidden: int = 512
-    dropout: float = .5
+    dropout: float = 0.5
     start: str = "class means"
-    shrinkage: float = .1
+    shrinkage: float = 0.1
     distractors: str = "all"
     split: str = "val"
     training: Training = field(default_factory=Training)
@@ -76,22 +115,32 @@ class Experiment:
     fallback: Fallback | None = None
 
     def __post_init__(self):
-        for name, known in (("classifier", CLASSIFIERS), ("fusion", FUSIONS), ("distractors", DISTRACTORS),
-                            ("start", STARTS), ("ensemble", ensemble.KINDS), ("combine", COMBINE), ("split", ("val", "test"))):
+        for name, known in (
+            ("classifier", CLASSIFIERS),
+            ("fusion", FUSIONS),
+            ("distractors", DISTRACTORS),
+            ("start", STARTS),
+            ("ensemble", ensemble.KINDS),
+            ("combine", COMBINE),
+            ("split", ("val", "test")),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         trained = self.classifier in TRAINED
         if self.aggregator in LEARNED and self.modality is not None and not trained:
             raise ValueError(f"aggregator {self.aggregator!r} is learned, so classifier cannot be {self.classifier!r}")
         if (self.context or self.head == "dot" or self.distractors == "class") and not trained:
-            raise ValueError(f"context, head and a class of distractors are trained, so classifier cannot be "
-                             f"{self.classifier!r}")
+            raise ValueError(
+                f"context, head and a class of distractors are trained, so classifier cannot be {self.classifier!r}"
+            )
         if self.modality is None and not self.context:
             raise ValueError("modality None needs a context")
         if self.modality in self.context or len(set(self.context)) < len(self.context):
             raise ValueError(f"context has {self.modality!r} or something else twice: {self.context!r}")
         if self.split == "test" and self.distractors != "all":
-            raise ValueError(f"distractors are known in val only, so they cannot be {self.distractors!r} with split 'test'")
+            raise ValueError(
+                f"distractors are known in val only, so they cannot be {self.distractors!r} with split 'test'"
+            )
         if self.head == "dot" and self.training.margin:
             raise ValueError(f"a margin needs a cosine, so head cannot be 'dot' with margin {self.training.margin}")
         if not self.members or len(set(self.members)) < len(self.members) or min(self.members) < 0:
@@ -99,8 +148,10 @@ class Experiment:
         if self.ensemble == "views" and max(self.members) >= self.regions:
             raise ValueError(f"member {max(self.members)} of views does not exist with {self.regions} regions")
         if self.fallback and (self.modality is None or not trained or self.combine not in ("softmax", "cosine")):
-            raise ValueError("a fallback mixes the scores of two trained models, so it needs a modality and combine "
-                             f"'softmax' or 'cosine', got {self.modality!r} and {self.combine!r}")
+            raise ValueError(
+                "a fallback mixes the scores of two trained models, so it needs a modality and combine "
+                f"'softmax' or 'cosine', got {self.modality!r} and {self.combine!r}"
+            )
         if self.fallback:
             self.second()  # it may be impossible too
 
@@ -111,8 +162,18 @@ class Experiment:
     def second(self) -> Experiment:
         """Return the experiment of the fallback's model."""
         training = replace(self.training, lr=self.fallback.lr or self.training.lr)
-        return replace(self, training=training, modality=None, context=self.fallback.context, fusion="concat", concat="none",
-                       aggregator="norm", regions=2 * self.regions, members=self.fallback.members, fallback=None)
+        return replace(
+            self,
+            training=training,
+            modality=None,
+            context=self.fallback.context,
+            fusion="concat",
+            concat="none",
+            aggregator="norm",
+            regions=2 * self.regions,
+            members=self.fallback.members,
+            fallback=None,
+        )
 
     @property
     def simulated(self) -> bool:
@@ -143,7 +204,33 @@ class Experiment:
 
 
 # The fields of an experiment that decide nothing of its training, at their defaults.
-RANKING = {item.name: item.default for item in fields(Experiment) if item.name in ("members", "combine", "scale", "fallback")}
+RANKING = {
+    item.name: item.default for item in fields(Experiment) if item.name in ("members", "combine", "scale", "fallback")
+}
+
+
+def arm_key(experiment: Experiment | Mapping, *free: str) -> str:
+    """Name what an experiment is, whatever world it ran in, as text: all that it says but its data, size and seed.
+
+    experiment: one, or what a record says of one, where tuples are lists; what a record does not say was added to
+    experiments after it was made, and has its default.  free: more names that may differ, dotted within ``training`` and
+    ``fallback``.
+
+    >>> arm_key(Experiment(seed=1)) == arm_key(Experiment(seed=2, training=Training(lr=1.0)), "training.lr")
+    True
+    """
+    said = dict(experiment) if isinstance(experiment, Mapping) else asdict(experiment)
+    whole = asdict(Experiment())
+    whole |= {name: value for name, value in said.items() if name in whole}
+    parts = {"": whole, "training": asdict(Training()) | dict(whole["training"])}
+    if whole["fallback"]:
+        parts["fallback"] = asdict(Fallback()) | dict(whole["fallback"])
+    whole |= {name: part for name, part in parts.items() if name}
+    for name in ("data", "profile", "settings", "seed", *free):
+        group, _, last = name.rpartition(".")
+        if group in parts:
+            parts[group].pop(last, None)
+    return json.dumps(whole, sort_keys=True)
 
 
 def fingerprint(path: str | Path) -> str:

@@ -91,8 +91,10 @@ def launched(device: str = "auto") -> Launch:
         return Launch(0, 1, at)
     accelerator = _accelerator(at.type)
     if accelerator.num_processes != asked or accelerator.device.type != at.type:
-        raise ValueError(f"WORLD_SIZE is {asked}, but there are {accelerator.num_processes} processes "
-                         f"on {accelerator.device.type}: start them with accelerate launch or torchrun")
+        raise ValueError(
+            f"WORLD_SIZE is {asked}, but there are {accelerator.num_processes} processes "
+            f"on {accelerator.device.type}: start them with accelerate launch or torchrun"
+        )
     return Launch(accelerator.process_index, asked, accelerator.device)
 
 

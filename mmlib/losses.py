@@ -85,7 +85,5 @@ def concat_scores(feature: Tensor, scores: Tensor, *, normalise: bool = True) ->
     feature = _full(feature)
     if normalise:
         norm = feature.norm(dim=-1, keepdim=True)
-        feature = feature / torch.where(
-            norm > 0, norm, 1.0
-        )  # F.normalize has a slope of 1e12 at a zero feature
+        feature = feature / torch.where(norm > 0, norm, 1.0)  # F.normalize has a slope of 1e12 at a zero feature
     return torch.cat([feature, scores.to(feature.dtype)], dim=-1)

@@ -130,9 +130,7 @@ def official_score(truth: Lines, result: Lines, *, k: int = 100) -> Score:
     length = np.bincount(row, minlength=len(length))
     if (length > k).any():
         worst = int(np.argmax(length > k))
-        raise ValueError(
-            f"result line of identity {submitted[worst]} has {length[worst]} clips, more than {k}"
-        )
+        raise ValueError(f"result line of identity {submitted[worst]} has {length[worst]} clips, more than {k}")
 
     truth_line = np.repeat(np.arange(len(relevant)), relevant)
     wanted = pd.Series(truth_line * width + truth_clip)
@@ -154,18 +152,12 @@ def match_ranking(
     """
     ranking, gallery_identity, query_codes = map(np.asarray, (ranking, gallery_identity, query_codes))
     if ranking.ndim != 2 or len(ranking) != len(query_codes):
-        raise ValueError(
-            f"ranking has shape {ranking.shape}, expected {len(query_codes)} rows, one for each query"
-        )
+        raise ValueError(f"ranking has shape {ranking.shape}, expected {len(query_codes)} rows, one for each query")
     if ranking.size and not -1 <= ranking.min() <= ranking.max() < len(gallery_identity):
-        raise ValueError(
-            f"ranking has gallery rows {ranking.min()}..{ranking.max()} of {len(gallery_identity)}"
-        )
+        raise ValueError(f"ranking has gallery rows {ranking.min()}..{ranking.max()} of {len(gallery_identity)}")
     _refuse_rows((ranking[:, 1:] >= 0) & (ranking[:, :-1] < 0), query_codes, "has a gap (-1 before a clip)")
     ordered = np.sort(ranking, axis=1)
-    _refuse_rows(
-        (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0), query_codes, "names a clip twice"
-    )
+    _refuse_rows((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0), query_codes, "names a clip twice")
     known = gallery_identity[gallery_identity >= 0]
     relevant = np.bincount(known, minlength=int(query_codes.max(initial=0)) + 1)[query_codes]
     if len(gallery_identity) == 0:  # nothing to look up: every place is -1
@@ -173,9 +165,7 @@ def match_ranking(
     return (ranking >= 0) & (gallery_identity[ranking] == query_codes[:, None]), relevant
 
 
-def score_ranking(
-    ranking: np.ndarray, gallery_identity: np.ndarray, query_codes: np.ndarray, *, k: int = 100
-) -> Score:
+def score_ranking(ranking: np.ndarray, gallery_identity: np.ndarray, query_codes: np.ndarray, *, k: int = 100) -> Score:
     """Score a ranking held in arrays, as `match_ranking` takes it, by the same rule; at most k clips a query.
 
     Queries without a relevant gallery clip are left out and counted in `Score.left_out`: they say nothing
@@ -212,9 +202,7 @@ def standard_error(ap: np.ndarray) -> float:
     return float(stats.sem(_finite(ap, "ap")))
 
 
-def bootstrap_interval(
-    ap: np.ndarray, *, level: float = 0.95, draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_interval(ap: np.ndarray, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """Percentile interval of the mean of `ap` (Q,) under resampling of identities with replacement."""
     ap = _finite(ap, "ap")
     rng = np.random.default_rng(seed)
@@ -240,9 +228,7 @@ class Paired:
     n: int
 
 
-def paired_test(
-    ap_a: np.ndarray, ap_b: np.ndarray, *, level: float = 0.95, draws: int = 2000, seed: int = 0
-) -> Paired:
+def paired_test(ap_a: np.ndarray, ap_b: np.ndarray, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Paired:
     """Compare two runs identity by identity; ap_a and ap_b (Q,) in the same order of identities.
 
     difference = mean(ap_a - ap_b), with its `bootstrap_interval`. The p value is two-sided, by random sign
@@ -254,9 +240,7 @@ def paired_test(
     """
     ap_a, ap_b = _finite(ap_a, "ap_a"), _finite(ap_b, "ap_b")
     if ap_a.shape != ap_b.shape:
-        raise ValueError(
-            f"ap_a has {len(ap_a)} identities and ap_b {len(ap_b)}; a paired test needs the same ones"
-        )
+        raise ValueError(f"ap_a has {len(ap_a)} identities and ap_b {len(ap_b)}; a paired test needs the same ones")
     difference = ap_a - ap_b
     low, high = bootstrap_interval(difference, level=level, draws=draws, seed=seed)
     moved = difference[difference != 0]
@@ -272,9 +256,7 @@ def paired_test(
     # Rounding must not turn a flip that equals the observed sum into a smaller one.
     bar = abs(moved.sum()) - 1e-9 * np.abs(moved).sum()
     extreme = np.abs(2 * plus - moved.sum()) >= bar
-    return Paired(
-        float(difference.mean()), low, high, float((1 + extreme.sum()) / (1 + draws)), len(difference)
-    )
+    return Paired(float(difference.mean()), low, high, float((1 + extreme.sum()) / (1 + draws)), len(difference))
 
 
 @dataclass(frozen=True)
@@ -306,16 +288,10 @@ def over_worlds(differences: np.ndarray, *, level: float = 0.95) -> OverWorlds:
     )
 
 
-def _score(
-    hits: np.ndarray, relevant: np.ndarray, identities: np.ndarray, k: int, left_out: int = 0
-) -> Score:
+def _score(hits: np.ndarray, relevant: np.ndarray, identities: np.ndarray, k: int, left_out: int = 0) -> Score:
     if len(hits) == 0:
-        raise ValueError(
-            f"no query has a relevant clip, so there is nothing to score ({left_out} queries left out)"
-        )
-    first = (
-        np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, 0) if hits.shape[1] else np.zeros(len(hits), int)
-    )
+        raise ValueError(f"no query has a relevant clip, so there is nothing to score ({left_out} queries left out)")
+    first = np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, 0) if hits.shape[1] else np.zeros(len(hits), int)
     return Score(average_precision(hits, relevant), first, identities, k, left_out)
 
 

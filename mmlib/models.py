@@ -6,61 +6,12 @@ optional branch a context (scene, head, body, audio), a residual MLP, and a cosi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmlib import aggregate
 from mmlib.losses import concat_scores
-
-
-class FixedPool(nn.Module):
-    """Give a pooling function without parameters the call signature of the learned aggregators."""
-
-    def __init__(self, dim: int, pool: Callable[..., Tensor]):
-        super().__init__()
-        self.out_dim = dim
-        self.pool = pool
-
-    def forward(self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None) -> Tensor:
-        return self.pool(x, mask, quality, det)
-
-    def weights(self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None) -> Tensor:
-        """Return the weight of each frame (B, T), read off the pool itself.
-
-        It is the weight of the raw embeddings, or of the unit ones where the pool averages those (``mean``).
-        """
-        frames = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
-        # Embeddings of length 1, orthogonal to each other, come out with the weights of the raw ones as coordinates.
-        return self.pool(frames, mask, quality, det)
-
-
-# Name in the book -> constructor from the width D of an embedding.
-AGGREGATORS: dict[str, Callable[[int], nn.Module]] = {
-    "mean": lambda dim: FixedPool(dim, lambda x, mask, q, d: aggregate.mean_pool(x, mask)),
-    "norm": lambda dim: FixedPool(dim, lambda x, mask, q, d: aggregate.norm_pool(x, mask)),
-    "quality": lambda dim: FixedPool(dim, aggregate.quality_pool),
-    "best half": lambda dim: FixedPool(dim, lambda x, mask, q, d: aggregate.best_k_pool(x, mask, q, .5)),
-    "learned scores": aggregate.ScoreAttention,
-    "NAN": aggregate.NAN,
-    "NAN, two blocks": lambda dim: aggregate.NAN(dim, blocks=2),
-    "NAN + scores": lambda dim: aggregate.NAN(dim, scores=True),
-    "attention": aggregate.ChannelAttention,
-    "attention + scores": lambda dim: aggregate.ChannelAttention(dim, scores=True),
-    "DANet + scores": lambda dim: aggregate.ChannelAttention(dim, scores=True, invert=True),
-    "as coded": aggregate.CodedAttention,
-}
-NEEDS_SCORES = {"quality", "best half", "learned scores", "NAN + scores", "attention + scores", "DANet + scores", "as coded"}
-LEARNED = {name for name in AGGREGATORS if name not in ("mean", "norm", "quality", "best half")}
-
-
-def make_aggregator(name: str, dim: int) -> nn.Module:
-    """Build an aggregator of ``AGGREGATORS`` for embeddings of width ``dim``."""
-    if name not in AGGREGATORS:
-        raise ValueError(f"aggregator must be one of {', '.join(AGGREGATORS)}, got {name!r}")
-    return AGGREGATORS[name](dim)
 
 
 class Dropout(nn.Module):
@@ -124,8 +75,13 @@ class ResidualMLP(nn.Module):
     def __init__(self, dim: int, hidden: int, dropout: float):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.PReLU(), Dropout(hidden, dropout),
-            nn.Linear(hidden, dim, bias=False), nn.BatchNorm1d(dim))
+            nn.Linear(dim, hidden, bias=False),
+            nn.BatchNorm1d(hidden),
+            nn.PReLU(),
+            Dropout(hidden, dropout),
+            nn.Linear(hidden, dim, bias=False),
+            nn.BatchNorm1d(dim),
+        )
         nn.init.zeros_(self.layers[-1].weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,9 +96,17 @@ class ContextBranch(nn.Module):
 
     def __init__(self, dim: int, out: int, dropout: float):
         super().__init__()
-        self.layers = nn.ModuleList([
-            nn.Linear(dim, dim // 4, bias=False), MaskedBatchNorm(dim // 4), nn.PReLU(), Dropout(dim // 4, dropout),
-            nn.Linear(dim // 4, out, bias=False), MaskedBatchNorm(out), nn.PReLU()])
+        self.layers = nn.ModuleList(
+            [
+                nn.Linear(dim, dim // 4, bias=False),
+                MaskedBatchNorm(dim // 4),
+                nn.PReLU(),
+                Dropout(dim // 4, dropout),
+                nn.Linear(dim // 4, out, bias=False),
+                MaskedBatchNorm(out),
+                nn.PReLU(),
+            ]
+        )
         self.absent = nn.Parameter(torch.zeros(out))
         self.out_dim = out
 
@@ -178,9 +142,20 @@ class IdentityModel(nn.Module):
     the region of the embeddings and of every context that the model does not see.
     """
 
-    def __init__(self, aggregator: nn.Module | None, identities: int, *, hidden: int, dropout: float = .5,
-                 concat: str = "none", contexts: dict[str, int] | None = None, context_dim: int = 128,
-                 gated: bool = False, head: str = "cosine", discard: tuple[int, int] | None = None):
+    def __init__(
+        self,
+        aggregator: nn.Module | None,
+        identities: int,
+        *,
+        hidden: int,
+        dropout: float = 0.5,
+        concat: str = "none",
+        contexts: dict[str, int] | None = None,
+        context_dim: int = 128,
+        gated: bool = False,
+        head: str = "cosine",
+        discard: tuple[int, int] | None = None,
+    ):
         super().__init__()
         if concat not in CONCATS:
             raise ValueError(f"concat must be one of {', '.join(CONCATS)}, got {concat!r}")
@@ -193,8 +168,12 @@ class IdentityModel(nn.Module):
         self.head = head
         self.discard = discard
         own = 0 if aggregator is None else aggregator.out_dim + 2 * (concat in ("normalised", "raw"))
-        self.branches = nn.ModuleDict({name: ContextBranch(kept_width(width, discard), context_dim, dropout)
-                                       for name, width in (contexts or {}).items()})
+        self.branches = nn.ModuleDict(
+            {
+                name: ContextBranch(kept_width(width, discard), context_dim, dropout)
+                for name, width in (contexts or {}).items()
+            }
+        )
         self.gates = nn.ModuleDict({name: nn.Linear(own + context_dim, 1) for name in self.branches} if gated else {})
         self.dim = own + context_dim * len(self.branches)
         self.mlp = ResidualMLP(self.dim, hidden, dropout) if hidden else nn.Identity()
@@ -203,8 +182,14 @@ class IdentityModel(nn.Module):
         self.register_buffer("centre", torch.zeros(0 if aggregator is None else aggregator.out_dim))
         self.register_buffer("whitening", None)
 
-    def pool(self, x: Tensor | None, mask: Tensor | None, quality: Tensor | None, det: Tensor | None,
-             contexts: dict[str, tuple[Tensor, Tensor]] | None = None) -> Tensor:
+    def pool(
+        self,
+        x: Tensor | None,
+        mask: Tensor | None,
+        quality: Tensor | None,
+        det: Tensor | None,
+        contexts: dict[str, tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
         """Return what enters the MLP, (B, dim), entries of order 1.
 
         x (B, T, D) and the contexts are without the region that the model discards, ``gap``.  contexts: by name the
@@ -232,7 +217,7 @@ class IdentityModel(nn.Module):
             weight = mask / mask.sum(1, keepdim=True).clamp(min=1)
             scores = torch.stack([(quality * weight).sum(1) / aggregate.QUALITY_UNIT, (det * weight).sum(1)], 1)
             feature = concat_scores(feature, scores, normalise=self.concat == "normalised")
-        return feature if self.concat in ("raw", "frames") else F.normalize(feature, dim=1) * feature.shape[1] ** .5
+        return feature if self.concat in ("raw", "frames") else F.normalize(feature, dim=1) * feature.shape[1] ** 0.5
 
     def embed(self, pooled: Tensor) -> Tensor:
         """Return the embedding that is compared with the identities, (B, dim), of length 1 under a cosine."""

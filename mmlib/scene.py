@@ -22,28 +22,55 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmlib.clips.arrays import partial_folder
-from mmlib.clips.images import Images
-from mmlib.clips.pictures import Decoded, ImageBatch, decode
-from mmlib.clips.store import ClipStore
+from mmlib.data.images import Images
+from mmlib.data.pictures import Decoded, ImageBatch, decode
+from mmlib.data.store import ClipStore
+from mmlib.data.writer import partial_folder
 from mmlib.experiment import fingerprint, torch_device
 from mmlib.launch import Launch, launched
-from mmlib.runs import PACKAGE, cache_folder, library_hash
+from mmlib.records import PACKAGE, cache_folder, claim, clear_partial, library_hash
 from mmlib.scene_network import SceneModel, SceneSettings, make_backbone, make_model, settings_for
 from mmlib.scene_training import extract, fine_tune, training_clips
-from mmlib.sweep import claim, clear_partial
 
-__all__ = ["SceneModel", "SceneRun", "SceneSettings", "code_hash", "decoded_pictures", "extract", "fetch_or_train",
-           "fine_tune", "fine_tune_to_store", "make_backbone", "make_model", "occlusion", "run_key", "settings_for",
-           "write_scene_store"]
+__all__ = [
+    "SceneModel",
+    "SceneRun",
+    "SceneSettings",
+    "code_hash",
+    "decoded_pictures",
+    "extract",
+    "fetch_or_train",
+    "fine_tune",
+    "fine_tune_to_store",
+    "make_backbone",
+    "make_model",
+    "occlusion",
+    "run_key",
+    "settings_for",
+    "write_scene_store",
+]
 
-DECIDING = ("scene.py", "scene_network.py", "scene_training.py", "clips/crops.py", "clips/images.py", "clips/pictures.py",
-            "clips/render.py")  # beside those of ``runs``
+DECIDING = (
+    "scene.py",
+    "scene_network.py",
+    "scene_training.py",
+    "data/crops.py",
+    "data/images.py",
+    "data/pictures.py",
+    "data/render.py",
+)  # beside those of ``runs``
 _BLOCK = 2**13  # frames copied at once
 
 
-def write_scene_store(store: ClipStore, out: str | Path, blocks: Iterable[tuple[ImageBatch, np.ndarray]], *,
-                      provenance: dict, keep: Iterable[str] | None = None, overwrite: bool = False) -> Counter:
+def write_scene_store(
+    store: ClipStore,
+    out: str | Path,
+    blocks: Iterable[tuple[ImageBatch, np.ndarray]],
+    *,
+    provenance: dict,
+    keep: Iterable[str] | None = None,
+    overwrite: bool = False,
+) -> Counter:
     """Stream scene features into a new store, beside the other modalities of ``store``; count the pictures by mode.
 
     keep: the other modalities that are copied, all unless given.  A clip without a picture has no scene.  What the store
@@ -90,10 +117,10 @@ def occlusion(model: SceneModel, pixels: Tensor, label: Tensor, *, patch: int, s
     for top in places:
         for left in places:
             hidden = pixels.clone()
-            hidden[:, :, top:top + patch, left:left + patch] = colour
+            hidden[:, :, top : top + patch, left : left + patch] = colour
             drop = whole - model(hidden).gather(1, label[:, None])[:, 0]
-            total[:, top:top + patch, left:left + patch] += drop[:, None, None]
-            covered[:, top:top + patch, left:left + patch] += 1
+            total[:, top : top + patch, left : left + patch] += drop[:, None, None]
+            covered[:, top : top + patch, left : left + patch] += 1
     return total / covered
 
 
@@ -101,8 +128,15 @@ def occlusion(model: SceneModel, pixels: Tensor, label: Tensor, *, patch: int, s
 
 
 @contextmanager
-def decoded_pictures(store: ClipStore, images: Images, settings: SceneSettings, run: Launch, *,
-                     folder: str | Path | None = None, progress: bool = False) -> Iterator[Decoded]:
+def decoded_pictures(
+    store: ClipStore,
+    images: Images,
+    settings: SceneSettings,
+    run: Launch,
+    *,
+    folder: str | Path | None = None,
+    progress: bool = False,
+) -> Iterator[Decoded]:
     """Decode the pictures that are trained on, once for all processes of a run, and remove them at the end.
 
     folder: where to keep them instead for further runs, as in ``decode``; without, they lie in the cache.
@@ -125,9 +159,20 @@ def decoded_pictures(store: ClipStore, images: Images, settings: SceneSettings, 
             shutil.rmtree(path, ignore_errors=True)
 
 
-def fine_tune_to_store(store: ClipStore, images: Images, settings: SceneSettings, out: str | Path, *, seed: int,
-                       device: str = "auto", keep: Iterable[str] | None = None, overwrite: bool = False,
-                       decoded: str | Path | None = None, compile_mode: str = "", progress: bool = False) -> Counter:
+def fine_tune_to_store(
+    store: ClipStore,
+    images: Images,
+    settings: SceneSettings,
+    out: str | Path,
+    *,
+    seed: int,
+    device: str = "auto",
+    keep: Iterable[str] | None = None,
+    overwrite: bool = False,
+    decoded: str | Path | None = None,
+    compile_mode: str = "",
+    progress: bool = False,
+) -> Counter:
     """Fine-tune, extract, and write the store of ``write_scene_store``, whose path is checked first.
 
     decoded: a folder that keeps decoded pictures for further runs.  compile_mode: as in ``fine_tune``.  Of a launched run
@@ -139,13 +184,24 @@ def fine_tune_to_store(store: ClipStore, images: Images, settings: SceneSettings
 
     def blocks() -> Iterator[tuple[ImageBatch, np.ndarray]]:
         with decoded_pictures(store, images, settings, run, folder=decoded, progress=progress) as pictures:
-            model, history = fine_tune(store, images, settings, seed=seed, device=device, decoded=pictures,
-                                       compile_mode=compile_mode, progress=progress)
+            model, history = fine_tune(
+                store,
+                images,
+                settings,
+                seed=seed,
+                device=device,
+                decoded=pictures,
+                compile_mode=compile_mode,
+                progress=progress,
+            )
             said["history"] = history
             yield from extract(model, images, settings, seed=seed, decoded=pictures, progress=progress)
 
-    return _first_writes(run, blocks(), lambda found: write_scene_store(store, out, found, provenance=said, keep=keep,
-                                                                        overwrite=overwrite))
+    return _first_writes(
+        run,
+        blocks(),
+        lambda found: write_scene_store(store, out, found, provenance=said, keep=keep, overwrite=overwrite),
+    )
 
 
 def _first_writes(run: Launch, blocks: Iterator, write: Callable[[Iterator], Counter]) -> Counter:
@@ -183,8 +239,15 @@ class SceneRun:
         return ClipStore.open(self.folder / "trained")
 
 
-def fetch_or_train(store: ClipStore, images: Images, settings: SceneSettings, *, seed: int, device: str = "auto",
-                   progress: bool = False) -> SceneRun:
+def fetch_or_train(
+    store: ClipStore,
+    images: Images,
+    settings: SceneSettings,
+    *,
+    seed: int,
+    device: str = "auto",
+    progress: bool = False,
+) -> SceneRun:
     """Return the network of these settings, images and seed from the cache, or train it and keep it there.
 
     Of several runs that ask for it at once, one trains it and the others wait.
@@ -199,18 +262,30 @@ def fetch_or_train(store: ClipStore, images: Images, settings: SceneSettings, *,
     return SceneRun(folder, settings, model.eval(), said["history"], said["modes"], said["seconds"])
 
 
-def _train_and_keep(store: ClipStore, images: Images, settings: SceneSettings, folder: Path, run: Launch, *, seed: int,
-                    device: str, progress: bool) -> None:
+def _train_and_keep(
+    store: ClipStore,
+    images: Images,
+    settings: SceneSettings,
+    folder: Path,
+    run: Launch,
+    *,
+    seed: int,
+    device: str,
+    progress: bool,
+) -> None:
     began = time.perf_counter()
     with decoded_pictures(store, images, settings, run, progress=progress) as pictures:
-        model, history = fine_tune(store, images, settings, seed=seed, device=device, decoded=pictures, progress=progress)
+        model, history = fine_tune(
+            store, images, settings, seed=seed, device=device, decoded=pictures, progress=progress
+        )
         trained = time.perf_counter()
 
         def write(blocks: Iterator) -> Counter:
             clear_partial(folder)
             with partial_folder(folder, "run.json", overwrite=True) as partial:
-                modes = write_scene_store(store, partial / "trained", blocks,
-                                          provenance={"settings": asdict(settings), "seed": seed}, keep=())
+                modes = write_scene_store(
+                    store, partial / "trained", blocks, provenance={"settings": asdict(settings), "seed": seed}, keep=()
+                )
                 torch.save(model.state_dict(), partial / "model.pt")
                 seconds = {"fine-tune": round(trained - began, 3), "extract": round(time.perf_counter() - trained, 3)}
                 said = {"history": history, "modes": modes, "seconds": seconds}

@@ -39,9 +39,9 @@ class SceneSettings:
     resize: int = 256
     epochs: int = 20
     batch: int = 40
-    lr: float = .1
-    backbone_lr: float = .001
-    momentum: float = .9
+    lr: float = 0.1
+    backbone_lr: float = 0.001
+    momentum: float = 0.9
     weight_decay: float = 1e-4
     margin: float = 0.0
     scale: float = 30.0
@@ -65,7 +65,7 @@ def settings_for(architecture: str, weights: str = "", **overrides) -> SceneSett
     """
     chosen = {} if architecture in DEEP else {"size": 56, "resize": 64, "batch": 32}
     if not weights:
-        chosen |= {"backbone_lr": .05}
+        chosen |= {"backbone_lr": 0.05}
     return SceneSettings(architecture, weights, **chosen | overrides)
 
 
@@ -82,8 +82,16 @@ def make_backbone(architecture: str, weights: str = "") -> nn.Module:
         if pretrained:
             raise ValueError(f"weights: there are no pretrained ones of {architecture}, only of {', '.join(DEEP)}")
         # Every block counts from the start: with the last scale of a block at 0, as usual, short trainings lose epochs.
-        backbone = ResNet(Bottleneck, NARROW[architecture], num_classes=0, cardinality=8, base_width=8,
-                          channels=(16, 32, 64, 128), block_args={"attn_layer": "se"}, zero_init_last=False)
+        backbone = ResNet(
+            Bottleneck,
+            NARROW[architecture],
+            num_classes=0,
+            cardinality=8,
+            base_width=8,
+            channels=(16, 32, 64, 128),
+            block_args={"attn_layer": "se"},
+            zero_init_last=False,
+        )
     else:
         try:
             backbone = timm.create_model(architecture, pretrained=pretrained, num_classes=0)
@@ -91,8 +99,10 @@ def make_backbone(architecture: str, weights: str = "") -> nn.Module:
             if not pretrained:
                 raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"weights: cannot download those of {architecture} ({reason}); "
-                             "give the path of a file instead, or none to start from scratch") from None
+            raise ValueError(
+                f"weights: cannot download those of {architecture} ({reason}); "
+                "give the path of a file instead, or none to start from scratch"
+            ) from None
     if weights and not pretrained:
         _load(backbone, architecture, Path(weights))
     return backbone
@@ -125,8 +135,10 @@ def _load(backbone: nn.Module, architecture: str, path: Path) -> None:
         if key not in state:
             raise ValueError(f"weights {path}: not of {architecture}: no {key}")
         if state[key].shape != value.shape:
-            raise ValueError(f"weights {path}: not of {architecture}: {key} is {tuple(state[key].shape)}, "
-                             f"expected {tuple(value.shape)}")
+            raise ValueError(
+                f"weights {path}: not of {architecture}: {key} is {tuple(state[key].shape)}, "
+                f"expected {tuple(value.shape)}"
+            )
     if extra := [key for key in state if key not in wanted]:
         raise ValueError(f"weights {path}: not of {architecture}: it has no {extra[0]}")
     backbone.load_state_dict(state)

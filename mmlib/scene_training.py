@@ -19,9 +19,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from mmlib import losses
-from mmlib.clips.images import Images
-from mmlib.clips.pictures import Decoded, ImageBatch, image_batches
-from mmlib.clips.store import ClipStore
+from mmlib.data.images import Images
+from mmlib.data.pictures import Decoded, ImageBatch, image_batches
+from mmlib.data.store import ClipStore
 from mmlib.launch import launched
 from mmlib.scene_network import SceneModel, SceneSettings, make_model
 
@@ -30,14 +30,25 @@ def training_clips(store: ClipStore, images: Images) -> np.ndarray:
     """Return the labelled train clips that have an image, of which there must be one."""
     clips = np.intersect1d(store.select("train", labelled=True), images.present)
     if not len(clips):
-        raise ValueError(f"{images.folder}: no labelled train clip of {store.path} has an image, "
-                         "so nothing can be trained")
+        raise ValueError(
+            f"{images.folder}: no labelled train clip of {store.path} has an image, so nothing can be trained"
+        )
     return clips
 
 
-def fine_tune(store: ClipStore, images: Images, settings: SceneSettings, *, seed: int, device: str = "auto",
-              watch: int = 64, decoded: Decoded | None = None, mixed: bool | None = None, compile_mode: str = "",
-              progress: bool = False) -> tuple[SceneModel, list[dict[str, float]]]:
+def fine_tune(
+    store: ClipStore,
+    images: Images,
+    settings: SceneSettings,
+    *,
+    seed: int,
+    device: str = "auto",
+    watch: int = 64,
+    decoded: Decoded | None = None,
+    mixed: bool | None = None,
+    compile_mode: str = "",
+    progress: bool = False,
+) -> tuple[SceneModel, list[dict[str, float]]]:
     """Train on the labelled train clips that have an image, one drawn image a clip and epoch.
 
     Returns the model in eval mode, and by epoch: loss (nats), train (share of the epoch's pictures recognised, as the
@@ -56,8 +67,9 @@ def fine_tune(store: ClipStore, images: Images, settings: SceneSettings, *, seed
     # A last batch of one clip would break batch norm, so the remainder is spread over the batches.
     steps = max(1, round(len(clips) / settings.batch))
     if run.count > 1 and len(clips) // steps < 2 * run.count:
-        raise ValueError(f"batch must have two clips for each of {run.count} processes, "
-                         f"got batches of {len(clips) // steps}")
+        raise ValueError(
+            f"batch must have two clips for each of {run.count} processes, got batches of {len(clips) // steps}"
+        )
     model = make_model(settings, len(store.identities), seed=seed).to(at, memory_format=torch.channels_last)
     if run.count > 1 and at.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -72,8 +84,9 @@ def fine_tune(store: ClipStore, images: Images, settings: SceneSettings, *, seed
     shape = {"size": settings.size, "resize": settings.resize, "seed": seed, "decoded": decoded, "device": at}
     kept = list(image_batches(images, _blocks(run.share(watched), 64), **shape))  # the same after every epoch
     history = []
-    for epoch in tqdm(range(settings.epochs), desc="fine-tune", unit="epoch", mininterval=1,
-                      disable=not progress or run.index > 0):
+    for epoch in tqdm(
+        range(settings.epochs), desc="fine-tune", unit="epoch", mininterval=1, disable=not progress or run.index > 0
+    ):
         model.train()
         total = torch.zeros(2, device=at)
         groups = np.array_split(rng.permutation(clips), steps)
@@ -83,8 +96,9 @@ def fine_tune(store: ClipStore, images: Images, settings: SceneSettings, *, seed
         for group, label, batch in zip(groups, labels, batches, strict=True):
             with _fastest(at), _autocast(at, mixed):
                 cosine = network(batch.pixels)
-            loss = losses.cross_entropy(losses.margin_logits(cosine, label, margin=settings.margin, scale=settings.scale),
-                                        label)
+            loss = losses.cross_entropy(
+                losses.margin_logits(cosine, label, margin=settings.margin, scale=settings.scale), label
+            )
             optimiser.zero_grad(set_to_none=True)
             with _fastest(at):
                 # Shares may differ by a clip, and the mean over processes is to be that over clips.
@@ -98,29 +112,49 @@ def fine_tune(store: ClipStore, images: Images, settings: SceneSettings, *, seed
             raise ValueError(f"training diverged: loss {loss} in epoch {epoch + 1} of {settings}")
         run.copy_buffers(model)
         known = run.sum(torch.tensor(float(recognised(model, store, kept)), device=at)).item()
-        history.append({"epoch": epoch + 1, "loss": loss, "train": right,
-                        "val": known / len(watched) if len(watched) else float("nan")})
+        history.append(
+            {
+                "epoch": epoch + 1,
+                "loss": loss,
+                "train": right,
+                "val": known / len(watched) if len(watched) else float("nan"),
+            }
+        )
     return model.eval(), history
 
 
 def make_optimiser(model: SceneModel, settings: SceneSettings) -> torch.optim.SGD:
     """Return SGD with one rate for the backbone and one for the head."""
     groups = [{"params": list(model.backbone.parameters()), "lr": settings.backbone_lr}, {"params": [model.prototype]}]
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay,
-                           fused=True if model.prototype.is_cuda else None)
+    return torch.optim.SGD(
+        groups,
+        lr=settings.lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        fused=True if model.prototype.is_cuda else None,
+    )
 
 
 @torch.inference_mode()
 def recognised(model: SceneModel, store: ClipStore, batches: Iterable[ImageBatch]) -> int:
     """Return how many labelled clips have the right identity vector nearest."""
     model.eval()
-    return sum(int((model(batch.pixels).argmax(1).cpu().numpy() == store.identity_of(batch.clips)).sum())
-               for batch in batches)
+    return sum(
+        int((model(batch.pixels).argmax(1).cpu().numpy() == store.identity_of(batch.clips)).sum()) for batch in batches
+    )
 
 
-def extract(model: SceneModel, images: Images, settings: SceneSettings, *, seed: int, block: int | None = None,
-            decoded: Decoded | None = None, mixed: bool | None = None,
-            progress: bool = False) -> Iterator[tuple[ImageBatch, np.ndarray]]:
+def extract(
+    model: SceneModel,
+    images: Images,
+    settings: SceneSettings,
+    *,
+    seed: int,
+    block: int | None = None,
+    decoded: Decoded | None = None,
+    mixed: bool | None = None,
+    progress: bool = False,
+) -> Iterator[tuple[ImageBatch, np.ndarray]]:
     """Yield pictures and their features (n, D) float16, ``block`` clips at a time, for every clip that has an image.
 
     One drawn picture a clip, as in training, but its centre.  The network is in eval mode, so that a clip's feature does
@@ -134,11 +168,19 @@ def extract(model: SceneModel, images: Images, settings: SceneSettings, *, seed:
     device, clips = model.prototype.device, images.present
     run = launched(device.type)
     groups = _blocks(clips, block or (256 if device.type == "cuda" else 64))
-    batches = image_batches(images, groups[run.index::run.count], size=settings.size, resize=settings.resize, seed=seed,
-                            decoded=decoded, device=device)
+    batches = image_batches(
+        images,
+        groups[run.index :: run.count],
+        size=settings.size,
+        resize=settings.resize,
+        seed=seed,
+        decoded=decoded,
+        device=device,
+    )
     own = _features(model, batches, mixed)
-    with tqdm(total=len(groups), desc="extract", unit="block", mininterval=1,
-              disable=not progress or run.index > 0) as bar:
+    with tqdm(
+        total=len(groups), desc="extract", unit="block", mininterval=1, disable=not progress or run.index > 0
+    ) as bar:
         for _ in range(-(-len(groups) // run.count)):
             found = next(own, None)
             if run.count > 1 and found:
@@ -148,8 +190,9 @@ def extract(model: SceneModel, images: Images, settings: SceneSettings, *, seed:
                 yield each
 
 
-def _features(model: SceneModel, batches: Iterable[ImageBatch],
-              mixed: bool | None) -> Iterator[tuple[ImageBatch, np.ndarray]]:
+def _features(
+    model: SceneModel, batches: Iterable[ImageBatch], mixed: bool | None
+) -> Iterator[tuple[ImageBatch, np.ndarray]]:
     """Yield each batch with its features when the next one is under way, so that a GPU does not wait for the writing."""
     device, before = model.prototype.device, None
     for batch in batches:
@@ -163,8 +206,9 @@ def _features(model: SceneModel, batches: Iterable[ImageBatch],
         yield _arrived(*before)
 
 
-def _arrived(batch: ImageBatch, feature: torch.Tensor,
-             copied: torch.cuda.Event | None) -> tuple[ImageBatch, np.ndarray]:
+def _arrived(
+    batch: ImageBatch, feature: torch.Tensor, copied: torch.cuda.Event | None
+) -> tuple[ImageBatch, np.ndarray]:
     if copied:
         copied.synchronize()
     return batch, feature.numpy()

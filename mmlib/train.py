@@ -3,66 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mmlib import losses
 from mmlib.aggregate import mean_pool
-from mmlib.clips.sampling import sample_rows
-from mmlib.clips.store import ClipStore
+from mmlib.data.store import ClipStore, sample_rows
+from mmlib.ensemble import Together
+from mmlib.experiment import Training
 from mmlib.models import IdentityModel
-from mmlib.together import Together
 
 
-@dataclass(frozen=True)
-class Training:
-    """What decides a training run.
-
-    epochs; batch: clips; frames: frames drawn a clip and step, by ``sample`` of ``ClipStore.batch``; lr of the MLP
-    and classifier, and of the aggregator (whose gradients are some orders smaller), both falling to 0 along a cosine;
-    weight_decay; margin in radians, 0 for a plain (cosine) softmax; scale of the cosines; gamma of the focal term,
-    ``focal`` "clip" or "batch"; optimiser "adamw", or "sgd" with momentum .9 as in the released code.
-    """
-
-    epochs: int = 8
-    batch: int = 256
-    frames: int = 16
-    sample: str = "random"
-    lr: float = 2e-3
-    aggregator_lr: float = 3e-3
-    weight_decay: float = 1e-4
-    margin: float = .5
-    scale: float = 30.0
-    gamma: float = 0.0
-    focal: str = "clip"
-    optimiser: str = "adamw"
-
-    def __post_init__(self):
-        if self.focal not in ("clip", "batch"):
-            raise ValueError(f"focal must be clip or batch, got {self.focal!r}")
-        if self.optimiser not in ("adamw", "sgd"):
-            raise ValueError(f"optimiser must be adamw or sgd, got {self.optimiser!r}")
-
-    def loss(self, cosine: Tensor, label: Tensor) -> Tensor:
-        """Return the loss of cosines (B, C) at labels (B,), a scalar; without a margin also of inner products."""
-        logits = (losses.margin_logits(cosine, label, margin=self.margin, scale=self.scale) if self.margin
-                  else self.scale * cosine)
-        return (losses.focal_loss if self.focal == "clip" else losses.batch_focal_loss)(logits, label, gamma=self.gamma)
-
-
-def train(model: IdentityModel, store: ClipStore, clips: np.ndarray, training: Training, *, seed: int | list[int],
-          modality: str | None = "face", progress: bool = False) -> list[float]:
+def train(
+    model: IdentityModel,
+    store: ClipStore,
+    clips: np.ndarray,
+    training: Training,
+    *,
+    seed: int | list[int],
+    modality: str | None = "face",
+    progress: bool = False,
+) -> list[float]:
     """Train on clips (n,) of a store; return the mean loss of every epoch.  See ``train_together``."""
     return train_together([model], store, [clips], training, seeds=[seed], modality=modality, progress=progress)[0]
 
 
-def train_together(models: list[IdentityModel], store: ClipStore, clips: list[np.ndarray], training: Training, *,
-                   seeds: list[int | list[int]], modality: str | None = "face",
-                   progress: bool = False) -> list[list[float]]:
+def train_together(
+    models: list[IdentityModel],
+    store: ClipStore,
+    clips: list[np.ndarray],
+    training: Training,
+    *,
+    seeds: list[int | list[int]],
+    modality: str | None = "face",
+    progress: bool = False,
+) -> list[list[float]]:
     """Train models of one shape in one batched pass, each on clips (n,) of its own; return the mean losses by epoch.
 
     Every model sees the clips, frames, order and dropout masks that it would see alone, drawn from its own seed: the
@@ -74,8 +51,10 @@ def train_together(models: list[IdentityModel], store: ClipStore, clips: list[np
     frames and order whatever the model, so that two arms see the same data.
     """
     if len({len(chosen) for chosen in clips}) != 1 or not len(models) == len(clips) == len(seeds):
-        raise ValueError(f"{len(models)} models trained together need as many seeds and lists of clips of one length, "
-                         f"got {len(seeds)} seeds and lists of {', '.join(str(len(chosen)) for chosen in clips)} clips")
+        raise ValueError(
+            f"{len(models)} models trained together need as many seeds and lists of clips of one length, "
+            f"got {len(seeds)} seeds and lists of {', '.join(str(len(chosen)) for chosen in clips)} clips"
+        )
     device, number = models[0].prototype.device, len(clips[0])
     data, drops = ([_generator(seed, stream, device) for seed in seeds] for stream in (2, 5))
     together = Together(models)
@@ -112,7 +91,7 @@ def _optimiser(parameters: dict[str, Tensor], training: Training) -> torch.optim
     slow = [value for name, value in parameters.items() if name.startswith("aggregator.")]
     groups = [{"params": slow, "lr": training.aggregator_lr, "weight_decay": 0.0}] if slow else []
     groups.append({"params": [value for name, value in parameters.items() if not name.startswith("aggregator.")]})
-    kind, options = {"adamw": (torch.optim.AdamW, {}), "sgd": (torch.optim.SGD, {"momentum": .9})}[training.optimiser]
+    kind, options = {"adamw": (torch.optim.AdamW, {}), "sgd": (torch.optim.SGD, {"momentum": 0.9})}[training.optimiser]
     return kind(groups, lr=training.lr, weight_decay=training.weight_decay, fused=True, **options)
 
 
@@ -139,8 +118,14 @@ class Reader:
     for every epoch.
     """
 
-    def __init__(self, models: list[IdentityModel], store: ClipStore, clips: list[np.ndarray], modality: str | None,
-                 training: Training):
+    def __init__(
+        self,
+        models: list[IdentityModel],
+        store: ClipStore,
+        clips: list[np.ndarray],
+        modality: str | None,
+        training: Training,
+    ):
         device = models[0].prototype.device
         self._sampling = _sampling(models[0], training.sample, training.frames)
         self._frames = None if modality is None else store.on(modality, device)
@@ -163,8 +148,12 @@ class Reader:
         """Draw the frames of an epoch for every clip of every model."""
         if self._frames is not None:
             source = self._frames
-            self._rows = torch.stack([sample_rows(source.start[clips], source.count[clips], *self._sampling, generator)
-                                      for clips, generator in zip(self._clips, generators)])
+            self._rows = torch.stack(
+                [
+                    sample_rows(source.start[clips], source.count[clips], *self._sampling, generator)
+                    for clips, generator in zip(self._clips, generators)
+                ]
+            )
 
     def read(self, places: Tensor) -> tuple:
         """Return the inputs of ``IdentityModel`` with M in front, for the clips at ``places`` (M, B) of each model's.
@@ -179,8 +168,10 @@ class Reader:
             parts = [self._frames.gather(rows, gap=gap, out=one)[1:4] for rows, gap, one in zip(parts, self._gaps, out)]
             inputs = [out, *(None if part[0] is None else _stack(part) for part in zip(*parts))]
         places = self._place.gather(1, places)
-        context = {name: tuple(_stack([value[place] for value, place in zip(values, places)]) for values in zip(*read))
-                   for name, read in self._contexts.items()}
+        context = {
+            name: tuple(_stack([value[place] for value, place in zip(values, places)]) for values in zip(*read))
+            for name, read in self._contexts.items()
+        }
         return *inputs, context
 
 
@@ -203,13 +194,14 @@ def _blocks(count: np.ndarray, block: int) -> Iterator[np.ndarray]:
         # Cut where (clips so far) x (longest so far) would pass the block.
         fits = np.arange(1, len(order) - first + 1) * count[order[first:]] <= block
         step = max(1, int(fits.argmin()) if not fits.all() else len(fits))
-        yield order[first:first + step]
+        yield order[first : first + step]
         first += step
 
 
 @torch.no_grad()
-def contexts(store: ClipStore, name: str, clips: np.ndarray, gap: slice, device: torch.device, *,
-             block: int = 2_048) -> tuple[Tensor, Tensor]:
+def contexts(
+    store: ClipStore, name: str, clips: np.ndarray, gap: slice, device: torch.device, *, block: int = 2_048
+) -> tuple[Tensor, Tensor]:
     """Return the context feature of clips, (n, D - gap), and whether they have it, (n,), on a device.
 
     It is the mean of the unit embeddings of all frames, scaled to entries of order 1; a model that discards a region does
@@ -221,13 +213,20 @@ def contexts(store: ClipStore, name: str, clips: np.ndarray, gap: slice, device:
     for places in _blocks(np.maximum(count, 1), block):
         at = torch.from_numpy(clips[places]).to(device)
         batch = source.gather(sample_rows(source.start[at], source.count[at]), gap=gap)
-        feature[torch.from_numpy(places).to(device)] = mean_pool(batch.feature, batch.mask) * feature.shape[1] ** .5
+        feature[torch.from_numpy(places).to(device)] = mean_pool(batch.feature, batch.mask) * feature.shape[1] ** 0.5
     return feature, torch.from_numpy(count > 0).to(device)
 
 
 @torch.no_grad()
-def pooled_features(model: IdentityModel, store: ClipStore, clips: np.ndarray, modality: str | None = "face", *,
-                    seed: int = 0, block: int = 16_384) -> Tensor:
+def pooled_features(
+    model: IdentityModel,
+    store: ClipStore,
+    clips: np.ndarray,
+    modality: str | None = "face",
+    *,
+    seed: int = 0,
+    block: int = 16_384,
+) -> Tensor:
     """Return what enters the MLP, (n, dim), for clips that have the modality, from all of their frames.
 
     An aggregator with a fixed number of frames (``as coded``) gets that many drawn ones instead.  Clips are read in
@@ -249,7 +248,9 @@ def pooled_features(model: IdentityModel, store: ClipStore, clips: np.ndarray, m
             at = torch.from_numpy(clips[places]).to(device)
             rows = sample_rows(source.start[at], source.count[at], sample, frames, generator)
             inputs = source.gather(rows, gap=model.gap(source.feature.shape[1]))[:4]
-        context = {name: contexts(store, name, clips[places], model.gap(store.on(name, device).feature.shape[1]), device)
-                   for name in model.branches}
+        context = {
+            name: contexts(store, name, clips[places], model.gap(store.on(name, device).feature.shape[1]), device)
+            for name in model.branches
+        }
         out[torch.from_numpy(places).to(device)] = model.pool(*inputs, context)
     return out

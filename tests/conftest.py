@@ -7,20 +7,16 @@ import pandas as pd
 import pytest
 import torch
 
-from mmlib.clips.simulate import settings_for, simulate
-from mmlib.clips.store import ClipStore
-from mmlib.experiment import Experiment
-from mmlib.runs import Record
-from mmlib.train import Training
+from mmlib.data.simulate import settings_for, simulate
+from mmlib.data.store import ClipStore
+from mmlib.experiment import Experiment, Training
+from mmlib.records import Record
 
 BRIEF = Training(epochs=1, batch=64)
 
 
 @pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")),
-    ]
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
 )
 def device(request):
     return request.param
@@ -34,9 +30,7 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="session")
 def bare(tmp_path_factory):
     """Two identities, each with two train clips and a val clip of one frame; quality but no det score."""
-    clips = pd.DataFrame(
-        {"clip": list("abcdef"), "split": ["train"] * 4 + ["val"] * 2, "identity": [0, 0, 1, 1, 0, 1]}
-    )
+    clips = pd.DataFrame({"clip": list("abcdef"), "split": ["train"] * 4 + ["val"] * 2, "identity": [0, 0, 1, 1, 0, 1]})
     rng = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("bare") / "store"
     with ClipStore.create(path, simulated=False, provenance={}) as writer:
@@ -52,8 +46,16 @@ def of(store, classifier="class means", aggregator="mean", **options):
 
 def small(store, **options):
     """An experiment of small networks on a store, with the scene as a context."""
-    fixed = dict(aggregator="norm", hidden=8, context=("scene",), context_dim=4, regions=4, combine="softmax", scale=5.0,
-                 training=Training(epochs=1, batch=16, frames=4, lr=1e-2))
+    fixed = dict(
+        aggregator="norm",
+        hidden=8,
+        context=("scene",),
+        context_dim=4,
+        regions=4,
+        combine="softmax",
+        scale=5.0,
+        training=Training(epochs=1, batch=16, frames=4, lr=1e-2),
+    )
     return Experiment(data=str(store.path), **fixed | options)
 
 
@@ -87,8 +89,10 @@ def patchy(tmp_path_factory):
     identity = np.concatenate([np.arange(30) // 6, [-1] * 4, np.arange(36) // 6, [-1] * 15])
     split = np.array(["train"] * 34 + ["val"] * 51)
     place = np.arange(len(identity))
-    count = {"face": np.where(place % 7 == 1, 0, rng.integers(1, 6, len(place))),
-             "scene": np.where(place % 4 == 2, 0, 1 + place % 2)}
+    count = {
+        "face": np.where(place % 7 == 1, 0, rng.integers(1, 6, len(place))),
+        "scene": np.where(place % 4 == 2, 0, 1 + place % 2),
+    }
     path = tmp_path_factory.mktemp("patchy") / "store"
     with ClipStore.create(path, simulated=True, provenance={}) as writer:
         for name, dim in (("face", 16), ("scene", 32)):

@@ -75,25 +75,19 @@ def test_padding_does_not_change_output(pool):
     longer = [torch.nn.functional.pad(part, (0, 5)) for part in (mask, quality, det)]
     junk = torch.full((x.shape[0], 5, DIM), 1e6, dtype=x.dtype)
     longer[1][:, -5:], longer[2][:, -5:] = 1e4, 1.0
-    torch.testing.assert_close(
-        pool(torch.cat([x, junk], 1), *longer), pool(x, mask, quality, det), rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(pool(torch.cat([x, junk], 1), *longer), pool(x, mask, quality, det), rtol=0, atol=1e-12)
 
 
 @every_pool
 def test_clip_without_frames_gives_zeros(pool):
     x, mask, quality, det = clips()
-    assert torch.equal(
-        pool(x, mask, quality, det)[3], torch.zeros(getattr(pool, "out_dim", DIM), dtype=x.dtype)
-    )
+    assert torch.equal(pool(x, mask, quality, det)[3], torch.zeros(getattr(pool, "out_dim", DIM), dtype=x.dtype))
 
 
 @every_pool
 def test_batch_without_any_frame_gives_zeros(pool):
     x, mask, quality, det = (part[:, :0] for part in clips())
-    assert torch.equal(
-        pool(x, mask, quality, det), torch.zeros(5, getattr(pool, "out_dim", DIM), dtype=x.dtype)
-    )
+    assert torch.equal(pool(x, mask, quality, det), torch.zeros(5, getattr(pool, "out_dim", DIM), dtype=x.dtype))
 
 
 @every_pool
@@ -111,9 +105,7 @@ def test_gradient_agrees_with_finite_differences(pool):
     assert torch.autograd.gradcheck(lambda y: pool(y, mask, quality, det), x.requires_grad_(), atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in POOLS if name not in ("mean", "channel", "channel inverted")]
-)
+@pytest.mark.parametrize("name", [name for name in POOLS if name not in ("mean", "channel", "channel inverted")])
 def test_one_frame_is_its_own_clip_feature(name):
     x, mask, quality, det = clips(lengths=(1, 1))
     expected = with_scores(x, quality, det) if getattr(POOLS[name], "scores", False) else x
@@ -160,16 +152,12 @@ def test_autocast_does_not_round_the_attention(name, device):
 
 def test_mean_pool_averages_directions():
     x = torch.tensor([[[3.0, 0.0], [0.0, 8.0]]])
-    torch.testing.assert_close(
-        aggregate.mean_pool(x, torch.ones(1, 2, dtype=torch.bool)), torch.tensor([[0.5, 0.5]])
-    )
+    torch.testing.assert_close(aggregate.mean_pool(x, torch.ones(1, 2, dtype=torch.bool)), torch.tensor([[0.5, 0.5]]))
 
 
 def test_norm_pool_averages_raw_embeddings():
     x = torch.tensor([[[3.0, 0.0], [0.0, 8.0]]])
-    torch.testing.assert_close(
-        aggregate.norm_pool(x, torch.ones(1, 2, dtype=torch.bool)), torch.tensor([[1.5, 4.0]])
-    )
+    torch.testing.assert_close(aggregate.norm_pool(x, torch.ones(1, 2, dtype=torch.bool)), torch.tensor([[1.5, 4.0]]))
 
 
 def test_weighted_pool_divides_by_the_total_weight():
@@ -187,9 +175,7 @@ def test_seefun_weight_is_stepped_with_inclusive_edges():
 def test_seefun_weight_as_coded_trusts_from_forty():
     quality = torch.tensor([[40.0, 50.0]])
     expected = torch.tensor([[0.6 * 40, 50.0]])
-    torch.testing.assert_close(
-        aggregate.seefun_weight(quality, torch.ones_like(quality), good=40.0), expected
-    )
+    torch.testing.assert_close(aggregate.seefun_weight(quality, torch.ones_like(quality), good=40.0), expected)
 
 
 def test_quality_pool_of_only_bad_frames_is_norm_pool():
@@ -259,8 +245,7 @@ def slow_nan(frames, query, weight=None, bias=None):
     if weight is None:
         return pooled
     second = [
-        math.tanh(sum(w * r for w, r in zip(row, pooled, strict=True)) + b)
-        for row, b in zip(weight, bias, strict=True)
+        math.tanh(sum(w * r for w, r in zip(row, pooled, strict=True)) + b) for row, b in zip(weight, bias, strict=True)
     ]
     return slow_nan(frames, np.array(second))
 
@@ -296,9 +281,7 @@ def test_channel_attention_agrees_with_a_slow_loop(invert):
     frames = torch.cat([x, quality[..., None] / 100, det[..., None]], -1)
     gamma, temperature = module.gamma.item(), math.exp(module.log_temperature.item())
     query = module.query.detach().numpy()
-    expected = [
-        slow_nan(slow_channel(clip, gamma, temperature, invert), query) for clip in ragged(frames, mask)
-    ]
+    expected = [slow_nan(slow_channel(clip, gamma, temperature, invert), query) for clip in ragged(frames, mask)]
     np.testing.assert_allclose(module(x, mask, quality, det).detach().numpy(), np.array(expected), rtol=1e-11)
 
 
@@ -319,9 +302,7 @@ def slow_convolution(value, convolution):
     out = np.zeros((value.shape[0], weight.shape[0], value.shape[2]))
     for clip in range(value.shape[0]):
         for row in range(weight.shape[0]):
-            out[clip, row] = bias[row] + sum(
-                w * frame for w, frame in zip(weight[row], value[clip], strict=True)
-            )
+            out[clip, row] = bias[row] + sum(w * frame for w, frame in zip(weight[row], value[clip], strict=True))
     return out
 
 
@@ -366,7 +347,9 @@ def slow_statistics(value):
     """Mean and unbiased variance of (B, C, D) over clips and dimensions, channel by channel."""
     parts = [[v for clip in value for v in clip[channel]] for channel in range(value.shape[1])]
     means = [sum(part) / len(part) for part in parts]
-    return np.array(means), np.array([sum((v - m) ** 2 for v in part) / (len(part) - 1) for part, m in zip(parts, means)])
+    return np.array(means), np.array(
+        [sum((v - m) ** 2 for v in part) / (len(part) - 1) for part, m in zip(parts, means)]
+    )
 
 
 def test_coded_attention_keeps_the_running_statistics_of_a_slow_loop():
@@ -379,8 +362,18 @@ def test_coded_attention_keeps_the_running_statistics_of_a_slow_loop():
         frames = with_scores(batch[0], *batch[2:]).numpy()
         theta, phi = (slow_norm(slow_convolution(frames, layer[0]), layer[1], True) for layer in layers[:2])
         g = slow_convolution(frames, module.g)
-        mixed = np.array([[sum(a * part for a, part in zip(softmax([float(row @ other) for other in phi[clip]]), g[clip],
-                                                           strict=True)) for row in theta[clip]] for clip in range(3)])
+        mixed = np.array(
+            [
+                [
+                    sum(
+                        a * part
+                        for a, part in zip(softmax([float(row @ other) for other in phi[clip]]), g[clip], strict=True)
+                    )
+                    for row in theta[clip]
+                ]
+                for clip in range(3)
+            ]
+        )
         for kept, layer, value in zip(expected, layers, (frames, frames, mixed), strict=True):
             for i, new in enumerate(slow_statistics(slow_convolution(value, layer[0]))):
                 kept[i] = 0.9 * kept[i] + 0.1 * new
@@ -428,9 +421,7 @@ def test_nan_with_scores_agrees_with_a_slow_loop():
 def test_coded_attention_in_float32_agrees_with_its_layers_on_raw_embeddings(device):
     x, mask, quality, det = clips(device, torch.float32, lengths=(40,) * 16, dim=512)
     batch = 22 / 512**0.5 * x, mask, quality, det
-    found, expected = (
-        trained(aggregate.CodedAttention(512), spread=0.05).float().to(device) for _ in range(2)
-    )
+    found, expected = (trained(aggregate.CodedAttention(512), spread=0.05).float().to(device) for _ in range(2))
     with torch.autocast(device, dtype=torch.bfloat16):
         pooled = found(*batch)
     # Two orders of float32 sums over 514 dimensions and 40 frames.
@@ -454,7 +445,9 @@ def test_coded_attention_in_float32_agrees_with_its_layers_on_raw_embeddings(dev
 )
 def test_untrained_attention_is_norm_pool(module):
     x, mask, quality, det = clips(lengths=(4, 4))
-    torch.testing.assert_close(module.double()(x, mask, quality, det), aggregate.norm_pool(x, mask), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        module.double()(x, mask, quality, det), aggregate.norm_pool(x, mask), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", ["nan", "nan two", "nan scores", "channel", "channel inverted"])
@@ -464,9 +457,7 @@ def test_output_is_the_weighted_sum_of_the_frames(name):
     frames = with_scores(x, quality, det) if module.scores else x
     weight = module.weights(x, mask, quality, det)
     assert weight.shape == mask.shape and (weight[~mask] == 0).all()
-    torch.testing.assert_close(
-        (weight[..., None] * frames).sum(1), module(x, mask, quality, det), rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close((weight[..., None] * frames).sum(1), module(x, mask, quality, det), rtol=0, atol=1e-12)
 
 
 def test_score_attention_weighs_by_softmax_of_quality_det_and_norm():
@@ -486,9 +477,7 @@ def test_weights_sum_to_one_and_with_gamma_to_one_plus_gamma():
     x, mask, _, _ = clips(lengths=(4, 2))
     ones = torch.ones(2, dtype=torch.float64)
     torch.testing.assert_close(POOLS["nan two"].weights(x, mask).sum(1), ones)
-    torch.testing.assert_close(
-        POOLS["channel"].weights(x, mask).sum(1), ones * (1 + POOLS["channel"].gamma.detach())
-    )
+    torch.testing.assert_close(POOLS["channel"].weights(x, mask).sum(1), ones * (1 + POOLS["channel"].gamma.detach()))
 
 
 def test_agreeing_frames_outweigh_an_outlier_unless_inverted():
@@ -544,10 +533,7 @@ def test_quality_pools_say_when_scores_are_missing():
 def test_every_parameter_has_a_gradient(module):
     x, mask, quality, det = clips(lengths=(4, 4))
     trained(module)(x, mask, quality, det).square().sum().backward()
-    assert all(
-        parameter.grad is not None and torch.isfinite(parameter.grad).all()
-        for parameter in module.parameters()
-    )
+    assert all(parameter.grad is not None and torch.isfinite(parameter.grad).all() for parameter in module.parameters())
     # Batch norm takes out a shift of its input, so a bias before it has no effect by construction.
     idle = {"theta.0.bias", "phi.0.bias", "expand.0.bias"}
     assert all((p.grad != 0).any() for name, p in module.named_parameters() if name not in idle)

@@ -4,9 +4,10 @@ from dataclasses import asdict, replace
 import pytest
 from conftest import made
 
-from mmlib import arms
-from mmlib.arms import BASE, FUSED, FUSIONS, LOSSES
-from mmlib.runs import read_results
+from mmlib import systems
+from mmlib.records import read_results
+from mmlib.studies import rates
+from mmlib.systems import BASE, FUSED, FUSIONS, LOSSES
 
 GROUPS = pytest.mark.parametrize("group", [LOSSES, FUSIONS], ids=["losses", "fusions"])
 
@@ -66,8 +67,8 @@ def test_arms_of_a_group_are_all_looked_at_above():
 @GROUPS
 def test_arms_have_the_rates_chosen_for_them_and_else_their_own(group, monkeypatch):
     first, second, *_ = group
-    monkeypatch.setattr(arms, "CHOSEN", {first: 0.25})
-    found = arms.arms(group)
+    monkeypatch.setattr(systems, "CHOSEN", {first: 0.25})
+    found = systems.arms(group)
     assert list(found) == list(group) and found[first].training.lr == 0.25
     assert found[second] == group[second]
     assert changes(found[first], group[first]) == {"lr": 0.25}
@@ -75,33 +76,41 @@ def test_arms_have_the_rates_chosen_for_them_and_else_their_own(group, monkeypat
 
 @GROUPS
 def test_every_arm_has_the_same_budget_of_search(group):
-    trials = arms.search(group, profile="tiny")
-    names = arms.names_of(group, [made(e) for e in trials])
-    tried = {name: [(e.seed, e.training.lr, e.training.epochs) for e, n in zip(trials, names, strict=True) if n == name]
-             for name in group}
-    expected = sorted((seed, lr, epochs) for seed in (100, 101) for lr in (3e-4, 1e-3, 3e-3, 1e-2) for epochs in (8, 16))
+    trials = systems.search(group, profile="tiny")
+    names = rates.names_of(group, [made(e) for e in trials])
+    tried = {
+        name: [(e.seed, e.training.lr, e.training.epochs) for e, n in zip(trials, names, strict=True) if n == name]
+        for name in group
+    }
+    expected = sorted(
+        (seed, lr, epochs) for seed in (100, 101) for lr in (3e-4, 1e-3, 3e-3, 1e-2) for epochs in (8, 16)
+    )
     assert all(sorted(of) == expected for of in tried.values())
     assert {e.profile for e in trials} == {"tiny"}
 
 
 @GROUPS
 def test_trial_is_its_arm_but_for_world_rate_and_length(group):
-    for trial in arms.search(group):
+    for trial in systems.search(group):
         free = replace(trial, seed=0, training=replace(trial.training, lr=1e-3, epochs=BASE.training.epochs))
         assert free in group.values()
 
 
 @GROUPS
 def test_arms_are_named_from_records_that_were_written_and_read(group):
-    asked = [replace(arm, profile="tiny", seed=7, settings=(("no_face", 0.1),),
-                     training=replace(arm.training, lr=0.5, epochs=3)) for arm in group.values()]
+    asked = [
+        replace(
+            arm, profile="tiny", seed=7, settings=(("no_face", 0.1),), training=replace(arm.training, lr=0.5, epochs=3)
+        )
+        for arm in group.values()
+    ]
     records = [replace(made(e), experiment=json.loads(json.dumps(asdict(e)))) for e in asked]
-    assert arms.names_of(group, records) == list(group)
+    assert rates.names_of(group, records) == list(group)
 
 
 def test_record_of_no_arm_is_refused():
     with pytest.raises(KeyError):
-        arms.names_of(LOSSES, [made(replace(BASE, hidden=7))])
+        rates.names_of(LOSSES, [made(replace(BASE, hidden=7))])
 
 
 def trial(name, lr, epochs, seed, value):
@@ -111,27 +120,35 @@ def trial(name, lr, epochs, seed, value):
 
 
 def test_best_trials_are_means_over_worlds_best_first_within_an_arm(monkeypatch):
-    monkeypatch.setattr(arms, "CHOSEN", {"margin": 1e-3})
+    monkeypatch.setattr(systems, "CHOSEN", {"margin": 1e-3})
     records = [
-        trial("margin", 1e-3, 8, 100, 0.5), trial("margin", 1e-3, 8, 101, 0.7),
-        trial("margin", 1e-3, 16, 100, 0.6), trial("margin", 1e-3, 16, 101, 0.9),
-        trial("cosine softmax", 1e-2, 8, 100, 0.2), trial("margin", 1e-2, 8, 100, 0.1),
+        trial("margin", 1e-3, 8, 100, 0.5),
+        trial("margin", 1e-3, 8, 101, 0.7),
+        trial("margin", 1e-3, 16, 100, 0.6),
+        trial("margin", 1e-3, 16, 101, 0.9),
+        trial("cosine softmax", 1e-2, 8, 100, 0.2),
+        trial("margin", 1e-2, 8, 100, 0.1),
     ]
-    found = arms.best_trials(LOSSES, records)
+    found = rates.best_trials(LOSSES, records)
     assert found[["arm", "epochs", "lr"]].values.tolist() == [
-        ["cosine softmax", 8, 1e-2], ["margin", 16, 1e-3], ["margin", 8, 1e-3], ["margin", 8, 1e-2]]
+        ["cosine softmax", 8, 1e-2],
+        ["margin", 16, 1e-3],
+        ["margin", 8, 1e-3],
+        ["margin", 8, 1e-2],
+    ]
     assert found["map_at_100"].tolist() == pytest.approx([0.2, 0.75, 0.6, 0.1])
     assert found["chosen"].tolist() == [False, False, True, False]
 
 
 def test_no_trial_gives_an_empty_table():
-    found = arms.best_trials(LOSSES, [])
+    found = rates.best_trials(LOSSES, [])
     assert found.empty and list(found) == ["arm", "epochs", "lr", "map_at_100", "chosen"]
 
 
-@pytest.mark.parametrize("group, name", [(LOSSES, "05_search.jsonl.gz"), (FUSIONS, "07_search.jsonl.gz")],
-                         ids=["losses", "fusions"])
+@pytest.mark.parametrize(
+    "group, name", [(LOSSES, "05_search.jsonl.gz"), (FUSIONS, "07_search.jsonl.gz")], ids=["losses", "fusions"]
+)
 def test_rates_are_the_best_short_ones_of_the_committed_searches(group, name):
-    found = arms.best_trials(group, read_results(name))
-    short = found[found["epochs"] == arms.EPOCHS[0]].groupby("arm").head(1)
+    found = rates.best_trials(group, read_results(name))
+    short = found[found["epochs"] == systems.EPOCHS[0]].groupby("arm").head(1)
     assert set(short["arm"]) == set(group) and short["chosen"].all()

@@ -10,8 +10,9 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import growth, lines, meter, ranking, reference, training
 from benchmarks.data import SCALES
-from mmlib.models import FixedPool, IdentityModel
-from mmlib.train import Training
+from mmlib.aggregate import FixedPool
+from mmlib.experiment import Training
+from mmlib.models import IdentityModel
 
 
 def clears_peak() -> bool:
@@ -50,8 +51,17 @@ CEILINGS = {"fp32": 100.0, "bf16": 400.0, "copy": 10.0}
 
 
 def row(**other):
-    return {"name": "rank", "device": "cpu", "scale": "full", "seconds": [3.0, 2.0, 9.0], "memory": 50, "flops": 120,
-            "bytes": 6, "precision": "fp32", **other}
+    return {
+        "name": "rank",
+        "device": "cpu",
+        "scale": "full",
+        "seconds": [3.0, 2.0, 9.0],
+        "memory": 50,
+        "flops": 120,
+        "bytes": 6,
+        "precision": "fp32",
+        **other,
+    }
 
 
 def test_shares_are_those_of_the_ceilings_in_the_median_time():
@@ -167,7 +177,10 @@ def test_the_command_saves_lines_beside_the_other_code_with_ceilings(stand_in, t
     assert command.main(asked) == 0
     found = json.loads(saved.read_text())
     assert [(line["name"], line["scale"]) for line in found["lines"] if line["device"] == "cpu"] == [
-        ("metric", "tiny"), ("metric, arrays", "tiny"), ("metric, bootstrap", "tiny")]
+        ("metric", "tiny"),
+        ("metric, arrays", "tiny"),
+        ("metric, bootstrap", "tiny"),
+    ]
     scored = found["lines"][0]
     assert scored["ratios"]["reference"]["seconds"] == scored["reference"]["median"] / scored["median"]
     assert scored["reference"]["median"] >= 0.2 and all(value > 0 for value in found["ceilings"]["cpu"].values())

@@ -6,16 +6,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmlib.clips import calibration
-from mmlib.clips.calibration import TARGETS, Target, calibration_table, clips_per_identity, marginals
-from mmlib.clips.simulate import settings_for, simulate
-from mmlib.clips.store import ClipStore
+from mmlib.data import calibration
+from mmlib.data.calibration import TARGETS, Target, calibration_table, clips_per_identity, marginals
+from mmlib.data.simulate import settings_for, simulate
+from mmlib.data.store import ClipStore
 
 
 @pytest.fixture(scope="module")
 def published():
     """The joint table, row by row: (train clips, labelled val clips) of every identity, sorted."""
-    with (files("mmlib.clips") / "clips_per_identity_joint.csv").open() as file:
+    with (files("mmlib.data") / "clips_per_identity_joint.csv").open() as file:
         rows = [(int(train), int(val), int(n)) for train, val, n in list(csv.reader(file))[1:]]
     return sorted((train, val) for train, val, n in rows for _ in range(n))
 

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 import yaml
 
-from mmlib.clips.features import import_lfw
+from mmlib.data.features import import_lfw
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "book" / "chapters").glob("*.md"))
@@ -62,8 +62,11 @@ def parameters(notebook) -> list[str]:
     for cell in cells[: tagged[0]]:
         if not all(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(cell.source).body):
             found.append("does more than import before the parameters")
-    commented = {token.start[0] for token in tokenize.generate_tokens(StringIO(source).readline)
-                 if token.type == tokenize.COMMENT}
+    commented = {
+        token.start[0]
+        for token in tokenize.generate_tokens(StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
     names = set()
     for node in ast.parse(source).body:
         if not isinstance(node, ast.AnnAssign) or node.value is None:
@@ -144,8 +147,9 @@ def typed_numbers(notebook) -> list[str]:
 
 def complaints(notebook, topic: str) -> list[str]:
     """All complaints about a chapter; empty if it keeps the rules."""
-    return (opening(notebook, topic) + parameters(notebook) + cells(notebook)
-            + figures(notebook) + typed_numbers(notebook))
+    return (
+        opening(notebook, topic) + parameters(notebook) + cells(notebook) + figures(notebook) + typed_numbers(notebook)
+    )
 
 
 def out_of_step(text: Path, notebook: Path) -> list[str]:
@@ -195,10 +199,23 @@ def tiny_cache(tmp_path_factory):
 
 def run_chapter(chapter: Path, folder: Path, cache: Path, *parameters: str) -> list:
     """Run a chapter as a user does, from ``folder``, and return its cells; it must leave nothing but its notebook."""
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", chapter.with_suffix(".ipynb"), "out.ipynb",
-               *parameters]
-    done = subprocess.run(command, cwd=folder, env=os.environ | {"MMLIB_CACHE": str(cache)}, capture_output=True,
-                          text=True, timeout=SECONDS)
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "--no-progress-bar",
+        chapter.with_suffix(".ipynb"),
+        "out.ipynb",
+        *parameters,
+    ]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=os.environ | {"MMLIB_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     executed = code(nbformat.read(folder / "out.ipynb", as_version=4))
     outputs = [output for cell in executed for output in cell.outputs]
@@ -210,8 +227,9 @@ def run_chapter(chapter: Path, folder: Path, cache: Path, *parameters: str) -> l
 def glued(outputs: list) -> dict[str, str]:
     """Return the values that a chapter hands to its prose, as text."""
     kind = "application/papermill.record/text/plain"
-    return {output.metadata["scrapbook"]["name"]: output.data[kind] for output in outputs
-            if kind in output.get("data", {})}
+    return {
+        output.metadata["scrapbook"]["name"]: output.data[kind] for output in outputs if kind in output.get("data", {})
+    }
 
 
 @pytest.mark.chapters
@@ -232,8 +250,13 @@ def real_store(tmp_path_factory):
 
 
 # A MAP@100 that each of these chapters glues.
-REAL_FACES = {"02_metric": "metric-map", "03_baselines": "base-mlp", "04_aggregation": "agg-trained",
-              "05_loss": "loss-margin", "07_fusion": "fus-face"}
+REAL_FACES = {
+    "02_metric": "metric-map",
+    "03_baselines": "base-mlp",
+    "04_aggregation": "agg-trained",
+    "05_loss": "loss-margin",
+    "07_fusion": "fus-face",
+}
 
 
 @pytest.mark.chapters
@@ -242,12 +265,15 @@ def test_chapter_runs_on_real_faces(name, real_store, tiny_cache, tmp_path):
     chapter = ROOT / "book" / "chapters" / f"{name}.md"
     found = glued(run_chapter(chapter, tmp_path, tiny_cache, "-p", "data", str(real_store), "-p", "seeds", "[0]"))
     assert "own" in found["notice"] and "imulated" not in found["notice"]
-    assert .9 < float(found[REAL_FACES[name]]) <= 1  # clean photographs: far above the chance level, and never above 1
+    assert 0.9 < float(found[REAL_FACES[name]]) <= 1  # clean photographs: far above the chance level, and never above 1
 
 
 # What these chapters have to say of faces without scenes; committed records of simulated clips must not speak for them.
-SAID = [("08_ensemble", "ens-source", "shows the run of this page"), ("09_inference", "inf-answer", "no fallback can be run"),
-        ("10_ladder", "lad-source", "from this page's own run")]
+SAID = [
+    ("08_ensemble", "ens-source", "shows the run of this page"),
+    ("09_inference", "inf-answer", "no fallback can be run"),
+    ("10_ladder", "lad-source", "from this page's own run"),
+]
 
 
 @pytest.mark.chapters
@@ -261,7 +287,7 @@ def test_chapter_says_of_real_faces_what_is_so(name, key, text, real_store, tiny
 
 # The rules themselves.
 
-GOOD = '''\
+GOOD = """\
 ---
 kernelspec: {name: python3, display_name: Python 3, language: python}
 ---
@@ -299,7 +325,7 @@ plt.show()
 A toy.
 
 ## References
-'''
+"""
 
 
 def toy(old: str = "", new: str = ""):
@@ -353,4 +379,7 @@ def test_left_over_runs_and_unsynced_edits_are_named(tmp_path):
     code(run)[1].metadata.tags = ["injected-parameters"]
     jupytext.write(run, notebook)
     assert [found.split(":")[0] for found in out_of_step(text, notebook)] == [
-        "differs from the text", "has outputs or execution counts", "has traces of papermill"]
+        "differs from the text",
+        "has outputs or execution counts",
+        "has traces of papermill",
+    ]

@@ -20,19 +20,18 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from mmlib import cli, options, runs, sweep
-from mmlib.clips import arrays, features
-from mmlib.clips.iqiyi import pickle_path
-from mmlib.clips.simulate import PROFILES
-from mmlib.clips.store import ClipStore
+from mmlib import cli, records
+from mmlib.data import features, writer
+from mmlib.data.iqiyi import pickle_path
+from mmlib.data.simulate import PROFILES
+from mmlib.data.store import ClipStore
 from mmlib.experiment import Experiment
 from mmlib.systems import SYSTEMS
 
 SMALL = ["--profile", "tiny", "--set", "identities=12"]
 COMMANDS = typer.main.get_command(cli.app).commands
 # A shell may start its background jobs with interrupts ignored, and Python keeps that.
-MAIN = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from mmlib.cli import main; main()")
+MAIN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from mmlib.cli import main; main()"
 
 
 def run(*arguments):
@@ -56,8 +55,13 @@ def assert_refused(message, *arguments, status=1):
 def start(folder, *arguments, **options):
     """Start the command line in a process of its own, its output buffered."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
-    return subprocess.Popen([sys.executable, "-c", MAIN, *arguments], cwd=folder, text=True, env=environment,
-                            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options)
+    return subprocess.Popen(
+        [sys.executable, "-c", MAIN, *arguments],
+        cwd=folder,
+        text=True,
+        env=environment,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options,
+    )
 
 
 def names_in(folder):
@@ -65,6 +69,7 @@ def names_in(folder):
 
 
 # Help and usage
+
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_has_an_example_that_parses(name):
@@ -89,10 +94,19 @@ def test_systems_are_those_of_the_library():
     assert [*cli.System] == [*SYSTEMS]
 
 
-@pytest.mark.parametrize("arguments", [
-    ["simulate", "store", "--profile", "huge"], ["simulate", "store", "--seed", "-1"], ["simulate"],
-    ["simulat"], ["import-features", "table.csv", "array.bin", "store", "--width", "0"],
-    ["evaluate", "val_gt.txt"], ["predict", "store", "--system", "two-name"], ["predict", "store", "--epochs", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["simulate", "store", "--profile", "huge"],
+        ["simulate", "store", "--seed", "-1"],
+        ["simulate"],
+        ["simulat"],
+        ["import-features", "table.csv", "array.bin", "store", "--width", "0"],
+        ["evaluate", "val_gt.txt"],
+        ["predict", "store", "--system", "two-name"],
+        ["predict", "store", "--epochs", "0"],
+    ],
+)
 def test_wrong_usage_has_status_2(tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     assert run(*arguments).exit_code == 2
@@ -101,12 +115,15 @@ def test_wrong_usage_has_status_2(tmp_path, monkeypatch, arguments):
 
 # Simulate and import the challenge's files
 
+
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
     """A small world as a store, `direct`, and as the challenge's files, `official`, with what was printed."""
     folder = tmp_path_factory.mktemp("simulated")
-    printed = [succeed("simulate", folder / name, *SMALL, "--seed", 5, *option)
-               for name, option in (("direct", []), ("official", ["--as-official"]))]
+    printed = [
+        succeed("simulate", folder / name, *SMALL, "--seed", 5, *option)
+        for name, option in (("direct", []), ("official", ["--as-official"]))
+    ]
     assert names_in(folder) == ["direct", "official"]
     assert names_in(folder / "official") == ["feat", "origin.json", "train_gt.txt", "val_gt.txt"]
     return folder, *printed
@@ -157,14 +174,18 @@ def test_what_exists_is_replaced_only_when_told(tmp_path, option):
     assert names_in(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("setting, message", [
-    ("contamined=0.3", "--set contamined: no such setting; there are identities, contaminated, .*, warp, "),
-    ("contaminated=many", "--set contaminated: expected a number, got 'many'"),
-    ("contaminated=nan", "--set contaminated: expected a finite number, got 'nan'"),
-    ("contaminated=2", "contaminated must lie in .*, got 2.0"),
-    ("identities=12.5", "--set identities: expected a whole number, got '12.5'"),
-    ("contaminated", "--set contaminated: expected NAME=VALUE"),
-    ("warp=2", "--set warp: given twice, '1' and '2'")])
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("contamined=0.3", "--set contamined: no such setting; there are identities, contaminated, .*, warp, "),
+        ("contaminated=many", "--set contaminated: expected a number, got 'many'"),
+        ("contaminated=nan", "--set contaminated: expected a finite number, got 'nan'"),
+        ("contaminated=2", "contaminated must lie in .*, got 2.0"),
+        ("identities=12.5", "--set identities: expected a whole number, got '12.5'"),
+        ("contaminated", "--set contaminated: expected NAME=VALUE"),
+        ("warp=2", "--set warp: given twice, '1' and '2'"),
+    ],
+)
 def test_a_bad_setting_is_named(tmp_path, setting, message):
     assert_refused(message, "simulate", tmp_path / "store", "--set", "warp=1", "--set", setting)
     assert names_in(tmp_path) == []
@@ -208,11 +229,12 @@ def test_bad_records_stop_the_import_unless_told_to_skip_them(official):
 
 # What may happen to any command
 
+
 class FullDisk:
     """Stand in for `ArrayStream.append` on a disk that is full after a few blocks."""
 
     def __init__(self, monkeypatch, blocks=7):
-        self.blocks, append = blocks, arrays.ArrayStream.append
+        self.blocks, append = blocks, writer.ArrayStream.append
 
         def append_or_fail(stream, block):
             self.blocks -= 1
@@ -220,7 +242,7 @@ class FullDisk:
                 raise OSError(errno.ENOSPC, "No space left on device")
             append(stream, block)
 
-        monkeypatch.setattr(arrays.ArrayStream, "append", append_or_fail)
+        monkeypatch.setattr(writer.ArrayStream, "append", append_or_fail)
 
 
 @pytest.mark.parametrize("command", ["simulate", "simulate --as-official", "import-iqiyi"])
@@ -234,8 +256,10 @@ def test_a_full_disk_leaves_nothing(official, monkeypatch, command):
     assert names_in(store.parent) == []
 
 
-@pytest.mark.parametrize("option, sent, said, status", [
-    ([], signal.SIGINT, "mmlib: error: interrupted\n", 130), (["--as-official"], signal.SIGTERM, "", 143)])
+@pytest.mark.parametrize(
+    "option, sent, said, status",
+    [([], signal.SIGINT, "mmlib: error: interrupted\n", 130), (["--as-official"], signal.SIGTERM, "", 143)],
+)
 def test_an_interrupt_leaves_nothing(tmp_path, option, sent, said, status):
     process = start(tmp_path, "simulate", "store", "--profile", "quick", *option)
     deadline = time.monotonic() + 120
@@ -290,6 +314,7 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path):
 
 # Evaluate
 
+
 def write_lines(folder, truth="1 a.mp4 b.mp4 \n2 c.mp4 \n", result="1 a.mp4 x.mp4 b.mp4\n"):
     (folder / "val_gt.txt").write_bytes(truth.encode())
     (folder / "result.txt").write_bytes(result.encode())
@@ -301,8 +326,11 @@ def test_evaluate_prints_the_official_score(tmp_path, ends):
     files = write_lines(tmp_path, f"1 a.mp4 b.mp4 {ends}2 c.mp4 {ends}{ends}", f"1 a.mp4 x.mp4 b.mp4{ends}")
     # identity 1 has precision 1 and 2/3 at its two clips, identity 2 has no ranking: (5/6 + 0) / 2
     assert succeed("evaluate", *files) == [
-        "MAP@100 0.416667", "95% interval 0.000000 to 0.833333, a bootstrap over identities",
-        "top-1 0.500000", "queries 2"]
+        "MAP@100 0.416667",
+        "95% interval 0.000000 to 0.833333, a bootstrap over identities",
+        "top-1 0.500000",
+        "queries 2",
+    ]
 
 
 def test_evaluate_prints_json(tmp_path):
@@ -316,12 +344,16 @@ def test_evaluate_prints_json(tmp_path):
 LONG = "1 a.mp4\n2 " + " ".join(f"{i}.mp4" for i in range(101))
 
 
-@pytest.mark.parametrize("truth, result, message", [
-    ("1 a.mp4\n2 b.mp4\n", LONG, "result.txt, line 2: 101 clips"),
-    ("1 a.mp4\n", "1 a.mp4\n2 a.mp4\n", "result.txt: 2 lines"),
-    ("1 a.mp4\n2 b.mp4\n", "1 a.mp4\n1 b.mp4\n", "result.txt: .*identity 1 more than once"),
-    ("1 a.mp4\n2 b\n", "1 a.mp4\n", "val_gt.txt, line 2: .*'2 b'"),
-    ("", "1 a.mp4\n", "val_gt.txt: empty")])
+@pytest.mark.parametrize(
+    "truth, result, message",
+    [
+        ("1 a.mp4\n2 b.mp4\n", LONG, "result.txt, line 2: 101 clips"),
+        ("1 a.mp4\n", "1 a.mp4\n2 a.mp4\n", "result.txt: 2 lines"),
+        ("1 a.mp4\n2 b.mp4\n", "1 a.mp4\n1 b.mp4\n", "result.txt: .*identity 1 more than once"),
+        ("1 a.mp4\n2 b\n", "1 a.mp4\n", "val_gt.txt, line 2: .*'2 b'"),
+        ("", "1 a.mp4\n", "val_gt.txt: empty"),
+    ],
+)
 def test_evaluate_refuses_a_bad_file_by_name_and_line(tmp_path, truth, result, message):
     assert_refused(message, "evaluate", *write_lines(tmp_path, truth, result))
 
@@ -332,6 +364,7 @@ def test_evaluate_names_a_missing_file(tmp_path):
 
 
 # Predict
+
 
 def test_three_commands_from_the_official_files_to_a_score(simulated, tmp_path):
     official, result = simulated[0] / "official", tmp_path / "result.txt"
@@ -385,8 +418,16 @@ def test_a_stopped_prediction_goes_on_with_the_member_it_was_in(simulated, tmp_p
 
 
 def test_a_damaged_member_stops_the_prediction(simulated, tmp_path):
-    arguments = ["predict", simulated[0] / "direct", "--out", tmp_path / "result.txt", "--system", "face-only",
-                 "--epochs", 1]
+    arguments = [
+        "predict",
+        simulated[0] / "direct",
+        "--out",
+        tmp_path / "result.txt",
+        "--system",
+        "face-only",
+        "--epochs",
+        1,
+    ]
     succeed(*arguments, "--keep-members")
     (path,) = (tmp_path / "result.txt.members").iterdir()
     path.write_bytes(path.read_bytes()[:-1])
@@ -403,10 +444,16 @@ def test_a_shard_and_its_merge_are_a_prediction(simulated, tmp_path, one_thread)
     assert names_in(tmp_path) == ["result.txt", "whole.txt"]
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--shard", "1"], "--shard 1: expected I/N, such as 1/4"), (["--shard", "a/2"], "--shard a/2: expected I/N"),
-    (["--shard", "3/2"], r"shard must lie in \[1, 2\], got 3"), (["--shard", "1/2", "--merge", "2"], "--shard goes without"),
-    (["--shard", "1/2", "--labelled-only"], "--shard goes without")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--shard", "1"], "--shard 1: expected I/N, such as 1/4"),
+        (["--shard", "a/2"], "--shard a/2: expected I/N"),
+        (["--shard", "3/2"], r"shard must lie in \[1, 2\], got 3"),
+        (["--shard", "1/2", "--merge", "2"], "--shard goes without"),
+        (["--shard", "1/2", "--labelled-only"], "--shard goes without"),
+    ],
+)
 def test_a_bad_shard_is_said(simulated, tmp_path, options, message):
     assert_refused(message, "predict", simulated[0] / "direct", "--out", tmp_path / "result.txt", *options)
     assert names_in(tmp_path) == []
@@ -414,9 +461,17 @@ def test_a_bad_shard_is_said(simulated, tmp_path, options, message):
 
 # Features of one's own
 
+
 def write_features(folder, raw):
-    table = pd.DataFrame({"clip": ["b", "a", "b"], "frame": [3, 2, 1], "identity": ["ann", "", "ann"],
-                          "split": ["val", "train", "val"], "det": [.5, .25, .75]})
+    table = pd.DataFrame(
+        {
+            "clip": ["b", "a", "b"],
+            "frame": [3, 2, 1],
+            "identity": ["ann", "", "ann"],
+            "split": ["val", "train", "val"],
+            "det": [0.5, 0.25, 0.75],
+        }
+    )
     table.to_csv(folder / "table.csv", index=False)
     array = np.arange(12, dtype="<f4").reshape(3, 4)
     array.tofile(folder / "array.bin") if raw else np.save(folder / "array.npy", array)
@@ -475,8 +530,9 @@ def test_a_missing_published_file_is_named(published):
     assert_refused("LFW_tensor.bytes: missing", "import-lfw", published, published.parent / "store")
 
 
-@pytest.mark.skipif("MMLIB_REAL_DATA" not in os.environ,
-                    reason="MMLIB_REAL_DATA names no folder with the published embeddings of LFW")
+@pytest.mark.skipif(
+    "MMLIB_REAL_DATA" not in os.environ, reason="MMLIB_REAL_DATA names no folder with the published embeddings of LFW"
+)
 def test_real_faces_become_a_store(tmp_path):
     folder = Path(os.environ["MMLIB_REAL_DATA"])
     succeed("import-lfw", folder, tmp_path / "store")
@@ -493,12 +549,16 @@ def test_real_faces_become_a_store(tmp_path):
     # every photograph stands in one clip, under the name it has
     order = np.argsort(faces.start)
     owner = np.repeat(store.clips["identity"].to_numpy()[order], faces.count[order])
-    found = Counter((row.tobytes(), store.identities[code] if code >= 0 else "") for row, code in
-                    zip(faces.feature, owner))
+    found = Counter(
+        (row.tobytes(), store.identities[code] if code >= 0 else "") for row, code in zip(faces.feature, owner)
+    )
     assert found == Counter((row.tobytes(), name if name in listed else "") for row, name in zip(rows, names))
 
-    train, val, distractors = (store.select("train"), store.select("val", labelled=True),
-                               store.select("val", labelled=False))
+    train, val, distractors = (
+        store.select("train"),
+        store.select("val", labelled=True),
+        store.select("val", labelled=False),
+    )
     assert len(distractors) == 1 and faces.count[distractors].tolist() == [3]
     assert faces.count[train].sum() == sum(-(-photographs[name] // 2) for name in listed)
     assert faces.count[val].sum() == sum(photographs[name] // 2 for name in listed)
@@ -508,6 +568,7 @@ def test_real_faces_become_a_store(tmp_path):
 
 # Rerun
 
+
 @pytest.fixture
 def chapters(tmp_path, monkeypatch):
     """Two chapters that print what they are given and divide `share` by the number of seeds."""
@@ -515,15 +576,18 @@ def chapters(tmp_path, monkeypatch):
     pytest.importorskip("papermill")
     folder = tmp_path / "book/chapters"
     folder.mkdir(parents=True)
-    cells = [nbformat.v4.new_code_cell("seeds: list = [0]  # worlds\nshare: float = 0.5  # in [0, 1]",
-                                       metadata={"tags": ["parameters"]}),
-             nbformat.v4.new_code_cell("print('given', seeds, share)"),
-             nbformat.v4.new_code_cell("import os\nif share > 1: os._exit(3)\nshare / len(seeds)")]
+    cells = [
+        nbformat.v4.new_code_cell(
+            "seeds: list = [0]  # worlds\nshare: float = 0.5  # in [0, 1]", metadata={"tags": ["parameters"]}
+        ),
+        nbformat.v4.new_code_cell("print('given', seeds, share)"),
+        nbformat.v4.new_code_cell("import os\nif share > 1: os._exit(3)\nshare / len(seeds)"),
+    ]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     for name in ("01_data", "04_aggregation"):
         notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
         nbformat.write(notebook, folder / f"{name}.ipynb")
-    monkeypatch.setattr(options, "CHAPTERS", folder)
+    monkeypatch.setattr(cli, "CHAPTERS", folder)
     monkeypatch.chdir(tmp_path)
     return folder
 
@@ -540,23 +604,31 @@ def test_rerun_passes_values_and_leaves_the_chapter(chapters, name):
     assert names_in(Path(".")) == ["04_aggregation-rerun.ipynb", "book"]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["04", "-p", "seedz=[3]"], "-p seedz: 04_aggregation has no such parameter; it has seeds, share"),
-    (["04", "-p", "seeds"], "-p seeds: expected NAME=VALUE"),
-    (["04", "-p", "seeds=[3"], "-p seeds: '.3' is not YAML"),
-    (["04", "-p", "share=1", "-p", "share=2"], "-p share: given twice"),
-    (["05"], "05: no chapter has that name; there are 01_data, 04_aggregation"),
-    (["0"], "0: no chapter has that name"),
-    (["04", "--out", "book/chapters/new.ipynb"], "lies among the chapters"),
-    (["04", "--out", "book"], "ends in .ipynb")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["04", "-p", "seedz=[3]"], "-p seedz: 04_aggregation has no such parameter; it has seeds, share"),
+        (["04", "-p", "seeds"], "-p seeds: expected NAME=VALUE"),
+        (["04", "-p", "seeds=[3"], "-p seeds: '.3' is not YAML"),
+        (["04", "-p", "share=1", "-p", "share=2"], "-p share: given twice"),
+        (["05"], "05: no chapter has that name; there are 01_data, 04_aggregation"),
+        (["0"], "0: no chapter has that name"),
+        (["04", "--out", "book/chapters/new.ipynb"], "lies among the chapters"),
+        (["04", "--out", "book"], "ends in .ipynb"),
+    ],
+)
 def test_rerun_refuses(chapters, arguments, message):
     assert_refused(message, "rerun", *arguments)
     assert names_in(Path(".")) == ["book"] and len(names_in(chapters)) == 2
 
 
-@pytest.mark.parametrize("parameter, message", [
-    ("seeds=[]", "04_aggregation, cell 4: ZeroDivisionError: .*; out/new.failed.ipynb shows where"),
-    ("share=2", "04_aggregation: the kernel died, .*; out/new.failed.ipynb shows where")])
+@pytest.mark.parametrize(
+    "parameter, message",
+    [
+        ("seeds=[]", "04_aggregation, cell 4: ZeroDivisionError: .*; out/new.failed.ipynb shows where"),
+        ("share=2", "04_aggregation: the kernel died, .*; out/new.failed.ipynb shows where"),
+    ],
+)
 def test_a_failed_rerun_keeps_its_notebook_under_another_name(chapters, parameter, message):
     assert_refused(message, "rerun", "04", "-p", parameter, "--out", "out/new.ipynb")
     assert names_in(Path("out")) == ["new.failed.ipynb"]
@@ -570,7 +642,7 @@ def test_rerun_without_papermill_says_what_to_install(chapters, monkeypatch):
 
 def test_rerun_outside_a_checkout_is_refused(tmp_path, monkeypatch):
     pytest.importorskip("papermill")
-    monkeypatch.setattr(options, "CHAPTERS", tmp_path / "nowhere")
+    monkeypatch.setattr(cli, "CHAPTERS", tmp_path / "nowhere")
     assert_refused("nowhere: no chapters there", "rerun", "04")
 
 
@@ -578,10 +650,10 @@ def test_kept_records_are_those_of_whole_worlds_of_one_size_with_their_mean(tmp_
     monkeypatch.setenv("MMLIB_CACHE", str(tmp_path / "cache"))
     asked = Experiment(profile="tiny", classifier="class means", aggregator="mean")
     few = (("identities", 20),)
-    every = sweep.fetch_or_run([asked, replace(asked, seed=1), replace(asked, settings=few)])
+    every = records.fetch_or_run([asked, replace(asked, seed=1), replace(asked, settings=few)])
     (said,) = succeed("keep", tmp_path / "kept.jsonl.gz", "--profile", "tiny")
     assert said == f"wrote 2 records, seeds 0, 1: {tmp_path / 'kept.jsonl.gz'}"
-    kept = {record.key: record for record in runs.read_results(tmp_path / "kept.jsonl.gz")}
+    kept = {record.key: record for record in records.read_results(tmp_path / "kept.jsonl.gz")}
     assert kept.keys() == {record.key for record in every[:2]}
     for record in every[:2]:
         assert kept[record.key].ap == [record.measures["map_at_100"]] == [pytest.approx(np.mean(record.ap), abs=1e-6)]
@@ -590,5 +662,7 @@ def test_kept_records_are_those_of_whole_worlds_of_one_size_with_their_mean(tmp_
 
 def test_nothing_to_keep_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("MMLIB_CACHE", str(tmp_path))
-    assert_refused("no records of simulated worlds of profile 'full' by this version", "keep", tmp_path / "kept.jsonl.gz")
+    assert_refused(
+        "no records of simulated worlds of profile 'full' by this version", "keep", tmp_path / "kept.jsonl.gz"
+    )
     assert not (tmp_path / "kept.jsonl.gz").exists()

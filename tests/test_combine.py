@@ -6,9 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmlib import combine
-from mmlib.combine import Fallback
-from mmlib.rank import Ranking, top_k
+from mmlib import rank
+from mmlib.rank import Fallback, Ranking, top_k
 
 # Scores of an ensemble
 
@@ -32,11 +31,11 @@ def slow_combine(cosines, how, scale):
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 @pytest.mark.parametrize("members", [1, 3])
-@pytest.mark.parametrize("how", combine.COMBINE[:3])
+@pytest.mark.parametrize("how", rank.COMBINE[:3])
 def test_combined_scores_agree_with_a_slow_average(how, members, scale, device):
     cosines = said(members)
     expected = slow_combine(cosines, how, scale)
-    found = combine.combine_scores(iter(cosines.to(device)), how, scale=scale)
+    found = rank.combine_scores(iter(cosines.to(device)), how, scale=scale)
     # Log softmax at scale 30 has values to -60, of seven digits.
     np.testing.assert_allclose(found.cpu().numpy(), expected, rtol=2e-6, atol=2e-6)
 
@@ -44,22 +43,22 @@ def test_combined_scores_agree_with_a_slow_average(how, members, scale, device):
 def test_softmax_averages_probabilities_and_log_softmax_their_logarithms():
     cosines = [torch.tensor([[0.0, 0.0]]), torch.tensor([[np.log(3.0), 0.0]])]
     expected = torch.tensor([[(1 / 2 + 3 / 4) / 2, (1 / 2 + 1 / 4) / 2]])
-    torch.testing.assert_close(combine.combine_scores(cosines, "softmax", scale=1.0), expected, check_dtype=False)
+    torch.testing.assert_close(rank.combine_scores(cosines, "softmax", scale=1.0), expected, check_dtype=False)
     expected = torch.tensor([[np.log(1 / 2 * 3 / 4) / 2, np.log(1 / 2 * 1 / 4) / 2]])
-    torch.testing.assert_close(combine.combine_scores(cosines, "log softmax", scale=1.0), expected, check_dtype=False)
+    torch.testing.assert_close(rank.combine_scores(cosines, "log softmax", scale=1.0), expected, check_dtype=False)
 
 
 @pytest.mark.parametrize("how", ["softmax", "log softmax", "cosine"])
 def test_combining_leaves_its_input_alone(how):
     cosines = said()
     before = cosines.clone()
-    combine.combine_scores(list(cosines), how, scale=30.0)
+    rank.combine_scores(list(cosines), how, scale=30.0)
     assert torch.equal(cosines, before)
 
 
 def test_half_precision_cosines_are_combined_in_float32():
     cosine = torch.tensor([[0.5, -0.25]], dtype=torch.bfloat16)
-    assert combine.combine_scores([cosine, cosine], "cosine", scale=1.0).dtype == torch.float32
+    assert rank.combine_scores([cosine, cosine], "cosine", scale=1.0).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -72,7 +71,7 @@ def test_half_precision_cosines_are_combined_in_float32():
 )
 def test_scores_that_cannot_be_combined_are_refused(cosines, how, message):
     with pytest.raises(ValueError, match=message):
-        combine.combine_scores(cosines, how, scale=1.0)
+        rank.combine_scores(cosines, how, scale=1.0)
 
 
 # Fusion of ranks
@@ -93,8 +92,15 @@ def ranking_of(lines, width):
     return Ranking(clip, torch.zeros(clip.shape))
 
 
-some_lists = st.lists(st.lists(st.permutations(range(9)).flatmap(lambda p: st.integers(0, 9).map(lambda n: list(p[:n]))),
-                               min_size=2, max_size=2), min_size=1, max_size=4)
+some_lists = st.lists(
+    st.lists(
+        st.permutations(range(9)).flatmap(lambda p: st.integers(0, 9).map(lambda n: list(p[:n]))),
+        min_size=2,
+        max_size=2,
+    ),
+    min_size=1,
+    max_size=4,
+)
 
 
 @settings(max_examples=80, deadline=None)
@@ -105,7 +111,7 @@ def test_fusion_of_ranks_agrees_with_a_slow_dictionary(members, extra, k):
     To rank 12, sums of up to four reciprocals are equal only where the ranks are the same.
     """
     rankings = [ranking_of(lines, max(1, *map(len, lines)) + more) for lines, more in zip(members, extra, strict=False)]
-    found = combine.fuse_ranks(rankings, k=k)
+    found = rank.fuse_ranks(rankings, k=k)
     for identity in range(2):
         clips, scores = slow_fusion([lines[identity] for lines in members], k)
         row = found.clip[identity].tolist()
@@ -116,9 +122,10 @@ def test_fusion_of_ranks_agrees_with_a_slow_dictionary(members, extra, k):
 
 @pytest.mark.parametrize("constant", [1, 60])
 def test_fusion_of_ranks_by_hand(constant, device):
-    one, two = (Ranking(clip.to(device), torch.zeros(1, 3)) for clip in
-                (torch.tensor([[4, 2, 9]]), torch.tensor([[2, 7, -1]])))
-    found = combine.fuse_ranks([one, two], constant=constant)
+    one, two = (
+        Ranking(clip.to(device), torch.zeros(1, 3)) for clip in (torch.tensor([[4, 2, 9]]), torch.tensor([[2, 7, -1]]))
+    )
+    found = rank.fuse_ranks([one, two], constant=constant)
     assert found.clip.tolist()[0][:4] == [2, 4, 7, 9]
     expected = [1 / (constant + 2) + 1 / (constant + 1), 1 / (constant + 1), 1 / (constant + 2), 1 / (constant + 3)]
     np.testing.assert_allclose(found.score[0, :4].cpu(), expected, rtol=1e-6)
@@ -127,19 +134,19 @@ def test_fusion_of_ranks_by_hand(constant, device):
 def test_fusion_of_one_ranking_is_that_ranking():
     generator = torch.Generator().manual_seed(0)
     alone = top_k([(torch.arange(1200), torch.rand(1200, 3, generator=generator))], k=1000)
-    fused = combine.fuse_ranks([alone], k=1000)
+    fused = rank.fuse_ranks([alone], k=1000)
     assert torch.equal(fused.clip, alone.clip)
-    assert torch.equal(combine.fuse_ranks([alone], k=100).clip, alone.clip[:, :100])
+    assert torch.equal(rank.fuse_ranks([alone], k=100).clip, alone.clip[:, :100])
 
 
 def test_fusion_of_a_ranking_with_itself_is_that_ranking():
     alone = ranking_of([[5, 3, 8], [2]], 4)
-    assert torch.equal(combine.fuse_ranks([alone, alone, alone], k=4).clip, alone.clip)
+    assert torch.equal(rank.fuse_ranks([alone, alone, alone], k=4).clip, alone.clip)
 
 
 def test_order_of_rankings_does_not_change_their_fusion():
     rankings = [ranking_of([line], 4) for line in ([5, 3, 8, 1], [8, 5], [1, 9, 5])]
-    one, two = (combine.fuse_ranks(order, k=6).clip for order in (rankings, rankings[::-1]))
+    one, two = (rank.fuse_ranks(order, k=6).clip for order in (rankings, rankings[::-1]))
     assert torch.equal(one, two)
 
 
@@ -148,7 +155,7 @@ def test_equal_sums_of_different_ranks_tie():
     one, two = torch.full((1, 180), -1), torch.full((1, 180), -1)
     one[0, 2], two[0, 173] = 9, 9  # ranks 3 and 174
     one[0, 4], two[0, 149] = 4, 4  # ranks 5 and 150
-    fused = combine.fuse_ranks([Ranking(one, torch.zeros(1, 180)), Ranking(two, torch.zeros(1, 180))], k=2)
+    fused = rank.fuse_ranks([Ranking(one, torch.zeros(1, 180)), Ranking(two, torch.zeros(1, 180))], k=2)
     assert fused.clip.tolist() == [[4, 9]] and fused.score[0, 0] == fused.score[0, 1]
 
 

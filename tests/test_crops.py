@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmlib.clips.crops import Crops, cut_crops, fit_picture, resample
+from mmlib.data.crops import Crops, cut_crops, fit_picture, resample
 
 
 def noise(height, width, seed=0):
@@ -26,8 +26,15 @@ def cropped(pictures, place, flip, size):
 
 @pytest.mark.parametrize(
     ("shape", "expected"),
-    [((30, 20), (15, 10)), ((20, 30), (10, 15)), ((7, 7), (10, 10)), ((50, 20), (20, 10)), ((1, 1), (10, 10)),
-     ((20_000, 1), (20, 10)), ((1, 20_000), (10, 20))],
+    [
+        ((30, 20), (15, 10)),
+        ((20, 30), (10, 15)),
+        ((7, 7), (10, 10)),
+        ((50, 20), (20, 10)),
+        ((1, 1), (10, 10)),
+        ((20_000, 1), (20, 10)),
+        ((1, 20_000), (10, 20)),
+    ],
 )
 def test_the_shorter_side_is_as_asked_and_the_longer_at_most_twice_that(shape, expected):
     pixels = fit_picture(Image.new("RGB", shape[::-1], (9, 8, 7)), 10)
@@ -49,7 +56,9 @@ def test_of_a_very_long_picture_the_middle_is_taken():
 # -- the crop ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "height", "width"), [(56, 64, 64), (224, 256, 455), (8, 9, 10), (1, 3, 3), (30, 30, 41)])
+@pytest.mark.parametrize(
+    ("size", "height", "width"), [(56, 64, 64), (224, 256, 455), (8, 9, 10), (1, 3, 3), (30, 30, 41)]
+)
 def test_crops_are_those_of_pillow_to_the_last_bit(size, height, width):
     rng = np.random.default_rng(size)
     pictures = [noise(height, width, seed) for seed in range(40)]
@@ -90,7 +99,7 @@ def test_crops_do_not_depend_on_the_others_of_their_batch():
     pictures, place, flip = [noise(12, 20), noise(9, 8)], np.array([[0.3, 0.7], [0.0, 1.0]]), np.array([True, False])
     both = cropped(pictures, place, flip, 8)
     for row in (0, 1):
-        assert (cropped(pictures[row:row + 1], place[row:row + 1], flip[row:row + 1], 8)[0] == both[row]).all()
+        assert (cropped(pictures[row : row + 1], place[row : row + 1], flip[row : row + 1], 8)[0] == both[row]).all()
 
 
 def test_a_device_gives_the_same_crops(device):

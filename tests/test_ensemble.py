@@ -9,7 +9,9 @@ CLIPS = np.arange(100, 400)
 
 
 def drawn(kind, clips=CLIPS, identity=None, seed=0, member=1):
-    return member_clips(kind, clips, np.zeros(len(clips), int) if identity is None else identity, seed=seed, member=member)
+    return member_clips(
+        kind, clips, np.zeros(len(clips), int) if identity is None else identity, seed=seed, member=member
+    )
 
 
 # -- clips of a member ---------------------------------------------------------------------------------------
@@ -36,7 +38,9 @@ def test_bagging_loses_a_share_of_identities_of_one_clip_near_one_over_e():
 
 
 @settings(max_examples=60, deadline=None)
-@given(identity=st.lists(st.integers(-1, 5), min_size=1, max_size=40), seed=st.integers(0, 99), member=st.integers(0, 9))
+@given(
+    identity=st.lists(st.integers(-1, 5), min_size=1, max_size=40), seed=st.integers(0, 99), member=st.integers(0, 9)
+)
 def test_stratified_keeps_every_identity_and_its_number_of_clips(identity, seed, member):
     identity = np.array(identity)
     found = drawn("stratified", np.arange(len(identity)), identity, seed, member)
@@ -84,7 +88,13 @@ def test_first_member_has_the_plain_seed_and_the_others_their_own():
 
 @pytest.mark.parametrize(
     "identity, kept, lost",
-    [([3, 3, 5, 9], [3, 9, 9], 1), ([3, 3, 5, 5, 9], [9], 2), ([1, 2], [2, 1], 0), ([1, 2, 2], [], 2), ([4], [4, 6], 0)],
+    [
+        ([3, 3, 5, 9], [3, 9, 9], 1),
+        ([3, 3, 5, 5, 9], [9], 2),
+        ([1, 2], [2, 1], 0),
+        ([1, 2, 2], [], 2),
+        ([4], [4, 6], 0),
+    ],
 )
 def test_lost_identities_by_hand(identity, kept, lost):
     assert lost_identities(np.array(identity), np.array(kept, int)) == lost

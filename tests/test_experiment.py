@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 from conftest import BRIEF, of
 
-from mmlib.combine import Fallback
-from mmlib.experiment import Experiment, as_seeds, torch_device
-from mmlib.runs import run
-from mmlib.train import Training
+from mmlib.experiment import Experiment, Training, as_seeds, torch_device
+from mmlib.rank import Fallback
+from mmlib.records import run
 
 # -- keys ----------------------------------------------------------------------------------------------------
 
@@ -61,9 +60,7 @@ OTHER_TRAINING = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [field.name for field in fields(Experiment) if field.name not in ("data", "training")]
-)
+@pytest.mark.parametrize("name", [field.name for field in fields(Experiment) if field.name not in ("data", "training")])
 def test_every_field_of_a_trained_experiment_changes_the_key(name):
     plain = replace(Experiment(), **BESIDE.get(name, {}))
     assert replace(plain, **{name: OTHER[name]}).key() != plain.key()
@@ -125,10 +122,7 @@ def test_settings_of_the_simulator_mean_nothing_on_a_given_store(store):
     "bad, message",
     [
         ({"classifier": "svm"}, "classifier must be one of nearest, .*, got 'svm'"),
-        (
-            {"aggregator": "NAN", "classifier": "class means"},
-            "aggregator 'NAN' is learned, so classifier cannot be",
-        ),
+        ({"aggregator": "NAN", "classifier": "class means"}, "aggregator 'NAN' is learned, so classifier cannot be"),
         ({"context": ("scene",), "classifier": "nearest"}, "context, head and a class .* cannot be 'nearest'"),
         ({"head": "dot", "classifier": "class means"}, "are trained, so classifier cannot be 'class means'"),
         ({"distractors": "class", "classifier": "class means"}, "are trained, so classifier cannot be 'class means'"),
@@ -165,15 +159,7 @@ def test_experiments_that_cannot_be_are_refused(bad, message):
 
 @pytest.mark.parametrize(
     "text, seeds",
-    [
-        ("[3]", [3]),
-        ("3", [3]),
-        (3, [3]),
-        ([3], [3]),
-        ((0, 2), [0, 2]),
-        ("[2, 0]", [2, 0]),
-        (range(3), [0, 1, 2]),
-    ],
+    [("[3]", [3]), ("3", [3]), (3, [3]), ([3], [3]), ((0, 2), [0, 2]), ("[2, 0]", [2, 0]), (range(3), [0, 1, 2])],
 )
 def test_seeds_are_read_as_papermill_passes_them(text, seeds):
     assert as_seeds(text) == seeds

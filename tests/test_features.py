@@ -4,17 +4,23 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmlib.clips import features as module
-from mmlib.clips.features import group_photographs, import_features
-from mmlib.clips.store import ClipStore
+from mmlib.data import features as module
+from mmlib.data.features import group_photographs, import_features
+from mmlib.data.store import ClipStore
 
 
 def table_of(**columns):
     """Two clips of ann in train and val, one of nobody; rows in no order, columns replaced by `columns`."""
-    return pd.DataFrame({"clip": ["b", "a", "b", "c", "a"], "frame": [3, 2, 1, 0, 1],
-                         "identity": ["ann", "ann", "ann", None, "ann"],
-                         "split": ["val", "train", "val", "val", "train"],
-                         "quality": [0.3, 0.2, 0.1, 0.0, 0.5]} | columns)
+    return pd.DataFrame(
+        {
+            "clip": ["b", "a", "b", "c", "a"],
+            "frame": [3, 2, 1, 0, 1],
+            "identity": ["ann", "ann", "ann", None, "ann"],
+            "split": ["val", "train", "val", "val", "train"],
+            "quality": [0.3, 0.2, 0.1, 0.0, 0.5],
+        }
+        | columns
+    )
 
 
 ARRAY = np.arange(5, dtype=np.float32)[:, None] + np.array([0, 0.25, 100], np.float32)
@@ -42,7 +48,10 @@ def test_rows_in_any_order_become_clips_with_sorted_frames(tmp_path, monkeypatch
     monkeypatch.setattr(module, "BLOCK", block)
     store, _ = run(tmp_path, **options)
     assert store.clips.to_dict("list") == {
-        "clip": ["a", "b", "c"], "split": ["train", "val", "val"], "identity": [0, 0, -1]}
+        "clip": ["a", "b", "c"],
+        "split": ["train", "val", "val"],
+        "identity": [0, 0, -1],
+    }
     batch = store.batch([0, 1, 2])
     np.testing.assert_array_equal(batch.feature[0], ARRAY[[4, 1]])
     np.testing.assert_array_equal(batch.feature[1], ARRAY[[2, 0]])
@@ -64,7 +73,10 @@ def test_store_says_where_it_comes_from(tmp_path):
     digest = hashlib.sha256((tmp_path / "table.csv").read_bytes()).hexdigest()
     assert store.meta["simulated"] is False
     assert store.meta["provenance"]["table"] == {
-        "name": "table.csv", "bytes": (tmp_path / "table.csv").stat().st_size, "sha256": digest}
+        "name": "table.csv",
+        "bytes": (tmp_path / "table.csv").stat().st_size,
+        "sha256": digest,
+    }
     assert store.meta["provenance"]["array"]["name"] == "array.npy"
 
 
@@ -87,19 +99,22 @@ def test_windows_line_ends_and_mp4_are_read(tmp_path):
     assert store.clips["clip"].tolist() == ["a"] and store.identities.tolist() == ["ann"]
 
 
-@pytest.mark.parametrize("columns, message", [
-    ({"identity": ["ann", "ann", "bob", None, "ann"]}, "clip b has identity bob and ann"),
-    ({"identity": ["ann", "ann", None, None, "ann"]}, "clip b has identity nan and ann"),
-    ({"split": ["val", "train", "train", "val", "train"]}, "clip b has split train and val"),
-    ({"frame": [1, 2, 1, 0, 1]}, "row 3: clip b has frame 1 and 1"),
-    ({"frame": [3, 2, -1, 0, 1]}, "row 3: clip b: frame is -1"),
-    ({"frame": [3, 2, 1.5, 0, 1]}, "row 3: clip b: frame is 1.5"),
-    ({"frame": ["x", 2, 1, 0, 1]}, "row 1: clip b: frame is x"),
-    ({"split": ["val", "dev", "val", "val", "train"]}, "row 2: clip 'a': split is 'dev'"),
-    ({"clip": ["b", None, "b", "c", "a"]}, "row 2: .*clip is"),
-    ({"quality": [0.3, 0.2, np.inf, 0.0, 0.5]}, "row 3: clip b: quality is inf"),
-    ({"quality": [0.3, None, 0.1, 0.0, 0.5]}, "row 2: clip a: quality is nan"),
-])
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ({"identity": ["ann", "ann", "bob", None, "ann"]}, "clip b has identity bob and ann"),
+        ({"identity": ["ann", "ann", None, None, "ann"]}, "clip b has identity nan and ann"),
+        ({"split": ["val", "train", "train", "val", "train"]}, "clip b has split train and val"),
+        ({"frame": [1, 2, 1, 0, 1]}, "row 3: clip b has frame 1 and 1"),
+        ({"frame": [3, 2, -1, 0, 1]}, "row 3: clip b: frame is -1"),
+        ({"frame": [3, 2, 1.5, 0, 1]}, "row 3: clip b: frame is 1.5"),
+        ({"frame": ["x", 2, 1, 0, 1]}, "row 1: clip b: frame is x"),
+        ({"split": ["val", "dev", "val", "val", "train"]}, "row 2: clip 'a': split is 'dev'"),
+        ({"clip": ["b", None, "b", "c", "a"]}, "row 2: .*clip is"),
+        ({"quality": [0.3, 0.2, np.inf, 0.0, 0.5]}, "row 3: clip b: quality is inf"),
+        ({"quality": [0.3, None, 0.1, 0.0, 0.5]}, "row 2: clip a: quality is nan"),
+    ],
+)
 def test_a_bad_cell_is_refused_with_its_clip_and_value(tmp_path, columns, message):
     assert_refused(tmp_path, f"table.csv, .*{message}", table_of(**columns))
 
@@ -112,22 +127,30 @@ def test_a_missing_column_is_named(tmp_path):
 def test_a_number_that_float16_cannot_hold_is_refused(tmp_path, value):
     array = ARRAY.copy()
     array[2, 1] = value
-    assert_refused(tmp_path, f"array.npy, row 3: clip b, frame 1: feature is {value:.0f}.* at position 1",
-                   array=array)
+    assert_refused(tmp_path, f"array.npy, row 3: clip b, frame 1: feature is {value:.0f}.* at position 1", array=array)
 
 
-@pytest.mark.parametrize("array, message", [
-    (ARRAY[:4], "array.npy: 4 rows, but .*table.csv has 5"),
-    (ARRAY[0], r"float32 \(3,\), expected floats \(F, D\)"),
-    (ARRAY.astype(np.int32), "int32"),
-])
+@pytest.mark.parametrize(
+    "array, message",
+    [
+        (ARRAY[:4], "array.npy: 4 rows, but .*table.csv has 5"),
+        (ARRAY[0], r"float32 \(3,\), expected floats \(F, D\)"),
+        (ARRAY.astype(np.int32), "int32"),
+    ],
+)
 def test_an_array_that_does_not_fit_is_refused(tmp_path, array, message):
     assert_refused(tmp_path, message, array=array)
 
 
-@pytest.mark.parametrize("width, message", [
-    (None, "width: None"), (0, "width: 0"), (4, "array.bin: 60 bytes are not whole rows of 4 float32"),
-    (5, "array.bin: 3 rows, but .* has 5")])
+@pytest.mark.parametrize(
+    "width, message",
+    [
+        (None, "width: None"),
+        (0, "width: 0"),
+        (4, "array.bin: 60 bytes are not whole rows of 4 float32"),
+        (5, "array.bin: 3 rows, but .* has 5"),
+    ],
+)
 def test_a_raw_array_needs_its_width(tmp_path, width, message):
     assert_refused(tmp_path, message, raw=True, width=width)
 

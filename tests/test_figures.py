@@ -6,8 +6,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.container import ErrorbarContainer
 
 from mmlib import figures
+from mmlib.aggregate import AGGREGATORS
 from mmlib.experiment import CLASSIFIERS
-from mmlib.models import AGGREGATORS
 
 
 @pytest.fixture(autouse=True)
@@ -39,14 +39,7 @@ def drawn(ax):
 
 @pytest.mark.parametrize(
     "value, text",
-    [
-        (3, "3"),
-        (0.25, "0.25"),
-        ("yes", "'yes'"),
-        (np.float32(0.5), "0.5"),
-        (np.int64(7), "7"),
-        (float("nan"), "nan"),
-    ],
+    [(3, "3"), (0.25, "0.25"), ("yes", "'yes'"), (np.float32(0.5), "0.5"), (np.int64(7), "7"), (float("nan"), "nan")],
 )
 def test_glue_leaves_a_record_that_the_book_can_paste(shown, value, text):
     figures.glue("share", value)
@@ -58,9 +51,7 @@ def test_glue_leaves_a_record_that_the_book_can_paste(shown, value, text):
     }
 
 
-@pytest.mark.parametrize(
-    "simulated, said", [(True, "simulated clips"), (False, "data set of the reader's own")]
-)
+@pytest.mark.parametrize("simulated, said", [(True, "simulated clips"), (False, "data set of the reader's own")])
 def test_notice_says_where_the_numbers_come_from(shown, simulated, said):
     figures.notice(simulated)
     data, options = shown[0]
@@ -127,9 +118,7 @@ def test_forest_draws_the_intervals_there_are():
     assert ends == [pytest.approx([0.2, 0.9]), pytest.approx([0.7, 1.1])]
 
 
-LINES = pd.DataFrame(
-    {"range": ["1-4", "5-9"] * 2, "top1": [0.1, 0.2, 0.3, 0.4], "method": ["mean"] * 2 + ["norm"] * 2}
-)
+LINES = pd.DataFrame({"range": ["1-4", "5-9"] * 2, "top1": [0.1, 0.2, 0.3, 0.4], "method": ["mean"] * 2 + ["norm"] * 2})
 
 
 def test_lines_are_drawn_one_a_method_in_the_order_of_the_categories():
@@ -139,18 +128,13 @@ def test_lines_are_drawn_one_a_method_in_the_order_of_the_categories():
 
 
 def test_lines_of_a_method_without_a_category_leave_its_place_empty():
-    ax = figures.lines(
-        LINES.drop(index=2), x="range", y="top1", by="method", xlabel="faces", ylabel="top-1 (share)"
-    )
+    ax = figures.lines(LINES.drop(index=2), x="range", y="top1", by="method", xlabel="faces", ylabel="top-1 (share)")
     assert drawn(ax)["norm"] == ([1], [0.4])
 
 
 def test_lines_drop_no_method_however_many():
     many = pd.DataFrame({"range": "all", "top1": 0.5, "method": [f"arm {i}" for i in range(15)]})
-    assert (
-        len(drawn(figures.lines(many, x="range", y="top1", by="method", xlabel="faces", ylabel="top-1")))
-        == 15
-    )
+    assert len(drawn(figures.lines(many, x="range", y="top1", by="method", xlabel="faces", ylabel="top-1"))) == 15
 
 
 def test_lines_can_be_left_unconnected():
@@ -159,9 +143,7 @@ def test_lines_can_be_left_unconnected():
 
 
 def test_targets_missed_are_told_from_those_met():
-    frame = pd.DataFrame(
-        {"fact": ["a", "b", "c"], "deviation": [0.5, -1.5, 9.0], "within": [True, False, False]}
-    )
+    frame = pd.DataFrame({"fact": ["a", "b", "c"], "deviation": [0.5, -1.5, 9.0], "within": [True, False, False]})
     ax = figures.against_target(frame)
     assert drawn(ax) == {"within": ([0.5], [2]), "missed": ([-1.5, 3], [1, 0])}  # beyond 3 at the edge
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b", "c"]
@@ -176,9 +158,7 @@ def test_curves_show_the_store_and_the_published_points(log, scale):
 
 
 def test_densities_have_area_one_a_group():
-    frame = pd.DataFrame(
-        {"cosine": np.random.default_rng(0).normal(size=900), "pair": ["one"] * 300 + ["two"] * 600}
-    )
+    frame = pd.DataFrame({"cosine": np.random.default_rng(0).normal(size=900), "pair": ["one"] * 300 + ["two"] * 600})
     ax = figures.densities(frame, value="cosine", by="pair", xlabel="cosine")
     assert len(ax.patches) == 2
     for patch in ax.patches:
@@ -235,11 +215,7 @@ def grid(frame=GRID):
 
 def test_grid_writes_every_difference_into_its_cell():
     texts = {(text.get_position(), text.get_text()) for text in grid().texts}
-    assert texts == {
-        ((0.5, 0.5), "+0.1"),
-        ((0.5, 1.5), "+0.4"),
-        ((1.5, 1.5), "-0.8"),
-    }  # the upper row is quality 0
+    assert texts == {((0.5, 0.5), "+0.1"), ((0.5, 1.5), "+0.4"), ((1.5, 1.5), "-0.8")}  # the upper row is quality 0
 
 
 def test_grid_marks_the_cells_whose_interval_excludes_zero():
@@ -297,14 +273,8 @@ def test_paired_and_unpaired_intervals_stand_beside_each_other():
     )
     ax = figures.paired_intervals(frame)
     paired, unpaired = (bar[2][0].get_segments() for bar in ax.containers)
-    assert [part[:, 1].tolist() for part in paired] == [
-        pytest.approx([0.05, 0.15]),
-        pytest.approx([0.2, 0.4]),
-    ]
-    assert [part[:, 1].tolist() for part in unpaired] == [
-        pytest.approx([-0.1, 0.3]),
-        pytest.approx([0.1, 0.5]),
-    ]
+    assert [part[:, 1].tolist() for part in paired] == [pytest.approx([0.05, 0.15]), pytest.approx([0.2, 0.4])]
+    assert [part[:, 1].tolist() for part in unpaired] == [pytest.approx([-0.1, 0.3]), pytest.approx([0.1, 0.5])]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["2", "4"]
     assert paired[0][0, 0] < unpaired[0][0, 0]
 
@@ -314,12 +284,8 @@ def one_point(**columns):
 
 
 DRAWINGS = {
-    "forest": lambda ax: figures.forest(
-        FOREST, label="arm", value="difference", xlabel="points of MAP@100", ax=ax
-    ),
-    "lines": lambda ax: figures.lines(
-        LINES, x="range", y="top1", by="method", xlabel="faces", ylabel="share", ax=ax
-    ),
+    "forest": lambda ax: figures.forest(FOREST, label="arm", value="difference", xlabel="points of MAP@100", ax=ax),
+    "lines": lambda ax: figures.lines(LINES, x="range", y="top1", by="method", xlabel="faces", ylabel="share", ax=ax),
     "against_target": lambda ax: figures.against_target(one_point(fact="a", deviation=0.1, within=True), ax),
     "curves": lambda ax: figures.curves(
         one_point(x=1, y=2), one_point(x=1, y=2), x="x", y="y", xlabel="faces", ylabel="share", ax=ax
@@ -385,6 +351,8 @@ def test_dodged_marks_stand_in_rows_from_the_top_each_with_its_interval():
     assert two[2][0].get_segments()[0][:, 0].tolist() == [3, 3]  # no interval is known
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["one", "two"]
     assert (ax.get_title(), ax.get_xlabel()) == ("", "points")
+
+
 PARTITION = pd.DataFrame({"member": [0, 1], "start": [0, 4], "stop": [4, 8], "width": [32, 32]})
 GAINS = pd.DataFrame(
     {

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmlib.clips import render
-from mmlib.clips.images import count_converted, index_images, read_image
-from mmlib.clips.pictures import image_batches
-from mmlib.clips.render import REGIONS, Studio, picture_size, render_scenes
-from mmlib.clips.simulate import settings_for, simulate
-from mmlib.clips.store import ClipStore
+from mmlib.data import render
+from mmlib.data.images import count_converted, index_images, read_image
+from mmlib.data.pictures import image_batches
+from mmlib.data.render import REGIONS, Studio, picture_size, render_scenes
+from mmlib.data.simulate import settings_for, simulate
+from mmlib.data.store import ClipStore
 
 SIZE = 32
 

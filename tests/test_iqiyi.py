@@ -13,24 +13,35 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmlib.clips import pickles, python2, records
-from mmlib.clips.iqiyi import export_folder, import_folder, pickle_path
-from mmlib.clips.pickles import Spool, read_pickle
-from mmlib.clips.store import ClipStore
-from mmlib.clips.truth import (read_result, read_train_truth, read_val_truth, write_result, write_train_truth,
-                               write_val_truth)
+from mmlib.data import pickles, python2, rows
+from mmlib.data.iqiyi import export_folder, import_folder, pickle_path
+from mmlib.data.pickles import Spool, read_pickle
+from mmlib.data.store import ClipStore
+from mmlib.data.submission import (
+    read_result,
+    read_train_truth,
+    read_val_truth,
+    write_result,
+    write_train_truth,
+    write_val_truth,
+)
 
 # Faces of three val clips as Python 2.7.18 with numpy 1.16.6 pickled them (cPickle, protocol 2):
 # 1 with frames 10 and 12, 3 with none, 11 with frame 11; feature, box and scores as in GENUINE.
-PYTHON2 = zlib.decompress(base64.b64decode(
-    "eNprYKotZNQIFfUM9Iz0jA/zdIkPc/SJNwADw9hCJo3YQmaNUCZDg0KW2EJWDXf7Hwxg4O7AAGPYOUAZLhCRVHf7N2dA4Ky7gx9E"
-    "KDmvNLegUi85vyhVL7c0pyQzsagosZIrvig1OT+vuKSoNLmEq5ANooorLwUiW8juzdAaypjUHlTIoeHN6MvA1ApVkVJSWZDKVcgZ"
-    "ypRm5M3gzQhUwaXhzRzKaOPn5+f1HwjAhDdDSVJnCAML0AGeo3AUjsKRCkuSUmMLuUHlmFEhT2whL8nlmD9EKIMtA1Eo8UELpQwu"
-    "aCHjNQpH4SgcqRBYyKRib0gZx2IVNwQ2sPhjCwVA5ZJhoWBsoZCGOwOsOIIzHMRgDAl4ufQCKnSAB0u5JIxeLlmMwlE4CkcqBJZL"
-    "iaV6ADrUEIU="))
+PYTHON2 = zlib.decompress(
+    base64.b64decode(
+        "eNprYKotZNQIFfUM9Iz0jA/zdIkPc/SJNwADw9hCJo3YQmaNUCZDg0KW2EJWDXf7Hwxg4O7AAGPYOUAZLhCRVHf7N2dA4Ky7gx9E"
+        "KDmvNLegUi85vyhVL7c0pyQzsagosZIrvig1OT+vuKSoNLmEq5ANooorLwUiW8juzdAaypjUHlTIoeHN6MvA1ApVkVJSWZDKVcgZ"
+        "ypRm5M3gzQhUwaXhzRzKaOPn5+f1HwjAhDdDSVJnCAML0AGeo3AUjsKRCkuSUmMLuUHlmFEhT2whL8nlmD9EKIMtA1Eo8UELpQwu"
+        "aCHjNQpH4SgcqRBYyKRib0gZx2IVNwQ2sPhjCwVA5ZJhoWBsoZCGOwOsOIIzHMRgDAl4ufQCKnSAB0u5JIxeLlmMwlE4CkcqBJZL"
+        "iaV6ADrUEIU="
+    )
+)
 GENUINE = {
-    "IQIYI_VID_VAL_0000001": [(10, [1.5, 2.0, 30.25, 40.0], 0.9, 60.0, 10),
-                              (12, [1.5, 2.0, 30.25, 40.0], 0.9, 62.0, 12)],
+    "IQIYI_VID_VAL_0000001": [
+        (10, [1.5, 2.0, 30.25, 40.0], 0.9, 60.0, 10),
+        (12, [1.5, 2.0, 30.25, 40.0], 0.9, 62.0, 12),
+    ],
     "IQIYI_VID_VAL_0000003": [],
     "IQIYI_VID_VAL_0000011": [(11, [0.0, 0.0, 5.5, 6.0], 0.75, -3.5, 0.5)],
 }
@@ -62,10 +73,14 @@ def spool(tmp_path):
 def folder(tmp_path):
     """Three clips of train, one unlabelled, and five of val, two of them distractors, one without a face."""
     folder = tmp_path / "official"
-    dump(pickle_path(folder, "face", "train"),
-         {b"TRAIN_1": [face(1), face(1), face(7)], b"TRAIN_2": [face(2)], b"TRAIN_3": [face(3)]})
-    dump(pickle_path(folder, "face", "val"), {b"VAL_%d" % i: [face(i), face(i + 10)] for i in range(1, 5)}
-         | {b"VAL_5": []})
+    dump(
+        pickle_path(folder, "face", "train"),
+        {b"TRAIN_1": [face(1), face(1), face(7)], b"TRAIN_2": [face(2)], b"TRAIN_3": [face(3)]},
+    )
+    dump(
+        pickle_path(folder, "face", "val"),
+        {b"VAL_%d" % i: [face(i), face(i + 10)] for i in range(1, 5)} | {b"VAL_5": []},
+    )
     (folder / "train_gt.txt").write_text(TRAIN_TRUTH)
     (folder / "val_gt.txt").write_text(VAL_TRUTH)
     return folder
@@ -100,6 +115,7 @@ def load_as_published(path):
 
 # What is read
 
+
 def test_identities_are_those_of_val_in_order_then_those_of_train(folder):
     run(folder)
     assert ClipStore.open(folder.parent / "store").identities.tolist() == ["1", "2", "3", "9"]
@@ -108,8 +124,16 @@ def test_identities_are_those_of_val_in_order_then_those_of_train(folder):
 def test_clips_get_split_identity_and_frames(folder):
     run(folder)
     store = ClipStore.open(folder.parent / "store")
-    assert store.clips["clip"].tolist() == ["TRAIN_1", "TRAIN_2", "TRAIN_3",
-                                            "VAL_1", "VAL_2", "VAL_3", "VAL_4", "VAL_5"]
+    assert store.clips["clip"].tolist() == [
+        "TRAIN_1",
+        "TRAIN_2",
+        "TRAIN_3",
+        "VAL_1",
+        "VAL_2",
+        "VAL_3",
+        "VAL_4",
+        "VAL_5",
+    ]
     assert store.clips["identity"].tolist() == [2, 3, -1, 0, 2, 0, -1, -1]
     faces = store.modalities["face"]
     assert faces.count.tolist() == [3, 1, 1, 2, 2, 2, 2, 0]
@@ -156,7 +180,11 @@ def test_other_modalities_and_the_test_split_are_taken_where_present(folder):
     assert report.clips == {"train": 3, "val": 6, "test": 1}
     names = store.clips["clip"].to_numpy(object)
     assert {m: names[store.select(having=m)].tolist() for m in ("head", "body", "audio", "scene")} == {
-        "head": ["TRAIN_1"], "body": ["VAL_5"], "audio": ["VAL_5"], "scene": ["VAL_6"]}
+        "head": ["TRAIN_1"],
+        "body": ["VAL_5"],
+        "audio": ["VAL_5"],
+        "scene": ["VAL_6"],
+    }
     assert store.modalities["scene"].feature[0, 0] == np.float16(0.1)
     assert store.modalities["scene"].columns["frame"].tolist() == [3]
     assert list(store.modalities["audio"].columns) == []
@@ -172,8 +200,10 @@ def test_clip_names_may_carry_mp4(folder):
 def test_a_pickle_that_memoises_every_object_reads_the_same(tmp_path, spool, monkeypatch, prune):
     monkeypatch.setattr(pickles, "PRUNE", prune)
     shared = b"7"  # an object that later records refer back to
-    value = {b"VAL_%d" % i: [[shared, [1.0, 2.0, 3.0, 4.0], 0.5, float(j), feature(10 * i + j)]
-                             for j in range(3)] for i in range(5)}
+    value = {
+        b"VAL_%d" % i: [[shared, [1.0, 2.0, 3.0, 4.0], 0.5, float(j), feature(10 * i + j)] for j in range(3)]
+        for i in range(5)
+    }
     dump(tmp_path / "memo.pickle", value)
     loaded = read_pickle(tmp_path / "memo.pickle", spool)
     read, written = ({clip: [r[:4] for r in of] for clip, of in dumped.items()} for dumped in (loaded, value))
@@ -193,8 +223,9 @@ def test_reading_holds_no_features_in_memory(tmp_path, spool, monkeypatch, memoi
         [box], [scores] = (python2.pack_floats(np.ones((1, k))) for k in (4, 2))
         with open(path, "wb") as file, python2.DictPickler(file, clips, "<f2", 512) as writer:
             for i in range(clips):
-                writer.write_records(f"VAL_{i}", [(b"%d" % (10 + j), box, scores, feature(j).tobytes())
-                                                  for j in range(frames)])
+                writer.write_records(
+                    f"VAL_{i}", [(b"%d" % (10 + j), box, scores, feature(j).tobytes()) for j in range(frames)]
+                )
     monkeypatch.setattr(pickles, "BLOCK", 2**16)
     tracemalloc.start()
     try:
@@ -208,6 +239,7 @@ def test_reading_holds_no_features_in_memory(tmp_path, spool, monkeypatch, memoi
 
 # What is refused: pickles as programs
 
+
 def short(text):
     return b"\x8c%c" % len(text) + text
 
@@ -218,14 +250,20 @@ def attacks(canary):
     return {
         "os.system": b"\x80\x02cos\nsystem\n" + argument + b"\x85R.",
         "posix.system": b"\x80\x04" + short(b"posix") + short(b"system") + b"\x93" + argument + b"\x85R.",
-        "builtins.eval": b"\x80\x04" + short(b"builtins") + short(b"eval") + b"\x93" + short(
-            b"open('" + str(canary).encode() + b"', 'w')") + b"\x85R.",
+        "builtins.eval": b"\x80\x04"
+        + short(b"builtins")
+        + short(b"eval")
+        + b"\x93"
+        + short(b"open('" + str(canary).encode() + b"', 'w')")
+        + b"\x85R.",
         "__builtin__.eval": b"\x80\x02c__builtin__\neval\n" + argument + b"\x85R.",
         "subprocess.Popen": b"(" + argument + b"isubprocess\nPopen\n.",
         "numpy.load": b"\x80\x02cnumpy\nload\n" + argument + b"\x85R.",
         "numpy.core.multiarray.scalar": b"\x80\x02cnumpy.core.multiarray\nscalar\n.",
-        "numpy.core.multiarray._reconstruct.__globals__":
-            b"\x80\x04" + short(b"numpy.core.multiarray") + short(b"_reconstruct.__globals__") + b"\x93.",
+        "numpy.core.multiarray._reconstruct.__globals__": b"\x80\x04"
+        + short(b"numpy.core.multiarray")
+        + short(b"_reconstruct.__globals__")
+        + b"\x93.",
         "copyreg._reconstructor": b"\x80\x02ccopyreg\n_reconstructor\n.",
     }
 
@@ -244,28 +282,44 @@ def test_the_attack_would_run_if_it_were_let(tmp_path):
     assert canary.exists()
 
 
-@pytest.mark.parametrize("program", [
-    b"\x80\x02\x82\x01.",                                    # extension registry
-    b"\x80\x02U\x01aQ.", b"Pname\n.",                        # persistent ids
-    b"\x80\x02cnumpy\nndarray\n)R.",                         # the stand-ins called in unexpected ways
-    b"\x80\x02cnumpy\nndarray\n)\x81.",
-    b"\x80\x02cnumpy\nndarray\n}U\x01aK\x01sb.",
-    b"\x80\x02cnumpy\ndtype\n)R.",
-    b"\x80\x02cnumpy\ndtype\nU\x02f2\x85R}b.",
-    b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\ndtype\nK\x00U\x01b\x87R.",
-    b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00U\x01b\x87RK\x01b.",
-    b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00rot\x86R.",
-    b"\x80\x02h\x05.", b"\x80\x02}K\x01s.", b"\x80\x02]]s.", b"\xff\xff", b"", b"\x80\x63.", b"not a pickle",
-])
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"\x80\x02\x82\x01.",  # extension registry
+        b"\x80\x02U\x01aQ.",
+        b"Pname\n.",  # persistent ids
+        b"\x80\x02cnumpy\nndarray\n)R.",  # the stand-ins called in unexpected ways
+        b"\x80\x02cnumpy\nndarray\n)\x81.",
+        b"\x80\x02cnumpy\nndarray\n}U\x01aK\x01sb.",
+        b"\x80\x02cnumpy\ndtype\n)R.",
+        b"\x80\x02cnumpy\ndtype\nU\x02f2\x85R}b.",
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\ndtype\nK\x00U\x01b\x87R.",
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00U\x01b\x87RK\x01b.",
+        b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00rot\x86R.",
+        b"\x80\x02h\x05.",
+        b"\x80\x02}K\x01s.",
+        b"\x80\x02]]s.",
+        b"\xff\xff",
+        b"",
+        b"\x80\x63.",
+        b"not a pickle",
+    ],
+)
 def test_a_pickle_that_makes_no_sense_is_one_clear_error(folder, program):
     pickle_path(folder, "face", "val").write_bytes(program)
     assert_refused(folder, "face_val_v2.pickle: ")
 
 
-@pytest.mark.parametrize("value, named", [
-    ([], "holds a list, not a dict"), ({1: []}, "clip name 1 is a int"), ({b"\xff": []}, "is not text"),
-    ({b"A\nB": []}, r"clip name 'A\\nB' is empty or has spaces"),
-    ({b"VAL_1": [], b"VAL_1.mp4": []}, "clip VAL_1 is named twice")])
+@pytest.mark.parametrize(
+    "value, named",
+    [
+        ([], "holds a list, not a dict"),
+        ({1: []}, "clip name 1 is a int"),
+        ({b"\xff": []}, "is not text"),
+        ({b"A\nB": []}, r"clip name 'A\\nB' is empty or has spaces"),
+        ({b"VAL_1": [], b"VAL_1.mp4": []}, "clip VAL_1 is named twice"),
+    ],
+)
 def test_a_pickle_of_something_else_is_refused(folder, value, named):
     dump(pickle_path(folder, "face", "val"), value)
     assert_refused(folder, f"face_val_v2.pickle: .*{named}")
@@ -347,8 +401,11 @@ def test_bad_records_can_be_skipped_and_are_counted(folder, kind):
 
 def test_frames_out_of_order_are_refused(folder):
     put_val(folder, b"VAL_2", [face(5), face(12), face(5)])
-    assert_refused(folder, r"val_v2.pickle: clip VAL_2, record 3 \(frame b'5'\): frames out of order: "
-                           "5 after 12")
+    assert_refused(
+        folder,
+        r"val_v2.pickle: clip VAL_2, record 3 \(frame b'5'\): frames out of order: "
+        "5 after 12",
+    )
 
 
 def test_a_clip_that_is_no_list_is_refused(folder):
@@ -357,7 +414,7 @@ def test_a_clip_that_is_no_list_is_refused(folder):
 
 
 def test_checks_hold_across_chunks(folder, monkeypatch):
-    monkeypatch.setattr(records, "CHUNK", 1)
+    monkeypatch.setattr(rows, "CHUNK", 1)
     put_val(folder, b"VAL_3", [face(9), face(box=(-1.0, 0.0, 1.0, 1.0))])
     report = run(folder, skip_bad_records=True)
     assert report.frames == {"face": 12}
@@ -377,8 +434,8 @@ def test_an_audio_clip_must_be_one_array(folder):
 
 # What is refused: files against each other
 
-@pytest.mark.parametrize("name", ["feat/face_train_v2.pickle", "feat/face_val_v2.pickle", "train_gt.txt",
-                                  "val_gt.txt"])
+
+@pytest.mark.parametrize("name", ["feat/face_train_v2.pickle", "feat/face_val_v2.pickle", "train_gt.txt", "val_gt.txt"])
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
     assert_refused(folder, f"{name}: missing")
@@ -389,14 +446,17 @@ def test_a_clip_in_two_splits_is_refused(folder):
     assert_refused(folder, "clip TRAIN_2 is named twice, in the pickles of train and val")
 
 
-@pytest.mark.parametrize("name, text, named", [
-    ("train_gt.txt", TRAIN_TRUTH + "TRAIN_8.mp4 1\n", "train_gt.txt, line 3: clip TRAIN_8 has no features"),
-    ("val_gt.txt", "1 VAL_1.mp4\n2 VAL_9.mp4\n", "val_gt.txt, line 2: clip VAL_9 has no features"),
-    ("val_gt.txt", "1 TRAIN_1.mp4\n", "line 1: clip TRAIN_1 has no features in any pickle of val"),
-    ("val_gt.txt", "1 VAL_1.mp4\n2 VAL_1.mp4\n", "line 2: clip VAL_1 is named twice, first on line 1"),
-    ("val_gt.txt", "1 VAL_1.mp4 VAL_1.mp4\n", "line 1: clip VAL_1 is named twice, first on line 1"),
-    ("val_gt.txt", "1 VAL_1.mp4\n1 VAL_2.mp4\n", "line 2: identity 1 is named twice, first on line 1"),
-])
+@pytest.mark.parametrize(
+    "name, text, named",
+    [
+        ("train_gt.txt", TRAIN_TRUTH + "TRAIN_8.mp4 1\n", "train_gt.txt, line 3: clip TRAIN_8 has no features"),
+        ("val_gt.txt", "1 VAL_1.mp4\n2 VAL_9.mp4\n", "val_gt.txt, line 2: clip VAL_9 has no features"),
+        ("val_gt.txt", "1 TRAIN_1.mp4\n", "line 1: clip TRAIN_1 has no features in any pickle of val"),
+        ("val_gt.txt", "1 VAL_1.mp4\n2 VAL_1.mp4\n", "line 2: clip VAL_1 is named twice, first on line 1"),
+        ("val_gt.txt", "1 VAL_1.mp4 VAL_1.mp4\n", "line 1: clip VAL_1 is named twice, first on line 1"),
+        ("val_gt.txt", "1 VAL_1.mp4\n1 VAL_2.mp4\n", "line 2: identity 1 is named twice, first on line 1"),
+    ],
+)
 def test_truth_that_does_not_fit_is_refused(folder, name, text, named):
     (folder / name).write_text(text)
     assert_refused(folder, named)
@@ -416,23 +476,34 @@ def test_an_interrupt_or_a_full_disk_leaves_nothing(folder, monkeypatch, error, 
 
 # Back to the official files
 
+
 def random_store(path, seed, clips=12):
     rng = np.random.default_rng(seed)
-    table = pd.DataFrame({"clip": [f"CLIP_{i:03d}" for i in range(clips)],
-                          "split": np.array(["train", "val", "test"])[np.arange(clips) % 3],
-                          "identity": [-1 if i % 3 == 2 else int(rng.integers(-1, 3)) for i in range(clips)]})
+    table = pd.DataFrame(
+        {
+            "clip": [f"CLIP_{i:03d}" for i in range(clips)],
+            "split": np.array(["train", "val", "test"])[np.arange(clips) % 3],
+            "identity": [-1 if i % 3 == 2 else int(rng.integers(-1, 3)) for i in range(clips)],
+        }
+    )
     spans = {}
     with ClipStore.create(path, simulated=True, provenance={"seed": seed}) as writer:
-        for modality, layout in records.LAYOUTS.items():
+        for modality, layout in rows.LAYOUTS.items():
             audio = modality == "audio"
             count = rng.integers(0, 2 if audio else 5, clips)
             frames = int(count.sum())
             low = rng.random((frames, 2)) * 50
-            columns = {"frame": 10 + np.arange(frames),
-                       "box": np.hstack([low, low + rng.random((frames, 2))]),
-                       "det": rng.random(frames), "quality": rng.normal(60, 40, frames)}
-            writer.append(modality, rng.standard_normal((frames, layout.width)).astype(np.float16),
-                          **{name: columns[name] for name in layout.fields[:-1]})
+            columns = {
+                "frame": 10 + np.arange(frames),
+                "box": np.hstack([low, low + rng.random((frames, 2))]),
+                "det": rng.random(frames),
+                "quality": rng.normal(60, 40, frames),
+            }
+            writer.append(
+                modality,
+                rng.standard_normal((frames, layout.width)).astype(np.float16),
+                **{name: columns[name] for name in layout.fields[:-1]},
+            )
             spans[modality] = np.cumsum(count) - count, count
         writer.finish(table, ["4", "8", "15"], spans)
     return ClipStore.open(path)
@@ -488,8 +559,9 @@ def test_batches_of_the_python2_pickler_load(tmp_path, clips, frames):
     box, score = python2.pack_floats(np.ones((1, 4)))[0], python2.pack_floats(np.ones((1, 1)))[0]
     with open(tmp_path / "p", "wb") as file, python2.DictPickler(file, clips, "<f2", 4) as writer:
         for clip in range(clips):
-            writer.write_records(f"{clip}", [(b"%d" % i, box, score, struct.pack("<4e", 1, 2, 3, i % 100))
-                                             for i in range(frames)])
+            writer.write_records(
+                f"{clip}", [(b"%d" % i, box, score, struct.pack("<4e", 1, 2, 3, i % 100)) for i in range(frames)]
+            )
     loaded = load_as_published(tmp_path / "p")
     assert list(loaded) == [b"%d" % clip for clip in range(clips)]
     for clip in loaded.values():
@@ -525,6 +597,7 @@ def test_exported_simulation_says_so_when_imported(tmp_path):
 
 # Text files
 
+
 def write(tmp_path, text):
     (tmp_path / "file.txt").write_bytes(text.encode())
     return tmp_path / "file.txt"
@@ -540,24 +613,29 @@ def test_val_truth_keeps_order_and_empty_lines(tmp_path):
     assert truth == (["2", "1", "3"], [["A", "B"], [], ["C"]])
 
 
-@pytest.mark.parametrize("text", ["1 A.mp4 B.mp4\r\n2\r\n", "1  A.mp4 B.mp4  \n2\t\n\n\n",
-                                  "\ufeff1 A.mp4 B.mp4\n2", "1 A.mp4 B.mp4\n2\n \r\n\r\n"])
+@pytest.mark.parametrize(
+    "text",
+    ["1 A.mp4 B.mp4\r\n2\r\n", "1  A.mp4 B.mp4  \n2\t\n\n\n", "\ufeff1 A.mp4 B.mp4\n2", "1 A.mp4 B.mp4\n2\n \r\n\r\n"],
+)
 def test_line_ends_spaces_and_empty_lines_at_the_end_are_read(tmp_path, text):
     for read in (read_val_truth, read_result):
         assert read(write(tmp_path, text)) == (["1", "2"], [["A", "B"], []])
 
 
-@pytest.mark.parametrize("read, text, named", [
-    (read_train_truth, "A.mp4 1\nB.mp4\n", "line 2: expected 'CLIP.mp4 IDENTITY', got 'B.mp4'"),
-    (read_train_truth, "A.mp4 1 2\n", "line 1: .* got 'A.mp4 1 2'"),
-    (read_train_truth, "1 A.mp4\n", "line 1"),
-    (read_train_truth, "A.mp4 1\nA.mp4 2\n", "line 2: clip A is named twice, first on line 1"),
-    (read_train_truth, "\n", "empty"),
-    (read_val_truth, "", "empty"),
-    (read_val_truth, "1 A.mp4\n\n2 B.mp4\n", "line 2: expected 'IDENTITY CLIP.mp4"),
-    (read_val_truth, "1 A.mp4\nB.mp4 C.mp4\n", "line 2: .* got 'B.mp4 C.mp4'"),
-    (read_result, "1 A.mp4 B\n", "line 1: .* got '1 A.mp4 B'"),
-])
+@pytest.mark.parametrize(
+    "read, text, named",
+    [
+        (read_train_truth, "A.mp4 1\nB.mp4\n", "line 2: expected 'CLIP.mp4 IDENTITY', got 'B.mp4'"),
+        (read_train_truth, "A.mp4 1 2\n", "line 1: .* got 'A.mp4 1 2'"),
+        (read_train_truth, "1 A.mp4\n", "line 1"),
+        (read_train_truth, "A.mp4 1\nA.mp4 2\n", "line 2: clip A is named twice, first on line 1"),
+        (read_train_truth, "\n", "empty"),
+        (read_val_truth, "", "empty"),
+        (read_val_truth, "1 A.mp4\n\n2 B.mp4\n", "line 2: expected 'IDENTITY CLIP.mp4"),
+        (read_val_truth, "1 A.mp4\nB.mp4 C.mp4\n", "line 2: .* got 'B.mp4 C.mp4'"),
+        (read_result, "1 A.mp4 B\n", "line 1: .* got '1 A.mp4 B'"),
+    ],
+)
 def test_a_malformed_line_is_refused_with_its_number_and_text(tmp_path, read, text, named):
     with pytest.raises(ValueError, match=f"file.txt.*{named}"):
         read(write(tmp_path, text))

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from mmlib.clips.images import index_images
-from mmlib.clips.render import render_scenes
-from mmlib.clips.simulate import settings_for, simulate
-from mmlib.clips.store import ClipStore
+from mmlib.data.images import index_images
+from mmlib.data.render import render_scenes
+from mmlib.data.simulate import settings_for, simulate
+from mmlib.data.store import ClipStore
 from mmlib.launch import Launch, launched
 
 # One thread in each, as more of them would add up in another order.
@@ -27,8 +27,8 @@ import torch
 from torch import nn
 torch.set_num_threads(1)
 from mmlib import scene, scene_network
-from mmlib.clips.images import index_images
-from mmlib.clips.store import ClipStore
+from mmlib.data.images import index_images
+from mmlib.data.store import ClipStore
 from mmlib.launch import launched
 
 class Plain(nn.Module):  # no batch norm, which is over a process's share of a batch
@@ -67,12 +67,30 @@ COMMAND = "from mmlib.cli import main\nmain()\n"
 def start(processes, script, *arguments, cache):
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
-                    "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = os.environ | {"MMLIB_CACHE": str(cache), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                                "PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.run([*command, str(script), *map(str, arguments)], env=environment, capture_output=True, text=True,
-                          timeout=300)
+        command += [
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            str(processes),
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            "0",
+        ]
+    environment = os.environ | {
+        "MMLIB_CACHE": str(cache),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    return subprocess.run(
+        [*command, str(script), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +167,10 @@ def test_every_process_ends_with_the_same_network(found):
 
 
 def test_two_processes_write_the_store_that_one_writes_to_the_last_bit(found):
-    stores = [{path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-              for folder in (found[1] / "1/store", found[1] / "2/store")]
+    stores = [
+        {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (found[1] / "1/store", found[1] / "2/store")
+    ]
     assert "scene/feature.npy" in stores[0] and stores[0] == stores[1]
 
 
@@ -168,9 +188,11 @@ def test_two_processes_write_and_keep_one_network(found, world):
 def spoilt(world, folder):
     """The name of a clip that is only extracted, by the second of two processes, and whose pictures cannot be read."""
     images = index_images(folder, world)
-    later = images.present[len(images.present) // 2 + 1:]  # of two blocks the second
+    later = images.present[len(images.present) // 2 + 1 :]  # of two blocks the second
     clip = later[world.identity_of(later) < 0][0]
-    kept = {images.path(clip, number): images.path(clip, number).read_bytes() for number in range(len(images.files[clip]))}
+    kept = {
+        images.path(clip, number): images.path(clip, number).read_bytes() for number in range(len(images.files[clip]))
+    }
     for path in kept:
         path.write_bytes(b"no")
     yield images.clips[clip]
@@ -180,8 +202,21 @@ def spoilt(world, folder):
 
 def test_a_process_that_fails_ends_the_run_and_leaves_nothing(world, folder, spoilt, tmp_path):
     (tmp_path / "run.py").write_text(COMMAND)
-    done = start(2, tmp_path / "run.py", "scene", world.path, folder, tmp_path / "out",
-                 "--architecture", "narrow_seresnext14", "--epochs", "1", "--device", "cpu", cache=tmp_path / "cache")
+    done = start(
+        2,
+        tmp_path / "run.py",
+        "scene",
+        world.path,
+        folder,
+        tmp_path / "out",
+        "--architecture",
+        "narrow_seresnext14",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+        cache=tmp_path / "cache",
+    )
     assert done.returncode != 0
     assert f"image of clip {spoilt}: not a picture" in done.stderr
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["run.py"]

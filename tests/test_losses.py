@@ -139,9 +139,7 @@ def test_one_clip_makes_both_focal_losses_equal():
 @pytest.mark.parametrize("loss", [losses.focal_loss, losses.batch_focal_loss])
 def test_focal_loss_without_gamma_is_cross_entropy(loss):
     logits, label = focal_case()
-    assert loss(logits, label, gamma=0.0).item() == pytest.approx(
-        (-math.log(0.75) - math.log(0.25)) / 2, rel=1e-12
-    )
+    assert loss(logits, label, gamma=0.0).item() == pytest.approx((-math.log(0.75) - math.log(0.25)) / 2, rel=1e-12)
 
 
 @pytest.mark.parametrize("loss", [losses.focal_loss, losses.batch_focal_loss])

@@ -86,9 +86,7 @@ def test_an_unknown_rule_is_refused():
 
 def official(truth, result, k=100):
     """Score {identity: clips} against {identity: clips}."""
-    return metrics.official_score(
-        (list(truth), list(truth.values())), (list(result), list(result.values())), k=k
-    )
+    return metrics.official_score((list(truth), list(truth.values())), (list(result), list(result.values())), k=k)
 
 
 def test_map_is_the_mean_ap_over_ground_truth_lines():
@@ -128,9 +126,7 @@ def test_clip_repeated_on_a_ground_truth_line_inflates_the_denominator():
 
 
 def test_repeats_in_a_result_line_are_dropped_keeping_the_first():
-    assert official({"1": ["a", "b"]}, {"1": ["x", "x", "a", "a", "b"]}).ap[0] == pytest.approx(
-        (1 / 2 + 2 / 3) / 2
-    )
+    assert official({"1": ["a", "b"]}, {"1": ["x", "x", "a", "a", "b"]}).ap[0] == pytest.approx((1 / 2 + 2 / 3) / 2)
 
 
 def test_result_line_limit_counts_after_repeats_are_dropped():
@@ -211,9 +207,7 @@ def test_queries_without_relevant_clips_are_left_out_and_counted():
 
 
 def test_distractors_and_padding_are_no_hits():
-    score = metrics.score_ranking(
-        np.array([[1, 0, -1], [-1, -1, -1]]), np.array([0, -1, 1]), np.array([0, 1])
-    )
+    score = metrics.score_ranking(np.array([[1, 0, -1], [-1, -1, -1]]), np.array([0, -1, 1]), np.array([0, 1]))
     assert score.ap.tolist() == [0.5, 0]
 
 
@@ -233,9 +227,7 @@ def test_malformed_rankings_are_refused(ranking, message):
 
 
 def test_hits_and_relevant_clips_by_hand():
-    hits, relevant = metrics.match_ranking(
-        np.array([[2, 0, 1], [1, -1, -1]]), np.array([4, -1, 4]), np.array([4, 6])
-    )
+    hits, relevant = metrics.match_ranking(np.array([[2, 0, 1], [1, -1, -1]]), np.array([4, -1, 4]), np.array([4, 6]))
     assert hits.tolist() == [[True, True, False], [False, False, False]]
     assert relevant.tolist() == [2, 0]
 
@@ -267,9 +259,7 @@ def test_bootstrap_interval_agrees_with_the_normal_approximation():
 
 def test_bootstrap_interval_covers_the_true_mean_as_often_as_it_says():
     rng = np.random.default_rng(0)
-    intervals = [
-        metrics.bootstrap_interval(rng.random(100), level=0.8, draws=300, seed=n) for n in range(400)
-    ]
+    intervals = [metrics.bootstrap_interval(rng.random(100), level=0.8, draws=300, seed=n) for n in range(400)]
     covered = np.mean([low <= 0.5 <= high for low, high in intervals])
     assert covered == pytest.approx(0.8, abs=0.06)  # three binomial standard deviations
 

@@ -6,17 +6,14 @@ import torch
 from torch.nn import functional as F
 
 from mmlib import aggregate
+from mmlib.aggregate import AGGREGATORS, LEARNED, NEEDS_SCORES, make_aggregator
 from mmlib.models import (
-    AGGREGATORS,
-    LEARNED,
-    NEEDS_SCORES,
     ContextBranch,
     Dropout,
     IdentityModel,
     ResidualMLP,
     class_means,
     kept_width,
-    make_aggregator,
     region,
     within_class_whitening,
 )
@@ -143,9 +140,7 @@ def test_raw_concatenation_is_the_feature_beside_its_mean_scores():
 def test_normalised_concatenation_scales_the_feature_to_the_order_of_the_scores():
     x, mask, quality, det = clips(lengths=(2,))
     pooled = model("norm", concat="normalised").pool(x, mask, quality, det)[0]
-    direction = torch.cat(
-        [F.normalize(x[0].mean(0), dim=0), torch.stack([quality[0].mean() / 100, det[0].mean()])]
-    )
+    direction = torch.cat([F.normalize(x[0].mean(0), dim=0), torch.stack([quality[0].mean() / 100, det[0].mean()])])
     assert torch.allclose(F.normalize(pooled, dim=0), F.normalize(direction, dim=0), atol=1e-6)
 
 
@@ -208,13 +203,12 @@ def test_every_parameter_gets_a_gradient(name, concat):
     x, mask, quality, det = clips(lengths)
     x = x / 20  # attention over norms of 20 puts all weight on one frame, whose gradient is 0
     present = torch.arange(16) % 4 > 0
-    contexts = {name: (torch.randn(16, dim, generator=generator), present) for name, dim in
-                (("scene", 32), ("audio", 8))}
+    contexts = {
+        name: (torch.randn(16, dim, generator=generator), present) for name, dim in (("scene", 32), ("audio", 8))
+    }
     cosine = made(x, mask, quality, det, contexts)
     F.cross_entropy(10 * cosine, torch.arange(16) % 3).backward()
-    without = {
-        name for name, p in made.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-12
-    }
+    without = {name for name, p in made.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-12}
     assert without == set()
 
 
@@ -279,9 +273,7 @@ def test_whitened_features_have_unit_within_class_covariance():
 def test_whitening_does_not_depend_on_where_the_class_means_lie():
     feature, label = scattered()
     moved = feature + 7 * np.random.default_rng(1).normal(size=(20, DIM))[label]
-    one, two = (
-        within_class_whitening(torch.tensor(x), torch.tensor(label), shrinkage=0.1) for x in (feature, moved)
-    )
+    one, two = (within_class_whitening(torch.tensor(x), torch.tensor(label), shrinkage=0.1) for x in (feature, moved))
     assert torch.allclose(one, two, atol=1e-8)
 
 
@@ -289,9 +281,7 @@ def test_whitening_does_not_depend_on_the_order_of_clips_or_the_numbers_of_ident
     feature, label = scattered()
     order = np.random.default_rng(2).permutation(len(label))
     one = within_class_whitening(torch.tensor(feature), torch.tensor(label), shrinkage=0.1)
-    two = within_class_whitening(
-        torch.tensor(feature[order]), torch.tensor(3 * label[order] + 1), shrinkage=0.1
-    )
+    two = within_class_whitening(torch.tensor(feature[order]), torch.tensor(3 * label[order] + 1), shrinkage=0.1)
     assert torch.allclose(one, two, atol=1e-8)
 
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmlib.clips import pictures as reader
-from mmlib.clips.images import count_converted, index_images
-from mmlib.clips.pictures import DECODED, EVALUATION, decode, image_batches
-from mmlib.clips.render import render_scenes
-from mmlib.clips.simulate import settings_for, simulate
+from mmlib.data import pictures as reader
+from mmlib.data.images import count_converted, index_images
+from mmlib.data.pictures import DECODED, EVALUATION, decode, image_batches
+from mmlib.data.render import render_scenes
+from mmlib.data.simulate import settings_for, simulate
 
 SHAPES = {"a": (20, 10), "b": (10, 31), "c": (12, 12), "d": (90, 7), "f": (10, 10)}  # width and height; e has none
 
@@ -161,8 +161,10 @@ def test_batches_of_rendered_pictures_from_the_map_are_those_from_the_files(rend
     decoded = decode(rendered, tmp_path / "map", rendered.present, resize=32)
     for epoch in range(3):
         shape = {"size": 28, "resize": 32, "epoch": epoch}
-        assert_same(batch_of(rendered, rendered.present, decoded=decoded, **shape),
-                    batch_of(rendered, rendered.present, **shape))
+        assert_same(
+            batch_of(rendered, rendered.present, decoded=decoded, **shape),
+            batch_of(rendered, rendered.present, **shape),
+        )
 
 
 def test_the_map_holds_every_picture_once_and_says_how_much_that_is(images, tmp_path):

@@ -11,14 +11,15 @@ import pandas as pd
 import pytest
 import torch
 
-from mmlib import members, retrieval
-from mmlib.clips.iqiyi import export_folder
-from mmlib.clips.store import ClipStore
-from mmlib.clips.truth import read_result, read_val_truth
+from mmlib import retrieve as retrieve_module
+from mmlib import submit
+from mmlib.data.iqiyi import export_folder
+from mmlib.data.store import ClipStore
+from mmlib.data.submission import read_result, read_val_truth
 from mmlib.metrics import official_score
-from mmlib.predict import members_folder, predict, predict_shard
-from mmlib.retrieval import retrieve
-from mmlib.runs import run
+from mmlib.records import run
+from mmlib.retrieve import retrieve
+from mmlib.submit import members_folder, predict, predict_shard
 from mmlib.systems import SYSTEMS, with_members
 
 SHORT = {"epochs": 1, "members": 2, "device": "cpu"}  # where training twice gives the same bytes
@@ -69,8 +70,10 @@ def test_result_is_what_retrieve_ranks(store, tmp_path, system):
     predict(store.path, tmp_path / "result.txt", system=system, epochs=1, members=members, device="cpu")
     found = retrieve(asked(store, system), store, device="cpu")
     clips = store.clips["clip"].to_numpy()[found.gallery]
-    expected = {store.identities[code]: [clips[row] for row in line if row >= 0]
-                for code, line in zip(found.queries, found.ranking)}
+    expected = {
+        store.identities[code]: [clips[row] for row in line if row >= 0]
+        for code, line in zip(found.queries, found.ranking)
+    }
     identities, ranked = read_result(tmp_path / "result.txt")
     assert dict(zip(identities, ranked)) == expected and len(identities) == len(expected)
     assert names_in(tmp_path) == ["result.txt"]
@@ -80,7 +83,9 @@ def test_official_score_of_the_result_is_the_map_of_the_record(store, tmp_path):
     predict(store.path, tmp_path / "result.txt", **SHORT)
     export_folder(store, tmp_path / "official")
     score = official_score(read_val_truth(tmp_path / "official/val_gt.txt"), read_result(tmp_path / "result.txt"))
-    assert score.map_at_k == pytest.approx(run(asked(store, "one-name"), store, device="cpu").measures["map_at_100"], abs=1e-12)
+    assert score.map_at_k == pytest.approx(
+        run(asked(store, "one-name"), store, device="cpu").measures["map_at_100"], abs=1e-12
+    )
 
 
 def test_report_counts_what_is_missing(tmp_path):
@@ -227,7 +232,7 @@ def test_members_of_another_run_are_neither_used_nor_removed(small, kept, other)
 
 
 def test_members_of_another_library_are_not_used(small, kept, monkeypatch):
-    monkeypatch.setattr(members, "library_hash", lambda: "another")
+    monkeypatch.setattr(submit, "library_hash", lambda: "another")
     report = predict(small, kept[0], **SHORT, overwrite=True)
     assert (report.trained, report.loaded, report.foreign) == (4, 0, 4)
 
@@ -240,7 +245,7 @@ def test_first_members_serve_a_larger_ensemble(small, kept):
 def flip(content):
     """Change one byte in the middle, among the weights, which alone does not keep torch from reading them."""
     middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
 class Call:
@@ -248,8 +253,9 @@ class Call:
         return os.mkdir, ("called",)
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda content: content[:-1000], lambda content: b"", flip, lambda content: pickle.dumps(Call())])
+@pytest.mark.parametrize(
+    "spoil", [lambda content: content[:-1000], lambda content: b"", flip, lambda content: pickle.dumps(Call())]
+)
 def test_a_damaged_member_is_named(small, kept, monkeypatch, spoil):
     out, content, times = kept
     monkeypatch.chdir(out.parent)
@@ -303,15 +309,16 @@ def test_a_failure_leaves_the_members_that_are_whole(small, tmp_path, monkeypatc
 @pytest.fixture
 def blocks(monkeypatch):
     """Few clips a block, so that a small gallery has many."""
-    monkeypatch.setattr(retrieval, "BLOCK", 16)
+    monkeypatch.setattr(retrieve_module, "BLOCK", 16)
 
 
 @pytest.mark.parametrize("system, shards", [("one-name", 3), ("face-only", 2), ("face-only", 1)])
 def test_shards_give_the_bytes_of_one_run(store, tmp_path, blocks, system, shards):
     options = SHORT | {"system": system, "members": 1}
     predict(store.path, tmp_path / "whole.txt", **options)
-    reports = [predict_shard(store.path, tmp_path / "result.txt", shard, shards, **options)
-               for shard in range(shards, 0, -1)]
+    reports = [
+        predict_shard(store.path, tmp_path / "result.txt", shard, shards, **options) for shard in range(shards, 0, -1)
+    ]
     merged = predict(store.path, tmp_path / "result.txt", **options, shards=shards)
     assert (tmp_path / "result.txt").read_bytes() == (tmp_path / "whole.txt").read_bytes()
     assert names_in(tmp_path) == ["result.txt", "whole.txt"]
@@ -327,7 +334,10 @@ def test_shards_are_whole_blocks_that_make_up_the_gallery(store, tmp_path, block
     assert rows == [*range(reports[0].clips)]
     assert all(report.rows.start % 16 == 0 and report.rows.stop > report.rows.start for report in reports)
     second = reports[1]
-    assert second.lines()[0] == f"shard 2 of 3 ranked clips {second.rows.start + 1} to {second.rows.stop} of {second.clips}"
+    assert (
+        second.lines()[0]
+        == f"shard 2 of 3 ranked clips {second.rows.start + 1} to {second.rows.stop} of {second.clips}"
+    )
 
 
 def test_shards_that_are_missing_are_ranked_by_the_merge(store, tmp_path, blocks):
@@ -360,9 +370,14 @@ def test_a_damaged_shard_is_named(store, tmp_path, blocks):
     assert predict(store.path, out, **options, shards=2).shards == 2
 
 
-@pytest.mark.parametrize("shard, shards, message", [
-    (0, 2, r"shard must lie in \[1, 2\], got 0"), (3, 2, r"shard must lie in \[1, 2\], got 3"),
-    (1, 2, r"shards must lie in \[1, 1\] for 8 clips in blocks of 2048, got 2")])
+@pytest.mark.parametrize(
+    "shard, shards, message",
+    [
+        (0, 2, r"shard must lie in \[1, 2\], got 0"),
+        (3, 2, r"shard must lie in \[1, 2\], got 3"),
+        (1, 2, r"shards must lie in \[1, 1\] for 8 clips in blocks of 2048, got 2"),
+    ],
+)
 def test_shards_that_do_not_exist_are_refused(small, tmp_path, shard, shards, message):
     with pytest.raises(ValueError, match=message):
         predict_shard(small, tmp_path / "result.txt", shard, shards, **SHORT)
@@ -378,16 +393,20 @@ def test_fused_rankings_are_not_cut_into_shards(small, tmp_path, blocks, monkeyp
 
 COMMAND = """
 import sys
-from mmlib import cli, retrieval
-retrieval.BLOCK = 16
+from mmlib import cli, retrieve
+retrieve.BLOCK = 16
 cli.main()
 """
 
 
 def command(*arguments):
     """Start the command line in a process of its own, with few clips a block."""
-    return subprocess.Popen([sys.executable, "-c", COMMAND, "predict", *map(str, arguments)], text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, "predict", *map(str, arguments)],
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+    )
 
 
 def test_killed_shards_go_on_and_no_member_is_trained_twice(store, tmp_path):
@@ -435,12 +454,16 @@ def test_a_result_that_exists_is_kept(small, tmp_path):
     assert (tmp_path / "result.txt").read_text() == "mine" and names_in(tmp_path) == ["result.txt"]
 
 
-@pytest.mark.parametrize("wrong, message", [
-    ({"system": "two-name"}, "system must be one of one-name, one-name-as-coded, face-only, got 'two-name'"),
-    ({"members": 17}, r"members must lie in \[1, 16\] for one-name, got 17"),
-    ({"members": 2, "system": "face-only"}, r"members must lie in \[1, 1\] for face-only, got 2"),
-    ({"split": "train"}, "split must be one of val, test, got 'train'"),
-    ({"device": "tpu"}, "device must be auto, cpu or cuda, got 'tpu'")])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"system": "two-name"}, "system must be one of one-name, one-name-as-coded, face-only, got 'two-name'"),
+        ({"members": 17}, r"members must lie in \[1, 16\] for one-name, got 17"),
+        ({"members": 2, "system": "face-only"}, r"members must lie in \[1, 1\] for face-only, got 2"),
+        ({"split": "train"}, "split must be one of val, test, got 'train'"),
+        ({"device": "tpu"}, "device must be auto, cpu or cuda, got 'tpu'"),
+    ],
+)
 def test_wrong_arguments_are_named(small, tmp_path, wrong, message):
     with pytest.raises(ValueError, match=message):
         predict(small, tmp_path / "result.txt", **wrong)
@@ -462,18 +485,26 @@ def test_a_store_without_scenes_is_pointed_to_faces_alone(tmp_path, scores, hint
     assert names_in(tmp_path) == ["store"]
 
 
-@pytest.mark.parametrize("clips, message", [
-    ([("val", 0, 1, 1), ("val", 1, 1, 1)], "no labelled train clip"),
-    ([*TRAIN, ("val", 0, 0, 1)], "no val clip with 'face': nothing to rank")])
+@pytest.mark.parametrize(
+    "clips, message",
+    [
+        ([("val", 0, 1, 1), ("val", 1, 1, 1)], "no labelled train clip"),
+        ([*TRAIN, ("val", 0, 0, 1)], "no val clip with 'face': nothing to rank"),
+    ],
+)
 def test_a_store_with_nothing_to_train_or_rank_is_said(tmp_path, clips, message):
     with pytest.raises(ValueError, match=message):
         predict(made_store(tmp_path / "store", clips), tmp_path / "result.txt", **SHORT)
     assert names_in(tmp_path) == ["store"]
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"labelled_only": True}, "no labelled val clip, so labelled-only leaves no identity"),
-    ({"split": "test"}, "no test clip with 'face': nothing to rank")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"labelled_only": True}, "no labelled val clip, so labelled-only leaves no identity"),
+        ({"split": "test"}, "no test clip with 'face': nothing to rank"),
+    ],
+)
 def test_a_split_without_labels_or_clips_is_said(tmp_path, options, message):
     path = made_store(tmp_path / "store", [*TRAIN, ("val", -1, 1, 1)])
     with pytest.raises(ValueError, match=message):

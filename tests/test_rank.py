@@ -10,9 +10,7 @@ from mmlib.rank import Ranking
 
 def blocks(scores, sizes):
     """Cut scores (N, C) into blocks of the given sizes, with their rows."""
-    return list(
-        zip(torch.arange(len(scores), device=scores.device).split(sizes), scores.split(sizes), strict=True)
-    )
+    return list(zip(torch.arange(len(scores), device=scores.device).split(sizes), scores.split(sizes), strict=True))
 
 
 def slow_top_k(scores, k):
@@ -155,9 +153,7 @@ def test_block_size_does_not_change_the_ranking():
     generator = torch.Generator().manual_seed(0)
     # Small integers: every product is exact, so blocks of any size give the same floats and real ties.
     feature = torch.randint(-1, 2, (300, 2), generator=generator).float()
-    found = [
-        rank.top_k(rank.cosine_scores(feature, torch.eye(2), block=size), k=50).clip for size in (7, 300)
-    ]
+    found = [rank.top_k(rank.cosine_scores(feature, torch.eye(2), block=size), k=50).clip for size in (7, 300)]
     assert torch.equal(*found)
 
 
@@ -238,9 +234,7 @@ def problem(kind, clips, identities, dim, seed=0):
     piece=st.sampled_from([50, 400, 10**6]),
     crowd=st.sampled_from([8, 10**6]),
 )
-def test_two_stages_find_what_a_full_sort_finds_bit_for_bit(
-    seed, kind, clips, identities, dim, k, dtype, piece, crowd
-):
+def test_two_stages_find_what_a_full_sort_finds_bit_for_bit(seed, kind, clips, identities, dim, k, dtype, piece, crowd):
     feature, prototype = problem(kind, clips, identities, dim, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rank, "_PIECE", piece)
@@ -315,8 +309,11 @@ def test_features_of_other_formats_and_layouts_rank_as_float32(dtype, product):
     feature, prototype = problem("normal", 300, 4, 16)
     feature = feature.to(dtype).T.contiguous().T
     before = feature.clone()
-    assert_is_best(rank.rank_cosines(feature, prototype.to(dtype), k=9),
-                   slow_cosines(feature.double(), prototype.to(dtype).double()), 9)
+    assert_is_best(
+        rank.rank_cosines(feature, prototype.to(dtype), k=9),
+        slow_cosines(feature.double(), prototype.to(dtype).double()),
+        9,
+    )
     assert torch.equal(feature, before)
 
 
@@ -383,8 +380,14 @@ def test_merging_pads_what_no_part_has():
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), clips=st.integers(1, 80), workers=st.integers(1, 6), k=st.integers(1, 9),
-       levels=st.sampled_from([2, 10**6]), piece=st.sampled_from([1, 10**6]))
+@given(
+    seed=st.integers(0, 10**6),
+    clips=st.integers(1, 80),
+    workers=st.integers(1, 6),
+    k=st.integers(1, 9),
+    levels=st.sampled_from([2, 10**6]),
+    piece=st.sampled_from([1, 10**6]),
+)
 def test_merged_parts_of_scattered_clips_agree_with_a_full_sort(seed, clips, workers, k, levels, piece):
     rng = np.random.default_rng(seed)
     scores = torch.tensor(rng.integers(-levels, levels, (clips, 3)) / 7, dtype=torch.float32)

@@ -8,19 +8,16 @@ import torch
 from conftest import made
 from scipy import stats
 
-from mmlib import reading, runs
-from mmlib.clips.simulate import Settings, settings_for
-from mmlib.experiment import Experiment
-from mmlib.models import AGGREGATORS, IdentityModel, make_aggregator
-from mmlib.reading import (
-    aggregation,
-    as_frame,
-    breakdown_frame,
-    compare,
-    provenance,
-    scores_sentence,
-)
-from mmlib.reading.aggregation import (
+from mmlib import compare as compare_module
+from mmlib import records, systems
+from mmlib.aggregate import AGGREGATORS, make_aggregator
+from mmlib.compare import as_frame, breakdown_frame, compare_arms, provenance, scores_sentence
+from mmlib.data.simulate import Settings, settings_for
+from mmlib.experiment import Experiment, Training
+from mmlib.models import IdentityModel
+from mmlib.records import WRONG_EDGES
+from mmlib.studies import aggregation
+from mmlib.studies.aggregation import (
     frame_weights,
     grid_frame,
     grid_sentences,
@@ -29,17 +26,11 @@ from mmlib.reading.aggregation import (
     mixed_clips,
     weight_on_wrong,
 )
-from mmlib.runs import WRONG_EDGES
-from mmlib.train import Training
 
 
-def record(
-    aggregator="mean", seed=0, ap=(0.5,), *, settings=(), training=Training(), data="simulated", **known
-):
+def record(aggregator="mean", seed=0, ap=(0.5,), *, settings=(), training=Training(), data="simulated", **known):
     asked = Experiment(data=data, aggregator=aggregator, seed=seed, settings=settings, training=training)
-    fields = dict(
-        key=f"{aggregator}{seed}{settings}", measures={"map_at_100": float(np.mean(ap))}, ap=list(ap)
-    )
+    fields = dict(key=f"{aggregator}{seed}{settings}", measures={"map_at_100": float(np.mean(ap))}, ap=list(ap))
     return made(asked, **fields | known)
 
 
@@ -50,7 +41,7 @@ WORLDS = {"mean": [[0.5, 0.7], [0.4, 0.2], [0.9, 0.5]], "norm": [[0.6, 0.8], [0.
 
 @pytest.fixture
 def over_worlds():
-    return compare(
+    return compare_arms(
         [record(name, seed, ap) for name, worlds in WORLDS.items() for seed, ap in enumerate(worlds)],
         by="aggregator",
         baseline="mean",
@@ -73,14 +64,14 @@ def test_worlds_are_compared_by_the_t_interval_of_their_differences(over_worlds)
 def test_arms_that_differ_in_several_fields_are_compared_by_their_names():
     records = [record("mean", seed, ap) for seed, ap in enumerate([[0.5], [0.4]])]
     others = [record("norm", seed, [0.8], training=Training(lr=9.0)) for seed in (0, 1)]
-    frame = compare(records + others, by="arm", baseline="a", names=["a", "a", "b", "b"])
+    frame = compare_arms(records + others, by="arm", baseline="a", names=["a", "a", "b", "b"])
     assert frame["arm"].tolist() == ["b", "a"]
     assert frame["difference"].tolist() == pytest.approx([35, 0])
 
 
 def test_a_record_without_a_name_is_refused():
     with pytest.raises(ValueError, match="1 entries for 2 records"):
-        compare([record(), record(seed=1)], by="arm", baseline="a", names=["a"])
+        compare_arms([record(), record(seed=1)], by="arm", baseline="a", names=["a"])
 
 
 def test_breakdown_takes_names_too():
@@ -100,11 +91,9 @@ def test_baseline_differs_from_itself_by_nothing(over_worlds):
 
 def test_worlds_may_have_different_numbers_of_identities():
     records = [
-        record(name, seed, [value] * (seed + 1))
-        for name, value in (("mean", 0.4), ("norm", 0.6))
-        for seed in (0, 1)
+        record(name, seed, [value] * (seed + 1)) for name, value in (("mean", 0.4), ("norm", 0.6)) for seed in (0, 1)
     ]
-    assert compare(records, by="aggregator", baseline="mean")["difference"].tolist() == pytest.approx([20, 0])
+    assert compare_arms(records, by="aggregator", baseline="mean")["difference"].tolist() == pytest.approx([20, 0])
 
 
 @pytest.mark.parametrize("data, seeds", [("some store", (0, 1)), ("simulated", (0,))])
@@ -112,7 +101,7 @@ def test_identities_are_resampled_where_there_is_one_store_or_one_world(data, se
     rng = np.random.default_rng(0)
     one = rng.uniform(size=(len(seeds), 400))
     two = np.clip(one + rng.normal(0.05, 0.1, one.shape), 0, 1)
-    frame = compare(
+    frame = compare_arms(
         [
             record(name, seed, ap[i], data=data)
             for name, ap in (("mean", one), ("norm", two))
@@ -122,11 +111,7 @@ def test_identities_are_resampled_where_there_is_one_store_or_one_world(data, se
         baseline="mean",
     ).set_index("aggregator")
     row, difference = frame.loc["norm"], 100 * (two - one).mean(axis=0)
-    assert (row["difference"], row["n"], row["interval"]) == (
-        pytest.approx(difference.mean()),
-        400,
-        "identities",
-    )
+    assert (row["difference"], row["n"], row["interval"]) == (pytest.approx(difference.mean()), 400, "identities")
     half = 1.96 * difference.std() / np.sqrt(400)
     # the percentile interval of 2000 draws is the normal one but for a tenth of its half width
     assert row["low"] == pytest.approx(difference.mean() - half, abs=0.1 * half)
@@ -137,23 +122,23 @@ def test_identities_are_resampled_where_there_is_one_store_or_one_world(data, se
 def test_arms_with_different_seeds_are_refused():
     records = [record("mean", 0), record("mean", 1), record("norm", 0), record("norm", 2)]
     with pytest.raises(ValueError, match=r"aggregator = 'norm' has seeds \[0, 2\], the baseline \[0, 1\]"):
-        compare(records, by="aggregator", baseline="mean")
+        compare_arms(records, by="aggregator", baseline="mean")
 
 
 def test_absent_baseline_is_refused():
     with pytest.raises(ValueError, match="no record has aggregator = 'quality', only mean, norm"):
-        compare([record("mean"), record("norm")], by="aggregator", baseline="quality")
+        compare_arms([record("mean"), record("norm")], by="aggregator", baseline="quality")
 
 
 def test_records_that_differ_in_something_else_are_refused():
     records = [record("mean"), record("mean", settings=(("no_face", 0.1),))]
     with pytest.raises(ValueError, match="two different experiments have aggregator = 'mean' and seed 0"):
-        compare(records, by="aggregator", baseline="mean")
+        compare_arms(records, by="aggregator", baseline="mean")
 
 
 def test_record_given_twice_counts_once():
     records = [record("mean", seed) for seed in (0, 1)]
-    assert compare(records * 2, by="aggregator", baseline="mean")["n"].tolist() == [2]
+    assert compare_arms(records * 2, by="aggregator", baseline="mean")["n"].tolist() == [2]
 
 
 # -- frames --------------------------------------------------------------------------------------------------
@@ -161,17 +146,12 @@ def test_record_given_twice_counts_once():
 
 def test_frame_has_a_row_a_record_with_its_fields_and_measures():
     frame = as_frame([record("mean", 0, [0.25]), record("norm", 1, [0.75])])
-    assert frame[["aggregator", "seed", "map_at_100"]].values.tolist() == [
-        ["mean", 0, 0.25],
-        ["norm", 1, 0.75],
-    ]
+    assert frame[["aggregator", "seed", "map_at_100"]].values.tolist() == [["mean", 0, 0.25], ["norm", 1, 0.75]]
 
 
 def test_breakdown_is_averaged_over_seeds():
     parts = [{"frames": [[1, 5, 10, 0.5, 0.2], [40, 241, 4, 1, 0.8]]}, {"frames": [[1, 5, 20, 0.7, 0.4]]}]
-    frame = breakdown_frame(
-        [record(seed=seed, breakdown=part) for seed, part in enumerate(parts)], "aggregator"
-    )
+    frame = breakdown_frame([record(seed=seed, breakdown=part) for seed, part in enumerate(parts)], "aggregator")
     assert frame.values.tolist() == [
         ["mean", "frames", "1–4", 15, pytest.approx(0.6), pytest.approx(0.3)],
         ["mean", "frames", "40+", 4, 1, 0.8],
@@ -216,17 +196,14 @@ def test_weights_of_a_clip_sum_to_one_over_its_own_frames(store):
     assert frame.groupby(["clip", "method"])["weight"].sum().to_numpy() == pytest.approx(1, abs=1e-5)
     count = dict(zip(store.clips["clip"].iloc[clips], store.modalities["face"].count[clips], strict=True))
     assert (
-        frame.groupby(["clip", "method"]).size()
-        == frame.groupby(["clip", "method"])["clip"].first().map(count)
+        frame.groupby(["clip", "method"]).size() == frame.groupby(["clip", "method"])["clip"].first().map(count)
     ).all()
 
 
 def test_frames_are_marked_wrong_where_the_store_says_so(store):
     clips = mixed_clips(store, 2)
     frame, face = frame_weights(models("norm"), store, clips), store.modalities["face"]
-    expected = np.concatenate(
-        [face.columns["wrong"][face.start[c] : face.start[c] + face.count[c]] for c in clips]
-    )
+    expected = np.concatenate([face.columns["wrong"][face.start[c] : face.start[c] + face.count[c]] for c in clips])
     assert np.array_equal(frame["wrong"], expected)
 
 
@@ -246,22 +223,22 @@ def test_weight_on_wrong_frames_is_their_share_where_all_frames_weigh_the_same(s
 
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_every_arm_is_given_as_many_trials(name):
-    trials = aggregation.tuning_grid(name)
-    assert len(set(trials)) == len(trials) == len(aggregation.tuning_grid("mean"))
+    trials = systems.tuning_grid(name)
+    assert len(set(trials)) == len(trials) == len(systems.tuning_grid("mean"))
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_training_of_an_arm_is_one_that_was_tried(name):
-    assert aggregation.tuned(name) in aggregation.tuning_grid(name)
+    assert systems.tuned(name) in systems.tuning_grid(name)
 
 
 def test_search_averages_over_worlds_and_names_the_training_that_is_used(monkeypatch):
-    trials = aggregation.tuning_grid("quality")
+    trials = systems.tuning_grid("quality")
     monkeypatch.setattr(aggregation, "TUNED", {"quality": {"lr": trials[3].lr, "epochs": trials[3].epochs}})
     records = [
         record("quality", seed, [0.5 + 0.01 * i + gain], training=trial, key=f"{i} {seed}")
         for i, trial in enumerate(trials)
-        for seed, gain in zip(aggregation.TUNING_SEEDS, (0, 0.002), strict=True)
+        for seed, gain in zip(systems.TUNING_SEEDS, (0, 0.002), strict=True)
     ]
     frame = aggregation.tuning_frame(records)
     best_first = list(reversed(trials))
@@ -271,7 +248,7 @@ def test_search_averages_over_worlds_and_names_the_training_that_is_used(monkeyp
 
 
 def test_training_of_an_arm_was_the_best_short_one_of_the_committed_search():
-    frame = aggregation.tuning_frame(runs.read_results("04_search.jsonl.gz"))
+    frame = aggregation.tuning_frame(records.read_results("04_search.jsonl.gz"))
     short = frame[frame["epochs"] == frame["epochs"].min()].groupby("aggregator").head(1)
     assert set(short["aggregator"]) == set(AGGREGATORS) and short["chosen"].all()
 
@@ -319,19 +296,14 @@ def test_grid_without_records_is_empty_and_says_nothing():
 
 
 def test_verdict_counts_the_cells_whose_interval_excludes_zero():
-    cells = pd.DataFrame(
-        {"aggregator": ["NAN"] * 4, "low": [0.1, -0.1, -0.3, 0], "high": [0.2, 0.1, -0.2, 0.3]}
-    )
+    cells = pd.DataFrame({"aggregator": ["NAN"] * 4, "low": [0.1, -0.1, -0.3, 0], "high": [0.2, 0.1, -0.2, 0.3]})
     assert grid_verdicts(cells).values.tolist() == [["NAN", 4, 1, 1, 2]]
 
 
 def test_grid_sentences_name_only_the_axes_that_vary():
     sentences = grid_sentences(grid_frame(cell(0.5, -1.0, 0.95, 0.02) + cell(2.0, -1.0, 0.95, -0.03)))
     assert len(sentences) == 2
-    assert (
-        "share of wrong frames (factor) goes from 0.5 to 2" in sentences[1]
-        and "+2.05 to -2.95" in sentences[1]
-    )
+    assert "share of wrong frames (factor) goes from 0.5 to 2" in sentences[1] and "+2.05 to -2.95" in sentences[1]
 
 
 # -- sentences -----------------------------------------------------------------------------------------------
@@ -351,12 +323,11 @@ def test_missing_scores_are_said(missing, sentence):
 
 @pytest.fixture
 def current(monkeypatch):
-    monkeypatch.setattr(reading, "library_hash", lambda: "here")
+    monkeypatch.setattr(compare_module, "library_hash", lambda: "here")
 
 
 @pytest.mark.parametrize(
-    "simulated, kind",
-    [([True, True], "simulated"), ([False, False], "real"), ([True, False], "partly simulated")],
+    "simulated, kind", [([True, True], "simulated"), ([False, False], "real"), ([True, False], "partly simulated")]
 )
 def test_provenance_says_whether_clips_are_simulated(current, simulated, kind):
     sentence = provenance([record(simulated=each) for each in simulated])

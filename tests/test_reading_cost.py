@@ -4,32 +4,67 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
+from benchmarks import cost, prediction
 from mmlib import figures
-from mmlib.reading import cost, prediction
 
-MACHINE = {"cpu": "A", "cores": 2, "memory": 10e9, "gpu": None, "gpu_memory": None, "made": "2026-01-02T03:04:05", "torch": "2",
-           "commit": "abc"}
+MACHINE = {
+    "cpu": "A",
+    "cores": 2,
+    "memory": 10e9,
+    "gpu": None,
+    "gpu_memory": None,
+    "made": "2026-01-02T03:04:05",
+    "torch": "2",
+    "commit": "abc",
+}
 CPU = "A, 2 cores"
 
 
 def series(name, axis, seconds, sizes=(10, 20, 40, 80), memory=lambda size: 0, **fixed):
     points = [{"size": s, "seconds": seconds(s), "memory": memory(s), "device_memory": None} for s in sizes]
-    return {"name": f"growth, {name}, {axis}", "cost": name, "axis": axis, "device": "cpu", "fixed": fixed, "points": points}
+    return {
+        "name": f"growth, {name}, {axis}",
+        "cost": name,
+        "axis": axis,
+        "device": "cpu",
+        "fixed": fixed,
+        "points": points,
+    }
 
 
 def line(name="rank", **other):
-    return {"name": name, "device": "cpu", "work": "it", "seconds": [2.0], "median": 2.0, "memory": 4e6, "device_memory": None,
-            "flops": 30, "bytes": 5, "precision": "fp32", "shares": {"compute": .3, "copy": .1, "roof": .3}, "bars": [], **other}
+    return {
+        "name": name,
+        "device": "cpu",
+        "work": "it",
+        "seconds": [2.0],
+        "median": 2.0,
+        "memory": 4e6,
+        "device_memory": None,
+        "flops": 30,
+        "bytes": 5,
+        "precision": "fp32",
+        "shares": {"compute": 0.3, "copy": 0.1, "roof": 0.3},
+        "bars": [],
+        **other,
+    }
 
 
 def result(lines=(), growth=(), **ceilings):
-    return {"schema": 1, "scale": "full", "machine": MACHINE, "lines": list(lines), "growth": list(growth),
-            "ceilings": {"cpu": {"fp32": 50.0, "bf16": 100.0, "copy": 4.0} | ceilings}}
+    return {
+        "schema": 1,
+        "scale": "full",
+        "machine": MACHINE,
+        "lines": list(lines),
+        "growth": list(growth),
+        "ceilings": {"cpu": {"fp32": 50.0, "bf16": 100.0, "copy": 4.0} | ceilings},
+    }
 
 
 def test_exponent_of_a_power_law_is_found_without_an_interval():
-    (fit,) = cost.exponents(cost.growth_frame([result(growth=[series("rank", "clips", lambda s: 3 * s**1.5)])])).to_dict(
-        "records")
+    (fit,) = cost.exponents(
+        cost.growth_frame([result(growth=[series("rank", "clips", lambda s: 3 * s**1.5)])])
+    ).to_dict("records")
     assert [fit["exponent"], fit["low"], fit["high"]] == pytest.approx([1.5] * 3)
     assert (fit["first"], fit["last"], fit["n"]) == (10, 80, 4)
     assert fit["centre"] == pytest.approx(3 * fit["middle"] ** 1.5)
@@ -38,8 +73,9 @@ def test_exponent_of_a_power_law_is_found_without_an_interval():
 def test_interval_of_an_exponent_is_the_t_interval_of_the_slope():
     # log-log points (0, 0), (1, 1), (2, 1): slope 1/2, residuals -1/6, 1/3, -1/6, standard error sqrt(1/12), t 12.706.
     steps = dict(zip((1, 10, 100), (1.0, 10.0, 10.0)))
-    (fit,) = cost.exponents(cost.growth_frame([result(growth=[series("rank", "clips", steps.get, tuple(steps))])])).to_dict(
-        "records")
+    (fit,) = cost.exponents(
+        cost.growth_frame([result(growth=[series("rank", "clips", steps.get, tuple(steps))])])
+    ).to_dict("records")
     assert fit["exponent"] == pytest.approx(0.5)
     assert fit["high"] - 0.5 == pytest.approx(12.706 * (1 / 12) ** 0.5, rel=1e-4)
 
@@ -48,23 +84,31 @@ def test_two_sizes_are_no_series():
     assert cost.exponents(cost.growth_frame([result(growth=[series("rank", "clips", float, (1, 2))])])).empty
 
 
-RANKED = [series("rank", "clips", lambda s: 1e-3 * s * 5, identities=5),
-          series("rank", "identities", lambda s: 1e-3 * s * 30, clips=30)]
+RANKED = [
+    series("rank", "clips", lambda s: 1e-3 * s * 5, identities=5),
+    series("rank", "identities", lambda s: 1e-3 * s * 30, clips=30),
+]
 
 
 def test_prediction_of_a_product_of_sizes_is_the_product():
-    (found,) = prediction.predict([result(growth=RANKED, bf16=1e12)], clips=8_000, identities=500, faces=2).to_dict("records")
-    assert [found[name] for name in ("power", "low", "high", "line", "seconds")] == pytest.approx([1e-3 * 8_000 * 500] * 5)
+    (found,) = prediction.predict([result(growth=RANKED, bf16=1e12)], clips=8_000, identities=500, faces=2).to_dict(
+        "records"
+    )
+    assert [found[name] for name in ("power", "low", "high", "line", "seconds")] == pytest.approx(
+        [1e-3 * 8_000 * 500] * 5
+    )
     assert found["floor"] == 2 * 8_000 * 500 * 512 / 1e12 and found["verdict"] == prediction.AS_IT_IS
 
 
 def test_prediction_is_not_below_the_counted_operations():
-    (found,) = prediction.predict([result(growth=RANKED, bf16=1e6)], clips=8_000, identities=500, faces=2).to_dict("records")
+    (found,) = prediction.predict([result(growth=RANKED, bf16=1e6)], clips=8_000, identities=500, faces=2).to_dict(
+        "records"
+    )
     assert found["seconds"] == found["floor"] == 2 * 8_000 * 500 * 512 / 1e6
 
 
 def test_a_fixed_part_is_not_taken_for_slow_growth():
-    grown = [series("open", "clips", lambda s: 10 + .1 * s)]
+    grown = [series("open", "clips", lambda s: 10 + 0.1 * s)]
     (found,) = prediction.predict([result(growth=grown)], clips=1e6, identities=5, faces=2).to_dict("records")
     assert found["line"] == pytest.approx(10 + 1e5) == found["seconds"] and found["power"] < 1e4
 
@@ -72,7 +116,9 @@ def test_a_fixed_part_is_not_taken_for_slow_growth():
 def test_memory_grows_along_its_line_and_is_held_against_the_machine():
     grown = [series("import", "faces", lambda s: 1e-3 * s, memory=lambda s: 100 + 7 * s)]
     for clips, verdict in ((1e6, prediction.AS_IT_IS), (1e9, "too large: needs")):
-        (found,) = prediction.predict([result(growth=grown)], clips=clips, identities=5, faces=2, hours=1e9).to_dict("records")
+        (found,) = prediction.predict([result(growth=grown)], clips=clips, identities=5, faces=2, hours=1e9).to_dict(
+            "records"
+        )
         assert found["memory"] == pytest.approx(100 + 7 * 2 * clips) and found["verdict"].startswith(verdict)
     (found,) = prediction.predict([result(growth=grown)], clips=1e9, identities=5, faces=2, hours=1).to_dict("records")
     assert found["verdict"].startswith("too slow and too large")  # 2 million s and 14 GB where there are 3,600 and 10
@@ -87,7 +133,9 @@ def test_prediction_names_what_works_and_what_the_others_need():
     grown = [*RANKED, series("open", "clips", lambda s: 1e-6 * s)]
     predicted = prediction.predict([result(growth=grown, bf16=1e12)], clips=1e5, identities=1e5, faces=2)
     said = prediction.prediction_sentence(predicted)
-    assert said.startswith("open works as measured; rank would take 116 days and 0.5 GB on A, 2 cores and needs an index")
+    assert said.startswith(
+        "open works as measured; rank would take 116 days and 0.5 GB on A, 2 cores and needs an index"
+    )
     assert prediction.shown(predicted)["time"].tolist()[0] == "116 days"
 
 
@@ -95,16 +143,20 @@ def test_a_line_stands_beside_the_released_code_and_another_way():
     other = {"median": 6.0, "memory": 2e6, "work": "by hand, on the same clips"}
     beside = cost.beside_frame([result([line(reference=other, baseline=other)])])
     assert beside["against"].tolist() == [cost.RELEASED, "another way: by hand"]
-    assert beside["times"].tolist() == [3, 3] and beside["times the memory"].tolist() == [.5, .5]
+    assert beside["times"].tolist() == [3, 3] and beside["times the memory"].tolist() == [0.5, 0.5]
     assert cost.released_sentence(beside) == (
-        "On the same clips and machine, rank takes 2 s where the released code takes 6 s, 3 times faster.")
+        "On the same clips and machine, rank takes 2 s where the released code takes 6 s, 3 times faster."
+    )
 
 
 def test_bars_that_are_missed_are_named():
-    bars = [{"quantity": "seconds", "other": "reference", "bound": 3, "value": 4, "met": True},
-            {"quantity": "memory", "other": "", "bound": 3, "value": 4, "met": False}]
+    bars = [
+        {"quantity": "seconds", "other": "reference", "bound": 3, "value": 4, "met": True},
+        {"quantity": "memory", "other": "", "bound": 3, "value": 4, "met": False},
+    ]
     assert cost.bar_sentence(cost.bar_frame([result([line(bars=bars)])])) == (
-        "1 of 2 bars are met; missed: rank, memory.")
+        "1 of 2 bars are met; missed: rank, memory."
+    )
 
 
 def test_work_that_is_the_same_is_not_said_again():
@@ -125,26 +177,39 @@ def test_the_roof_is_the_lower_of_computing_and_copying():
 
 def test_extraction_counts_pictures_searched_and_faces():
     forward = line("forward, scene network", flops=20e9)  # 10 GFLOP/s
-    found = prediction.extraction_frame([result([forward])], clips=100, clip_seconds=2, rate=5, faces=3, hours=.1,
-                                  gflop={prediction.SEARCH: .5, "small": 1.0, "large": 100.0})
+    found = prediction.extraction_frame(
+        [result([forward])],
+        clips=100,
+        clip_seconds=2,
+        rate=5,
+        faces=3,
+        hours=0.1,
+        gflop={prediction.SEARCH: 0.5, "small": 1.0, "large": 100.0},
+    )
     # 100 clips of 10 pictures, half an operation each, and of 3 faces: 500 + 300 or 30,000 GFLOP at 10 a second.
     assert (found["hours"] * 3_600).tolist() == pytest.approx([80, 3_050])
     assert found["fits"].tolist() == [True, False]
-    assert "small would take 80 s on A, 2 cores, and needs 2 GFLOP/s to fit" in prediction.extraction_sentence(found, .1)
-    assert prediction.extraction_sentence(found, .1).endswith("depends on network and machine.")
+    assert "small would take 80 s on A, 2 cores, and needs 2 GFLOP/s to fit" in prediction.extraction_sentence(
+        found, 0.1
+    )
+    assert prediction.extraction_sentence(found, 0.1).endswith("depends on network and machine.")
 
 
 def test_a_file_without_reference_growth_or_networks_is_read_as_such():
     results = [result([{"name": "challenge", "device": "cpu", "skipped": "hours"}])]
     beside, predicted = cost.beside_frame(results), prediction.predict(results, clips=5, identities=5, faces=1)
-    assert prediction.answer(beside, predicted, "5 clips") == "For 5 clips: nothing is predicted, since no growth was measured."
+    assert (
+        prediction.answer(beside, predicted, "5 clips")
+        == "For 5 clips: nothing is predicted, since no growth was measured."
+    )
     assert cost.left_out(results) == "Not measured: challenge (A, 2 cores): hours."
     assert cost.released_sentence(beside).startswith("No run of the released code")
     assert cost.growth_sentence(cost.exponents(cost.growth_frame(results))) == "No series of sizes was measured."
     assert cost.roofline_sentence(cost.line_frame(results)).startswith("No line")
     assert cost.bar_sentence(cost.bar_frame(results)).startswith("No bar")
-    assert prediction.extraction_sentence(prediction.extraction_frame(results, clips=1, clip_seconds=1, rate=1, faces=1, gflop={}, hours=1),
-                                    1).startswith("No network was timed")
+    assert prediction.extraction_sentence(
+        prediction.extraction_frame(results, clips=1, clip_seconds=1, rate=1, faces=1, gflop={}, hours=1), 1
+    ).startswith("No network was timed")
 
 
 def test_files_are_read_by_name_and_others_are_refused(tmp_path):
@@ -162,15 +227,23 @@ def test_source_says_machine_date_commit_and_a_small_scale():
     said = cost.provenance([result(), result() | {"scale": "tiny", "machine": MACHINE | {"gpu": "G"}}])
     assert said.startswith("Measured on 2026-01-02 on A (2 cores, 10 GB, no GPU), torch 2, commit abc and on")
     assert "and G)" in said and said.endswith("at a small scale that only tries the command.")
-    assert cost.where(result() | {"machine": MACHINE | {"gpu": "G"}}, "cuda") == "G" and cost.where(result(), "cpu") == CPU
+    assert (
+        cost.where(result() | {"machine": MACHINE | {"gpu": "G"}}, "cuda") == "G" and cost.where(result(), "cpu") == CPU
+    )
 
 
 def test_growth_has_a_panel_a_series_with_its_points_and_fit():
-    results = [result(growth=[*RANKED, series("open", "clips", lambda s: s**.5), series("metric", "identities", float)])]
+    results = [
+        result(growth=[*RANKED, series("open", "clips", lambda s: s**0.5), series("metric", "identities", float)])
+    ]
     points = cost.growth_frame(results)
     figure = figures.growth(points, cost.exponents(points))
     assert [(ax.get_ylabel(), ax.get_xlabel()) for ax in figure.axes] == [
-        ("rank", "clips"), ("rank", "identities"), ("open", "clips"), ("metric", "identities")]
+        ("rank", "clips"),
+        ("rank", "identities"),
+        ("open", "clips"),
+        ("metric", "identities"),
+    ]
     measured, fitted = figure.axes[2].lines
     assert measured.get_xdata().tolist() == [10, 20, 40, 80]
     assert fitted.get_ydata() == pytest.approx(measured.get_ydata())
@@ -195,7 +268,9 @@ def test_roofs_meet_their_ceilings_and_lines_stand_where_they_were_measured():
 
 
 def test_lean_table_names_the_place_only_where_there_are_several():
-    one = pd.DataFrame({"line": ["a", "b"], "where": ["here", "here"], "seconds": [1.0, 2.0], "MB on the GPU": [None, None]})
+    one = pd.DataFrame(
+        {"line": ["a", "b"], "where": ["here", "here"], "seconds": [1.0, 2.0], "MB on the GPU": [None, None]}
+    )
     assert list(cost.lean(one)) == ["line", "seconds"]
     two = one.assign(where=["here", "there"], **{"MB on the GPU": [None, 3.0]})
     assert list(cost.lean(two)) == list(two)

@@ -6,21 +6,19 @@ import pytest
 from conftest import made
 from scipy import stats
 
-from mmlib import sweep
+from mmlib import records
 from mmlib.ensemble import KINDS, member_clips
 from mmlib.experiment import Experiment
-from mmlib.fitting import training_clips
-from mmlib.reading import ensemble
-from mmlib.reading.ensemble import MAIN, RULES
+from mmlib.retrieve import training_clips
+from mmlib.studies import ensemble
+from mmlib.studies.ensemble import MAIN, RULES
 
 BASE = Experiment(profile="tiny", context=("scene",))
 
 
 def record(kind="seeds", members=1, seed=0, ap=(0.5,), rule=MAIN, base=BASE, fit=1.0, **measures):
     combine, scale = RULES[rule]
-    asked = replace(
-        base, ensemble=kind, members=tuple(range(members)), seed=seed, combine=combine, scale=scale
-    )
+    asked = replace(base, ensemble=kind, members=tuple(range(members)), seed=seed, combine=combine, scale=scale)
     measures = {"map_at_100": float(np.mean(ap))} | measures
     return made(asked, ap=list(ap), measures=measures, seconds={"fit": fit})
 
@@ -85,9 +83,7 @@ def test_partition_has_the_discarded_block_of_each_member():
 
 
 def test_blocks_share_the_variance_of_stored_dimensions(store):
-    shares = ensemble.block_variance(store, "face", 16, frames=200).pivot(
-        index="block", columns="axes", values="share"
-    )
+    shares = ensemble.block_variance(store, "face", 16, frames=200).pivot(index="block", columns="axes", values="share")
     assert shares.sum().tolist() == pytest.approx([1, 1])
     assert shares["principal axes"].is_monotonic_decreasing
     x = np.asarray(store.modalities["face"].feature, np.float64)
@@ -132,9 +128,7 @@ def test_draws_lose_what_is_expected(procedure):
     lost = ensemble.drawn_lost(identity, procedure, draws=300)
     expected = ensemble.expected_lost(count, procedure)
     assert len(lost) == 300
-    assert lost.mean() == pytest.approx(
-        expected, abs=4 * stats.sem(lost) + 1e-12
-    )  # four standard errors of the mean
+    assert lost.mean() == pytest.approx(expected, abs=4 * stats.sem(lost) + 1e-12)  # four standard errors of the mean
 
 
 def test_challenge_column_has_the_published_shares(store):
@@ -158,7 +152,7 @@ def tiny(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("MMLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
     base = replace(BASE, settings=(("identities", 20),))
-    store = sweep.open_store(base)
+    store = records.open_store(base)
     patch.undo()
     clips = training_clips(base, store)
     return base, clips, store.identity_of(clips), len(np.unique(store.identity_of(store.select("val", labelled=True))))
@@ -167,9 +161,7 @@ def tiny(tmp_path_factory):
 def bags(tiny, members, **known):
     base, clips, identity, queries = tiny
     kept = [
-        np.unique(
-            identity[np.searchsorted(clips, member_clips("bagging", clips, identity, seed=0, member=m))]
-        )
+        np.unique(identity[np.searchsorted(clips, member_clips("bagging", clips, identity, seed=0, member=m))])
         for m in range(members)
     ]
     lost = [np.setdiff1d(identity, k) for k in kept]
@@ -204,9 +196,7 @@ def test_what_a_lost_identity_costs_is_measured_on_the_same_identities(tiny):
     row = table[(table["members"] == 1) & (table["lost by"] == "more than a quarter")].iloc[0]
     ap = np.linspace(0, 1, tiny[3])
     assert row["identities"] == len(lost[0])
-    assert row["bagging"] == pytest.approx(
-        ap[lost[0]].mean()
-    )  # every identity of a world has a labelled val clip
+    assert row["bagging"] == pytest.approx(ap[lost[0]].mean())  # every identity of a world has a labelled val clip
     assert row["difference"] == pytest.approx(100 * ap[lost[0]].mean() / 2)
     assert table[table["members"] == 3]["identities"].sum() == 20
     assert "one bag loses" in ensemble.lost_sentence(table).lower()
@@ -317,15 +307,22 @@ def test_sentence_on_kinds_follows_the_intervals(worlds):
     assert text.endswith("95 % intervals over 3 worlds.")
     turned = [replace(r, ap=[1 - r.ap[0]]) for r in worlds]
     assert "views are behind plain seeds, -2.33 points" in ensemble.kinds_sentence(turned)
-    level = [replace(r, ap=[0.5 + 0.01 * (r.experiment["seed"] - 1) * (r.experiment["ensemble"] == "views")]) for r in worlds]
+    level = [
+        replace(r, ap=[0.5 + 0.01 * (r.experiment["seed"] - 1) * (r.experiment["ensemble"] == "views")]) for r in worlds
+    ]
     assert "views are not to be told apart from plain seeds, +0.00 points" in ensemble.kinds_sentence(level)
 
 
 def test_sentence_on_starts_compares_as_many_members_and_one_model():
     def ran(start, gains):
         base = replace(BASE, start=start)
-        return [record(kind, members, seed, (0.5 + gain + 0.01 * seed,), base=base, disagreement=0.1 if members == 1 else gain)
-                for (kind, members), gain in gains.items() for seed in range(3)]
+        return [
+            record(
+                kind, members, seed, (0.5 + gain + 0.01 * seed,), base=base, disagreement=0.1 if members == 1 else gain
+            )
+            for (kind, members), gain in gains.items()
+            for seed in range(3)
+        ]
 
     means = ran("class means", {("seeds", 1): 0.2, ("views", 1): 0.1, ("views", 2): 0.21, ("seeds", 2): 0.4})
     random = ran("random", {("seeds", 1): 0.15, ("views", 1): 0.0, ("views", 2): 0.24, ("views", 4): 0.3})
@@ -357,7 +354,10 @@ def test_sentence_on_diversity_begins_with_the_most_different(worlds):
 
 def test_sentence_on_losses_has_the_challenge_and_these_clips(store):
     table = pd.DataFrame(
-        [("train", "bootstrap", 0.084, 0.08, 0.09, 0.03, 0, 1), ("train and val", "bootstrap", 0.021, 0, 0.02, 0.01, 0, 1)],
+        [
+            ("train", "bootstrap", 0.084, 0.08, 0.09, 0.03, 0, 1),
+            ("train and val", "bootstrap", 0.021, 0, 0.02, 0.01, 0, 1),
+        ],
         columns=["clips", "procedure", "challenge", "expected", "mean", "sd", "low", "high"],
     )
     assert ensemble.loss_sentence(table) == (

@@ -7,39 +7,30 @@ import pandas as pd
 import pytest
 from conftest import made
 
-from mmlib import arms, fitting
-from mmlib.clips.store import ClipStore
-from mmlib.combine import Fallback
+from mmlib import retrieve, systems
+from mmlib.data.store import ClipStore
 from mmlib.experiment import Experiment
-from mmlib.reading import fusion
-from mmlib.runs import PERCENTILE_EDGES
+from mmlib.rank import Fallback
+from mmlib.records import PERCENTILE_EDGES
+from mmlib.studies import fusion
 
-FACE = arms.FUSIONS["face"]
+FACE = systems.FUSIONS["face"]
 SCORED = replace(FACE, combine="softmax", fallback=Fallback(share=0.0, absent=None))
 
 
 def record(arm=FACE, seed=0, ap=(0.5,), *, data="simulated", parameters=10, **known):
-    measures = {
-        "map_at_100": float(np.mean(ap)),
-        "parameters": parameters,
-        "gallery_clips": 7,
-        "train_clips": 5,
-    }
+    measures = {"map_at_100": float(np.mean(ap)), "parameters": parameters, "gallery_clips": 7, "train_clips": 5}
     asked = replace(arm, seed=seed)
     if data != "simulated":
         known["key"] = "on a store"  # no store lies there to be hashed
         asked = replace(asked, data=data)
-    return made(
-        asked, **{"measures": measures, "ap": list(ap), "seconds": {"fit": 2.0 + seed}} | known
-    )
+    return made(asked, **{"measures": measures, "ap": list(ap), "seconds": {"fit": 2.0 + seed}} | known)
 
 
 def swept(table, *, data="simulated"):
     """Records of weights, from {weight: [AP of seed 0, AP of seed 1, ...]}."""
     return {
-        fusion.weight_name(weight): [
-            record(SCORED, seed, np.atleast_1d(ap), data=data) for seed, ap in enumerate(line)
-        ]
+        fusion.weight_name(weight): [record(SCORED, seed, np.atleast_1d(ap), data=data) for seed, ap in enumerate(line)]
         for weight, line in table.items()
     }
 
@@ -47,9 +38,7 @@ def swept(table, *, data="simulated"):
 @pytest.fixture(scope="module")
 def partial(tmp_path_factory):
     """Six clips; the last two have no face, the second and the last no scene; no scores, no other modality."""
-    clips = pd.DataFrame(
-        {"clip": list("abcdef"), "split": ["train"] * 3 + ["val"] * 3, "identity": [0, 1, 0, 0, 1, 1]}
-    )
+    clips = pd.DataFrame({"clip": list("abcdef"), "split": ["train"] * 3 + ["val"] * 3, "identity": [0, 1, 0, 0, 1, 1]})
     rng = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("partial") / "store"
     with ClipStore.create(path, simulated=False, provenance={}) as writer:
@@ -67,30 +56,30 @@ def partial(tmp_path_factory):
 
 
 def test_arms_of_absent_modalities_are_left_out_and_named(partial):
-    kept = fusion.possible(arms.FUSIONS, partial)
-    assert list(kept) == [name for name in arms.FUSIONS if name not in ("head", "body", "audio", "all")]
-    assert fusion.left_out(arms.FUSIONS, partial) == (
+    kept = fusion.possible(systems.FUSIONS, partial)
+    assert list(kept) == [name for name in systems.FUSIONS if name not in ("head", "body", "audio", "all")]
+    assert fusion.left_out(systems.FUSIONS, partial) == (
         "These clips have no head, body and audio, so these arms are not run: head, body, audio, all."
     )
 
 
 def test_clips_with_faces_alone_have_nothing_to_fuse(bare):
-    assert list(fusion.possible(arms.FUSIONS, bare)) == ["face"]
-    assert "nothing to fuse" in fusion.left_out(arms.FUSIONS, bare)
+    assert list(fusion.possible(systems.FUSIONS, bare)) == ["face"]
+    assert "nothing to fuse" in fusion.left_out(systems.FUSIONS, bare)
     assert fusion.weighted(FACE, bare) == {}
 
 
 def test_arms_see_scores_where_there_are_some(store, bare):
-    seen = {arm.aggregator for arm in fusion.possible(arms.FUSIONS, store).values()}
-    assert (seen, fusion.left_out(arms.FUSIONS, store)) == ({"attention + scores"}, "")
-    assert fusion.possible(arms.FUSIONS, bare)["face"].aggregator == "attention"  # quality, but no det score
+    seen = {arm.aggregator for arm in fusion.possible(systems.FUSIONS, store).values()}
+    assert (seen, fusion.left_out(systems.FUSIONS, store)) == ({"attention + scores"}, "")
+    assert fusion.possible(systems.FUSIONS, bare)["face"].aggregator == "attention"  # quality, but no det score
 
 
 def test_possible_arms_can_be_run(partial):
-    for arm in (fusion.possible(arms.FUSIONS, partial) | fusion.weighted(FACE, partial)).values():
+    for arm in (fusion.possible(systems.FUSIONS, partial) | fusion.weighted(FACE, partial)).values():
         if arm.fallback:
             arm = replace(arm, aggregator="attention")
-        fitting.require(arm, partial)  # raises where something is missing
+        retrieve.require(arm, partial)  # raises where something is missing
 
 
 def test_weights_share_both_models_and_differ_in_nothing_else(store):
@@ -100,7 +89,7 @@ def test_weights_share_both_models_and_differ_in_nothing_else(store):
     assert [arm.fallback.weight for arm in plan.values()] == list(fusion.WEIGHTS)
     assert {(arm.fallback.share, arm.fallback.absent) for arm in plan.values()} == {(0, None)}
     second = next(iter(plan.values())).second().training
-    assert second == replace(FACE.training, lr=arms.CHOSEN["scene"]) != FACE.training
+    assert second == replace(FACE.training, lr=systems.CHOSEN["scene"]) != FACE.training
 
 
 @pytest.mark.parametrize("name, by", [("store", "quality"), ("partial", "norm")])
@@ -122,7 +111,7 @@ def test_only_arms_that_were_run_are_compared():
 
 
 def test_cost_of_score_fusion_counts_both_models():
-    scene = arms.FUSIONS["scene"]
+    scene = systems.FUSIONS["scene"]
     found = {
         "face": [record(seed=s, parameters=10) for s in (0, 1)],
         "scene": [record(scene, s, parameters=3) for s in (0, 1)],
@@ -180,7 +169,7 @@ def test_coverage_counts_clips_with_and_without_a_face(partial):
 
 def absent(train, gallery):
     measures = {"train_without_scene": train, "gallery_without_scene": gallery}
-    return {"scene 128": [record(arms.FUSIONS["scene 128"], measures=measures)]}
+    return {"scene 128": [record(systems.FUSIONS["scene 128"], measures=measures)]}
 
 
 def test_clips_without_a_context_are_said():
@@ -272,7 +261,7 @@ def test_verdict_on_what_was_not_run_says_so():
 def stepped(*gains):
     return {
         "face": [record(seed=s, ap=[0.5]) for s in range(len(gains))],
-        "scene 128": [record(arms.FUSIONS["scene 128"], s, [0.5 + gain]) for s, gain in enumerate(gains)],
+        "scene 128": [record(systems.FUSIONS["scene 128"], s, [0.5 + gain]) for s, gain in enumerate(gains)],
     }
 
 
@@ -299,8 +288,12 @@ def paired(without=0):
     lacking = {"gallery_without_scene": without, "parameters": 1}
     return {
         "face": [record()],
-        "scene": [record(arms.FUSIONS["scene"], ap=[0.25], measures={"map_at_100": 0.25, "train_clips": 6, "gallery_clips": 9})],
-        "scene 128": [record(arms.FUSIONS["scene 128"], measures=lacking)],
+        "scene": [
+            record(
+                systems.FUSIONS["scene"], ap=[0.25], measures={"map_at_100": 0.25, "train_clips": 6, "gallery_clips": 9}
+            )
+        ],
+        "scene 128": [record(systems.FUSIONS["scene 128"], measures=lacking)],
         fusion.weight_name(1.0): [record(SCORED, ap=[0.125])],
     }
 
@@ -324,7 +317,7 @@ def test_sentences_of_faces_alone_name_no_scene_arm():
 
 
 def test_plan_of_the_chapter_has_distinct_experiments(store):
-    plan = fusion.possible(arms.arms(arms.FUSIONS), store) | fusion.weighted(FACE, store)
+    plan = fusion.possible(systems.arms(systems.FUSIONS), store) | fusion.weighted(FACE, store)
     keys = [replace(arm, profile="tiny").key() for arm in plan.values()]
-    assert len(keys) == len(set(keys)) == len(arms.FUSIONS) + len(fusion.WEIGHTS)
+    assert len(keys) == len(set(keys)) == len(systems.FUSIONS) + len(fusion.WEIGHTS)
     assert all(isinstance(arm, Experiment) for arm in plan.values())

@@ -6,11 +6,11 @@ import pandas as pd
 import pytest
 from conftest import made, of
 
-from mmlib import retrieval
-from mmlib.clips.store import ClipStore
+from mmlib import retrieve
+from mmlib.data.store import ClipStore
 from mmlib.experiment import Experiment
-from mmlib.reading import inference
-from mmlib.reading.inference import NONE, NONE_FLAT, labelled, pick, rule_frame, with_rule
+from mmlib.studies import inference
+from mmlib.studies.inference import NONE, NONE_FLAT, labelled, pick, rule_frame, with_rule
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +159,7 @@ def test_the_points_of_a_sweep_have_the_values_of_their_experiments():
 
 
 def test_sweep_sentences_name_best_and_worst():
-    curve = pd.DataFrame(
-        {"sweep": "share", "line": "norm", "x": [0.0, 0.01, 0.1], "difference": [0.5, 1.25, -1.0]}
-    )
+    curve = pd.DataFrame({"sweep": "share", "line": "norm", "x": [0.0, 0.01, 0.1], "difference": [0.5, 1.25, -1.0]})
     assert inference.sweep_sentences(curve) == (
         "Over the share of low clips by norm, MAP@100 is best at 0.01 and worst at 0.1, 2.25 points apart."
     )
@@ -233,7 +231,7 @@ def test_points_lost_are_counted_clip_by_clip(faceless):
 
 
 def test_points_lost_add_up_to_what_is_missing(store):
-    found = retrieval.retrieve(of(store, aggregator="norm"), store)
+    found = retrieve.retrieve(of(store, aggregator="norm"), store)
     lost = inference.lost_points(found, store, inference.quality_groups(store, "quality"))
     assert lost["lost"].sum() == pytest.approx(100 - 100 * found.ap.mean())
     assert lost["clips"].sum() == len(store.select("val", labelled=True))

@@ -8,11 +8,9 @@ from conftest import made
 from scipy import stats
 
 from mmlib import metrics
-from mmlib.experiment import Experiment
-from mmlib.reading import ladder
-from mmlib.arms import CHOSEN
-from mmlib.reading.aggregation import tuned
-from mmlib.reading.ladder import (
+from mmlib.experiment import Experiment, Training
+from mmlib.studies import ladder
+from mmlib.studies.ladder import (
     ATTENTION,
     BUDGET,
     CLASS,
@@ -26,8 +24,7 @@ from mmlib.reading.ladder import (
     plan,
     step_frame,
 )
-from mmlib.systems import ONE_NAME, ONE_NAME_AS_CODED
-from mmlib.train import Training
+from mmlib.systems import CHOSEN, ONE_NAME, ONE_NAME_AS_CODED, tuned
 
 # -- the experiments -----------------------------------------------------------------------------------------
 
@@ -77,11 +74,14 @@ def test_every_experiment_has_one_budget_start_and_rule_of_ranking():
 
 def test_rates_are_those_of_the_searches():
     """Every rung above the baseline has the rate of its loss with its scores, and of its aggregator."""
-    rates = {name: {(e.training.lr, e.training.aggregator_lr) for step, e in climb(system).items() if step != "baseline"}
-             for name, system in LADDERS.items()}
+    rates = {
+        name: {(e.training.lr, e.training.aggregator_lr) for step, e in climb(system).items() if step != "baseline"}
+        for name, system in LADDERS.items()
+    }
     chosen = {"described": "margin + focal, scores", "as coded": "margin + batch focal"}
-    assert rates == {name: {(CHOSEN[chosen[name]], tuned(system.aggregator).aggregator_lr)}
-                     for name, system in LADDERS.items()}
+    assert rates == {
+        name: {(CHOSEN[chosen[name]], tuned(system.aggregator).aggregator_lr)} for name, system in LADDERS.items()
+    }
 
 
 def test_arms_beside_the_ladder_differ_from_it_in_one_thing():
@@ -142,15 +142,15 @@ def test_worlds_are_made_smaller_never_larger():
 
 def record(asked, ap, **known):
     ap = list(ap)
-    return made(asked, "" if asked.simulated else f"{hash(asked)}", ap=ap, measures={"map_at_100": float(np.mean(ap))}, **known)
+    return made(
+        asked, "" if asked.simulated else f"{hash(asked)}", ap=ap, measures={"map_at_100": float(np.mean(ap))}, **known
+    )
 
 
 def test_records_are_named_whatever_their_world_and_number_of_members():
     every = plan()
     few = plan(members=2)
-    found = named(
-        [record(replace(e, seed=4, settings=(("identities", 60),)), [0.5]) for e in few.values()], every
-    )
+    found = named([record(replace(e, seed=4, settings=(("identities", 60),)), [0.5]) for e in few.values()], every)
     assert [r.experiment["name"] for r in found] == list(every)
 
 
@@ -182,14 +182,10 @@ def test_a_difference_has_an_interval_over_worlds_and_one_over_identities():
     one = [[0.5, 0.7, 0.9], [0.4, 0.4, 0.1]]
     other = [[0.4, 0.7, 0.3], [0.4, 0.2, 0.0]]
     row = difference(
-        found({"described: scene": one, "described: baseline": other}),
-        "described: scene",
-        "described: baseline",
+        found({"described: scene": one, "described: baseline": other}), "described: scene", "described: baseline"
     )
     worlds = stats.ttest_1samp([100 * 0.7 / 3, 100 * 0.3 / 3], 0).confidence_interval(0.95)
-    assert (row["difference"], row["low"], row["high"]) == pytest.approx(
-        (100 / 6, worlds.low, worlds.high)
-    )
+    assert (row["difference"], row["low"], row["high"]) == pytest.approx((100 / 6, worlds.low, worlds.high))
     pooled = metrics.paired_test(np.concatenate(one), np.concatenate(other))
     assert (row["within_low"], row["within_high"]) == pytest.approx((100 * pooled.low, 100 * pooled.high))
 
@@ -198,9 +194,7 @@ def test_on_a_given_store_seeds_are_averaged_before_identities_are_drawn():
     every = {name: replace(e, data="/faces") for name, e in plan().items()}
     one, other = [[0.5, 0.7], [0.3, 0.9]], [[0.1, 0.7], [0.1, 0.3]]
     row = difference(
-        found({"described: scene": one, "described: baseline": other}, every),
-        "described: scene",
-        "described: baseline",
+        found({"described: scene": one, "described: baseline": other}, every), "described: scene", "described: baseline"
     )
     pair = metrics.paired_test(np.array([0.4, 0.8]), np.array([0.1, 0.5]))
     assert row["interval"] == "identities"
@@ -272,10 +266,7 @@ def test_the_two_ladders_are_compared_at_their_ends():
 
 
 def test_distractors_are_compared_by_system():
-    worlds = {
-        f"face, {CLASS}": [[0.6], [0.7]],
-        f"face, {HELD_OUT}": [[0.5], [0.6]],
-    }
+    worlds = {f"face, {CLASS}": [[0.6], [0.7]], f"face, {HELD_OUT}": [[0.5], [0.6]]}
     frame = ladder.distractor_frame(found(worlds))
     assert frame[["system", "difference"]].values.tolist() == [["face", pytest.approx(10)]]
     assert "+10.00 points (+10.00 to +10.00) for face" in ladder.distractor_sentence(frame)
@@ -305,10 +296,7 @@ def test_views_are_compared_with_bagging_at_the_most_members_of_both():
 
 
 def test_views_are_not_compared_with_bagging_of_another_system():
-    records = [
-        *ensemble_records("views", 2, [0.5], context=("scene",)),
-        *ensemble_records("bagging", 2, [0.1]),
-    ]
+    records = [*ensemble_records("views", 2, [0.5], context=("scene",)), *ensemble_records("bagging", 2, [0.1])]
     assert ladder.views_against_bagging(records) is None
     assert ladder.views_against_bagging([]) is None
 

@@ -5,9 +5,10 @@ import pandas as pd
 import pytest
 from conftest import made, of
 
-from mmlib import arms, figures, fitting
+from mmlib import figures, retrieve, systems
+from mmlib.compare import compare_arms
 from mmlib.experiment import Experiment
-from mmlib.reading import compare, loss
+from mmlib.studies import loss
 
 # -- logit and gradient --------------------------------------------------------------------------------------
 
@@ -53,9 +54,7 @@ def test_focal_gradient_is_that_of_the_formula(gamma):
 def test_batch_level_focal_term_shares_out_as_the_cross_entropy_does():
     p = np.array([0.2, 0.5, 0.9])
     parts = dict(iter(loss.batch_shares(2.0, p).groupby("loss")))
-    plain, clip, batch = (
-        parts[name] for name in ("cross-entropy", "focal, clip by clip", "focal, over the batch")
-    )
+    plain, clip, batch = (parts[name] for name in ("cross-entropy", "focal, clip by clip", "focal, over the batch"))
     assert plain["gradient"].tolist() == pytest.approx([0.8, 0.5, 0.1])
     assert batch["share"].tolist() == pytest.approx(plain["share"].tolist())
     mean = -np.log(p).mean()
@@ -75,7 +74,7 @@ def test_batch_sentence_adds_up_the_shares_of_the_hardest_clips():
 
 
 def ran(arm="margin", seed=0, ap=(0.5,), *, data="simulated", **known):
-    return made(replace(arms.LOSSES[arm], seed=seed, data=data), f"{arm} {seed}", ap=list(ap), **known)
+    return made(replace(systems.LOSSES[arm], seed=seed, data=data), f"{arm} {seed}", ap=list(ap), **known)
 
 
 def worlds(gains):
@@ -86,33 +85,31 @@ def worlds(gains):
 
 def test_arms_are_compared_by_the_names_that_are_given():
     records, names = worlds({"margin": [0.0, 0.0], "softmax": [0.1, 0.3]})
-    table = compare(records, by="arm", baseline="margin", names=names)
+    table = compare_arms(records, by="arm", baseline="margin", names=names)
     assert table["arm"].tolist() == ["softmax", "margin"]
     assert table["difference"].tolist() == pytest.approx([20, 0])
 
 
 def test_two_arms_under_one_name_are_refused():
     with pytest.raises(ValueError, match="two different experiments have arm = 'margin' and seed 0"):
-        compare([ran("margin"), ran("softmax")], by="arm", baseline="margin", names=["margin"] * 2)
+        compare_arms([ran("margin"), ran("softmax")], by="arm", baseline="margin", names=["margin"] * 2)
 
 
 def test_as_many_names_as_records_are_needed():
     with pytest.raises(ValueError, match="names has 0 entries for 1 records"):
-        compare([ran("margin")], by="arm", baseline="margin", names=[])
+        compare_arms([ran("margin")], by="arm", baseline="margin", names=[])
 
 
 @pytest.mark.parametrize("step", loss.STEPS)
 def test_step_changes_one_thing(step):
-    one, other = (arms.LOSSES[name] for name in loss.STEPS[step])
+    one, other = (systems.LOSSES[name] for name in loss.STEPS[step])
     changed = [field for field in ("head", "concat") if getattr(one, field) != getattr(other, field)]
     of_loss = [(t.margin, t.gamma, t.focal) for t in (one.training, other.training)]
     assert len(changed) + (of_loss[0] != of_loss[1]) == 1
 
 
 def test_steps_are_those_whose_two_arms_were_run():
-    records, names = worlds(
-        {"margin": [0.0, 0.0], "cosine softmax": [-0.1, -0.2], "margin + focal": [0.0, 0.02]}
-    )
+    records, names = worlds({"margin": [0.0, 0.0], "cosine softmax": [-0.1, -0.2], "margin + focal": [0.0, 0.02]})
     steps = loss.steps_frame(records, names)
     assert steps[["step", "arm", "against", "n"]].values.tolist() == [
         ["a margin", "margin", "cosine softmax", 2],
@@ -132,8 +129,7 @@ def row(difference, low, high, **more):
         (row(-0.5, -0.9, -0.1), "loses 0.50 points of MAP@100 (95 % interval -0.90 to -0.10, 5 worlds)"),
         (
             row(-0.001, -0.2, 0.2),
-            "changes nothing that can be told apart, +0.00 points of MAP@100 "
-            "(95 % interval -0.20 to +0.20, 5 worlds)",
+            "changes nothing that can be told apart, +0.00 points of MAP@100 (95 % interval -0.20 to +0.20, 5 worlds)",
         ),
         (row(-0.5, np.nan, np.nan), "differs by -0.50 points of MAP@100 (no interval)"),
     ],
@@ -143,9 +139,7 @@ def test_change_is_said_as_its_interval_has_it(found, words):
 
 
 def test_steps_are_told_by_what_their_intervals_support():
-    steps = pd.DataFrame(
-        [row(1, 0.5, 1.5, step="a"), row(-1, -2, -0.1, step="b"), row(1, -1, 3, step="c")]
-    )
+    steps = pd.DataFrame([row(1, 0.5, 1.5, step="a"), row(-1, -2, -0.1, step="b"), row(1, -1, 3, step="c")])
     assert loss.steps_sentence(steps) == (
         "These 3 steps bring a gain in 1: a +1.00; a loss in 1: b -1.00; nothing that can be told apart in 1: c +1.00 "
         "(points of MAP@100)."
@@ -155,7 +149,7 @@ def test_steps_are_told_by_what_their_intervals_support():
 def answered(gains):
     records, names = worlds(gains)
     return loss.answer(
-        compare(records, "arm", "margin", names=names), loss.steps_frame(records, names), "the simulated clips"
+        compare_arms(records, "arm", "margin", names=names), loss.steps_frame(records, names), "the simulated clips"
     )
 
 
@@ -184,15 +178,15 @@ def test_answer_says_so_where_the_margin_alone_is_best():
 
 
 def test_sweep_changes_one_field_of_the_training():
-    swept = loss.sweep(arms.LOSSES["margin"], "gamma", [0, 7])
+    swept = loss.sweep(systems.LOSSES["margin"], "gamma", [0, 7])
     assert [(e.training.gamma, e.seed) for e in swept] == [(g, s) for g in loss.SWEEPS["gamma"] for s in (0, 7)]
-    assert {replace(e, seed=0, training=replace(e.training, gamma=0.0)) for e in swept} == {arms.LOSSES["margin"]}
+    assert {replace(e, seed=0, training=replace(e.training, gamma=0.0)) for e in swept} == {systems.LOSSES["margin"]}
 
 
 @pytest.mark.parametrize("field, arm", [("margin", "margin"), ("gamma", "margin"), ("gamma", "margin + focal")])
 def test_sweeps_share_their_records_with_the_arms(field, arm):
-    keys = {e.key() for e in loss.sweep(arms.LOSSES["margin"], field, [0])}
-    assert replace(arms.LOSSES[arm], seed=0).key() in keys
+    keys = {e.key() for e in loss.sweep(systems.LOSSES["margin"], field, [0])}
+    assert replace(systems.LOSSES[arm], seed=0).key() in keys
 
 
 def swept(field, **values):
@@ -319,19 +313,19 @@ def test_length_in_scores_is_that_of_the_mean_scores(store):
 
 
 def test_every_arm_and_curve_has_a_colour_of_the_book():
-    drawn = {*arms.LOSSES, *loss.focal_curves(loss.SWEEPS["gamma"])["gamma"], *loss.batch_shares(2.0)["loss"]}
+    drawn = {*systems.LOSSES, *loss.focal_curves(loss.SWEEPS["gamma"])["gamma"], *loss.batch_shares(2.0)["loss"]}
     assert drawn <= set(figures.COLOURS)
 
 
 @pytest.mark.parametrize("name", loss.PAIRS)
 def test_pairs_are_of_arms(name):
-    assert {name, loss.PAIRS[name]} <= set(arms.LOSSES)
+    assert {name, loss.PAIRS[name]} <= set(systems.LOSSES)
 
 
 def test_arms_with_scores_need_them(bare):
     lacking = [
         name
-        for name, arm in arms.LOSSES.items()
-        if fitting.missing_scores(replace(arm, data=str(bare.path), aggregator="norm"), bare)
+        for name, arm in systems.LOSSES.items()
+        if retrieve.missing_scores(replace(arm, data=str(bare.path), aggregator="norm"), bare)
     ]
-    assert lacking == [name for name in arms.LOSSES if "scores" in name]
+    assert lacking == [name for name in systems.LOSSES if "scores" in name]

@@ -1,17 +1,17 @@
 import pandas as pd
 import pytest
 
-from mmlib import arms
-from mmlib.reading import rates
+from mmlib import systems
+from mmlib.studies import rates
 
 
 def trials(**found):
-    """The frame of ``arms.best_trials``: by arm, the MAP of (rate, short, long)."""
+    """The frame of ``systems.best_trials``: by arm, the MAP of (rate, short, long)."""
     rows = [
         (arm, epochs, rate, value)
         for arm, points in found.items()
         for rate, *values in points
-        for epochs, value in zip(arms.EPOCHS, values, strict=True)
+        for epochs, value in zip(systems.EPOCHS, values, strict=True)
     ]
     return pd.DataFrame(rows, columns=["arm", "epochs", "lr", "map_at_100"])
 
@@ -41,5 +41,5 @@ def test_no_arm_is_under_trained_where_longer_is_worth_little():
 
 
 def test_search_without_records_is_said():
-    best = rates.search_frame(arms.best_trials(arms.LOSSES, []))
+    best = rates.search_frame(systems.best_trials(systems.LOSSES, []))
     assert best.empty and rates.search_sentence(best).startswith("There are no records of the search")

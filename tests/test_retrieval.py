@@ -8,15 +8,14 @@ import pytest
 import torch
 from conftest import BRIEF, of
 
-from mmlib import fitting, metrics, rank, retrieval
-from mmlib.clips.store import ClipStore
-from mmlib.combine import COMBINE, Fallback
+from mmlib import metrics, rank
+from mmlib import retrieve as retrieve_module
+from mmlib.data.store import ClipStore
 from mmlib.ensemble import KINDS
-from mmlib.experiment import Experiment
-from mmlib.fitting import fit, fit_together, missing_scores, training_clips
-from mmlib.retrieval import Member, gallery_of, retrieve
-from mmlib.runs import run
-from mmlib.train import Training
+from mmlib.experiment import Experiment, Training
+from mmlib.rank import COMBINE, Fallback
+from mmlib.records import run
+from mmlib.retrieve import Member, fit, fit_together, gallery_of, missing_scores, retrieve, training_clips
 
 # -- scores --------------------------------------------------------------------------------------------------
 
@@ -37,10 +36,7 @@ def official(store, gallery, cosine, scale=30.0):
     score = scale * cosine
     score -= np.log(np.exp(score).sum(axis=1, keepdims=True))
     names, val = store.clips["clip"].to_numpy(), store.select("val", labelled=True)
-    lines = [
-        [names[clip] for clip in val if store.identity_of(clip) == code]
-        for code in range(len(store.identities))
-    ]
+    lines = [[names[clip] for clip in val if store.identity_of(clip) == code] for code in range(len(store.identities))]
     known = [code for code, clips in enumerate(lines) if clips]
     result = [names[gallery[np.argsort(-score[:, code], kind="stable")[:100]]] for code in known]
     return metrics.official_score(
@@ -54,15 +50,10 @@ def slow_cosines(store, classifier, gallery, train):
     identities = len(store.identities)
     if classifier == "nearest":
         return np.array(
-            [
-                [max(x @ known[i] for i in np.flatnonzero(label == code)) for code in range(identities)]
-                for x in found
-            ]
+            [[max(x @ known[i] for i in np.flatnonzero(label == code)) for code in range(identities)] for x in found]
         )
     if classifier == "whitened means":
-        deviation = np.concatenate(
-            [known[label == c] - known[label == c].mean(axis=0) for c in range(identities)]
-        )
+        deviation = np.concatenate([known[label == c] - known[label == c].mean(axis=0) for c in range(identities)])
         covariance = deviation.T @ deviation / (len(known) - identities)
         covariance = 0.9 * covariance + 0.1 * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
         half = np.linalg.cholesky(np.linalg.inv(covariance))  # not symmetric: only the angles are the same
@@ -107,8 +98,7 @@ def test_clips_without_a_face_cost_their_identity(store):
     """An AP cannot exceed the share of the identity's clips that have a face, however they are ranked."""
     found = retrieve(of(store), store)
     having = np.bincount(
-        store.identity_of(found.gallery)[store.identity_of(found.gallery) >= 0],
-        minlength=len(store.identities),
+        store.identity_of(found.gallery)[store.identity_of(found.gallery) >= 0], minlength=len(store.identities)
     )[found.queries]
     assert (having < found.relevant).any()
     assert (found.ap <= having / found.relevant + 1e-12).all()
@@ -145,9 +135,7 @@ def test_trained_model_starts_from_class_means(store):
         of(store, "mlp", training=replace(BRIEF, lr=0.0, weight_decay=0.0)), store, device=torch.device("cpu")
     )
     mean = np.array([mean_faces(store, clips)[label == code].mean(axis=0) for code in range(30)])
-    cosine = np.einsum(
-        "cd,cd->c", mean / np.linalg.norm(mean, axis=1, keepdims=True), model.prototype.detach()
-    )
+    cosine = np.einsum("cd,cd->c", mean / np.linalg.norm(mean, axis=1, keepdims=True), model.prototype.detach())
     assert cosine == pytest.approx(np.ones(30), abs=1e-5)
 
 
@@ -171,9 +159,7 @@ def test_missing_scores_are_those_that_the_arm_needs(bare, arm, missing):
 
 
 def test_arm_without_its_scores_is_refused_by_name(bare):
-    with pytest.raises(
-        ValueError, match="store: 'quality' needs det scores of 'face', and the store has none"
-    ):
+    with pytest.raises(ValueError, match="store: 'quality' needs det scores of 'face', and the store has none"):
         run(of(bare, aggregator="quality"), bare)
 
 
@@ -189,8 +175,15 @@ CPU = torch.device("cpu")
 
 def small(store, **options):
     """A quick system of faces and scenes on the patchy store."""
-    fixed = dict(aggregator="norm", hidden=8, dropout=0.2, context=("scene",), context_dim=4, regions=4,
-                 training=Training(epochs=2, batch=16, frames=4, lr=1e-2))
+    fixed = dict(
+        aggregator="norm",
+        hidden=8,
+        dropout=0.2,
+        context=("scene",),
+        context_dim=4,
+        regions=4,
+        training=Training(epochs=2, batch=16, frames=4, lr=1e-2),
+    )
     return Experiment(data=str(store.path), **fixed | options)
 
 
@@ -221,15 +214,19 @@ def slow_scores(member, store, clips):
         if e.modality:
             face = store.modalities[e.modality]
             rows = slice(face.start[clip], face.start[clip] + face.count[clip])
-            x, quality, det = (torch.tensor(np.array(part[rows], float))[None]
-                               for part in (face.feature, face.columns["quality"], face.columns["det"]))
+            x, quality, det = (
+                torch.tensor(np.array(part[rows], float))[None]
+                for part in (face.feature, face.columns["quality"], face.columns["det"])
+            )
             x = torch.from_numpy(_kept(model, x.numpy()))
             inputs = [x, torch.ones_like(quality, dtype=torch.bool), quality, det]
         for name in e.context:
             source = store.modalities[name]
             x = np.array(source.feature[source.start[clip] : source.start[clip] + source.count[clip]], float)
             kept = _kept(model, x)
-            mean = (kept / np.linalg.norm(kept, axis=1, keepdims=True)).sum(axis=0) / max(1, len(x)) * kept.shape[1] ** 0.5
+            mean = (
+                (kept / np.linalg.norm(kept, axis=1, keepdims=True)).sum(axis=0) / max(1, len(x)) * kept.shape[1] ** 0.5
+            )
             contexts[name] = torch.tensor(mean)[None], torch.tensor([len(x) > 0])
         with torch.no_grad():
             out.append(model(*inputs, contexts)[0].numpy())
@@ -309,13 +306,18 @@ def test_prefix_of_members_is_the_same_whether_or_not_more_were_trained(patchy, 
     retrieve(three, patchy, trained=trained)
     among, alone = run(first, patchy, trained=trained), run(first, patchy)
     assert (among.ap, among.measures, among.breakdown, among.losses) == (
-        alone.ap, alone.measures, alone.breakdown, alone.losses)
+        alone.ap,
+        alone.measures,
+        alone.breakdown,
+        alone.losses,
+    )
 
 
 @pytest.mark.parametrize("combine", COMBINE)
 def test_order_of_members_does_not_change_the_ranking(patchy, combine):
-    one, two = (retrieve(small(patchy, members=members, combine=combine), patchy, device="cpu")
-                for members in ((0, 1), (1, 0)))
+    one, two = (
+        retrieve(small(patchy, members=members, combine=combine), patchy, device="cpu") for members in ((0, 1), (1, 0))
+    )
     assert np.array_equal(one.ranking, two.ranking) and np.array_equal(one.by_member, two.by_member[::-1])
 
 
@@ -324,21 +326,23 @@ def test_members_repeat_themselves_and_differ_from_the_first(patchy, kind):
     first, second, again = (fit(small(patchy, ensemble=kind), patchy, member, device=CPU) for member in (0, 1, 1))
     assert second[2] == again[2] and np.array_equal(second[1], again[1])
     assert all(torch.equal(a, b) for a, b in zip(second[0].parameters(), again[0].parameters(), strict=True))
-    assert second[2] != first[2] and not torch.equal(second[0].mlp.layers[0].weight, first[0].mlp.layers[0].weight[
-        : len(second[0].mlp.layers[0].weight), : second[0].dim])
+    assert second[2] != first[2] and not torch.equal(
+        second[0].mlp.layers[0].weight,
+        first[0].mlp.layers[0].weight[: len(second[0].mlp.layers[0].weight), : second[0].dim],
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_members_are_drawn_and_trained_with_seeds_of_their_own(patchy, monkeypatch, kind):
     seeds = []
-    monkeypatch.setattr(fitting, "seed_torch", seeds.append)
+    monkeypatch.setattr(retrieve_module, "seed_torch", seeds.append)
 
     def spy(models, *_, seeds: list, **__):
         trained.extend(seeds)
         return [[]] * len(models)
 
     trained = []
-    monkeypatch.setattr(fitting, "train_together", spy)
+    monkeypatch.setattr(retrieve_module, "train_together", spy)
     fit_together([(small(patchy, ensemble=kind, seed=7), member) for member in (0, 1, 3)], patchy, device=CPU)
     assert seeds == trained == [7, [7, 1], [7, 3]]
 
@@ -406,9 +410,13 @@ def test_members_that_the_fallback_cannot_have_are_refused_before_anything_is_tr
 
 @pytest.mark.parametrize("at_once, calls", [(1, [[0], [2], [1]]), (16, [[0, 2], [1]])])
 def test_trained_members_are_reused_and_added(patchy, monkeypatch, at_once, calls):
-    fitted, plain = [], fitting.fit_together
-    monkeypatch.setattr(retrieval, "fit_together", lambda wanted, s, **o: fitted.append([member for _, member in wanted]) or plain(wanted, s, **o))
-    monkeypatch.setitem(retrieval.TOGETHER, "cpu", at_once)
+    fitted, plain = [], retrieve_module.fit_together
+    monkeypatch.setattr(
+        retrieve_module,
+        "fit_together",
+        lambda wanted, s, **o: fitted.append([member for _, member in wanted]) or plain(wanted, s, **o),
+    )
+    monkeypatch.setitem(retrieve_module.TOGETHER, "cpu", at_once)
     asked, trained = small(patchy, members=(0, 2)), {}
     retrieve(asked, patchy, device="cpu", trained=trained)
     retrieve(replace(asked, members=(2, 1), combine="cosine", scale=3.0), patchy, device="cpu", trained=trained)
@@ -418,34 +426,43 @@ def test_trained_members_are_reused_and_added(patchy, monkeypatch, at_once, call
 def test_members_trained_together_say_what_members_trained_one_by_one_say(patchy, monkeypatch):
     asked = small(patchy, ensemble="views", members=(0, 1, 3), context=("scene",))
     alone = retrieve(asked, patchy, device="cpu")
-    monkeypatch.setitem(retrieval.TOGETHER, "cpu", 3)
+    monkeypatch.setitem(retrieve_module.TOGETHER, "cpu", 3)
     together = retrieve(asked, patchy, device="cpu")
     for one, other in zip(alone.members, together.members, strict=True):
         torch.testing.assert_close(other.embedded, one.embedded, rtol=1e-3, atol=1e-3)
-    assert np.mean(alone.ranking == together.ranking) > .98  # near ties may swap
+    assert np.mean(alone.ranking == together.ranking) > 0.98  # near ties may swap
 
 
 # -- the second model ----------------------------------------------------------------------------------------
 
 
 def test_second_model_sees_contexts_alone_with_twice_as_many_regions(patchy):
-    first = small(patchy, ensemble="views", combine="softmax", fallback=Fallback(members=(5, 7)), concat="normalised",
-                  fusion="gated", aggregator="NAN + scores")
+    first = small(
+        patchy,
+        ensemble="views",
+        combine="softmax",
+        fallback=Fallback(members=(5, 7)),
+        concat="normalised",
+        fusion="gated",
+        aggregator="NAN + scores",
+    )
     second = first.second()
     assert (second.modality, second.context, second.regions, second.members) == (None, ("scene",), 8, (5, 7))
     assert second.fallback is None and second.training == first.training and second.seed == first.seed
-    model = fitting.make_model(second, patchy, 5)
+    model = retrieve_module.make_model(second, patchy, 5)
     assert model.aggregator is None and model.discard == (5, 8) and model.branches["scene"].layers[0].in_features == 28
 
 
 def test_second_model_can_have_a_rate_of_its_own(patchy):
-    first = small(patchy, combine="softmax", fallback=Fallback(lr=.25))
-    assert first.second().training == replace(first.training, lr=.25)
+    first = small(patchy, combine="softmax", fallback=Fallback(lr=0.25))
+    assert first.second().training == replace(first.training, lr=0.25)
 
 
 def test_second_model_does_not_depend_on_the_aggregator_of_the_first(patchy):
-    one, two = (small(patchy, combine="softmax", fallback=Fallback(), aggregator=name).second().branch()
-                for name in ("mean", "NAN"))
+    one, two = (
+        small(patchy, combine="softmax", fallback=Fallback(), aggregator=name).second().branch()
+        for name in ("mean", "NAN")
+    )
     assert one == two
 
 
@@ -518,8 +535,17 @@ def test_mixing_agrees_with_a_slow_computation(patchy, scored, rule, combine):
 
 def test_mixing_on_a_simulated_world_agrees_with_a_slow_computation(store, scored):
     trained = {}
-    asked = of(store, "mlp", "norm", training=BRIEF, hidden=64, context=("scene",), context_dim=16, combine="softmax",
-               fallback=Fallback(by="quality", share=0.05, low=0.8, absent=0.95))
+    asked = of(
+        store,
+        "mlp",
+        "norm",
+        training=BRIEF,
+        hidden=64,
+        context=("scene",),
+        context_dim=16,
+        combine="softmax",
+        fallback=Fallback(by="quality", share=0.05, low=0.8, absent=0.95),
+    )
     found, scores = scored(asked, store, trained=trained)
     expected, low, value = slow_mixture(asked, store, trained, found.gallery)
     assert len(low) == len(value) // 20 > 0 and len(value) < len(found.gallery)
@@ -530,7 +556,12 @@ def test_mixing_on_a_simulated_world_agrees_with_a_slow_computation(store, score
 def test_gallery_with_a_fallback_are_the_clips_that_something_can_score(patchy):
     face, scene = (patchy.modalities[name].count > 0 for name in ("face", "scene"))
     val = patchy.select("val")
-    assert {(a, b) for a, b in zip(face[val], scene[val])} == {(True, True), (True, False), (False, True), (False, False)}
+    assert {(a, b) for a, b in zip(face[val], scene[val])} == {
+        (True, True),
+        (True, False),
+        (False, True),
+        (False, False),
+    }
     asked = small(patchy, combine="softmax", fallback=Fallback())
     assert retrieve(asked, patchy).gallery.tolist() == val[(face | scene)[val]].tolist()
     left_out = replace(asked, fallback=Fallback(absent=None))
@@ -579,7 +610,9 @@ def test_clips_without_a_context_are_counted(patchy):
 
 def test_clips_of_a_fallback_without_a_context_are_counted_in_the_larger_gallery(patchy):
     record = run(small(patchy, combine="softmax", fallback=Fallback()), patchy)
-    scene = patchy.modalities["scene"].count[retrieve(small(patchy, combine="softmax", fallback=Fallback()), patchy).gallery]
+    scene = patchy.modalities["scene"].count[
+        retrieve(small(patchy, combine="softmax", fallback=Fallback()), patchy).gallery
+    ]
     assert record.measures["gallery_without_scene"] == np.sum(scene == 0) > 0
 
 
@@ -614,8 +647,19 @@ def test_training_where_all_or_no_clips_have_the_context(patchy, kept, scored):
 
 
 @pytest.mark.parametrize("fusion", ["concat", "gated"])
-@pytest.mark.parametrize("aggregator", ["mean", "norm", "quality", "best half", "learned scores", "NAN, two blocks",
-                                        "attention + scores", "DANet + scores"])
+@pytest.mark.parametrize(
+    "aggregator",
+    [
+        "mean",
+        "norm",
+        "quality",
+        "best half",
+        "learned scores",
+        "NAN, two blocks",
+        "attention + scores",
+        "DANet + scores",
+    ],
+)
 def test_order_of_frames_changes_nothing_with_scenes_views_and_fallback(patchy, scored, aggregator, fusion):
     rng, other = np.random.default_rng(3), ClipStore.open(patchy.path)
     for name, source in patchy.modalities.items():
@@ -623,8 +667,16 @@ def test_order_of_frames_changes_nothing_with_scenes_views_and_fallback(patchy, 
         columns = {column: array[order] for column, array in source.columns.items()}
         other.modalities[name] = replace(source, feature=source.feature[order], columns=columns)
     trained = {}
-    asked = small(patchy, ensemble="views", members=(0, 3), combine="softmax", concat="normalised", aggregator=aggregator,
-                  fusion=fusion, fallback=Fallback(share=0.2, members=(0, 5)))
+    asked = small(
+        patchy,
+        ensemble="views",
+        members=(0, 3),
+        combine="softmax",
+        concat="normalised",
+        aggregator=aggregator,
+        fusion=fusion,
+        fallback=Fallback(share=0.2, members=(0, 5)),
+    )
     _, scores = scored(asked, patchy, trained=trained)
     moved = {key: Member(m.experiment, other, m.model, m.clips, m.losses, m.seconds) for key, m in trained.items()}
     _, found = scored(asked, other, trained=moved)
@@ -635,8 +687,7 @@ def test_order_of_frames_changes_nothing_with_scenes_views_and_fallback(patchy, 
 
 
 def test_half_of_the_val_distractors_leave_the_gallery_in_both_arms(patchy):
-    every, held, classed = (retrieve(small(patchy, distractors=name), patchy)
-                            for name in ("all", "held out", "class"))
+    every, held, classed = (retrieve(small(patchy, distractors=name), patchy) for name in ("all", "held out", "class"))
     assert held.gallery.tolist() == classed.gallery.tolist()
     gone = np.setdiff1d(every.gallery, held.gallery)
     assert 0 < len(gone) <= 15 // 2 and set(held.gallery) < set(every.gallery)
@@ -654,8 +705,9 @@ def test_exactly_half_of_the_distractors_leave_a_gallery_that_holds_them_all(sto
 
 @pytest.mark.parametrize("modality, context", [("face", ("scene",)), (None, ("scene",)), (None, ("face", "scene"))])
 def test_class_of_distractors_are_those_that_left_the_gallery(patchy, modality, context):
-    plain, held, classed = (small(patchy, modality=modality, context=context, distractors=name)
-                            for name in ("all", "held out", "class"))
+    plain, held, classed = (
+        small(patchy, modality=modality, context=context, distractors=name) for name in ("all", "held out", "class")
+    )
     labelled = training_clips(plain, patchy)
     assert training_clips(held, patchy).tolist() == labelled.tolist()
     extra = np.setdiff1d(gallery_of(plain, patchy), gallery_of(classed, patchy))
@@ -681,7 +733,9 @@ def test_class_of_distractors_is_in_the_softmax_and_never_in_a_ranking(patchy, s
     asked = small(patchy, members=(0, 1), distractors="class", combine=combine)
     found, scores = scored(asked, patchy)
     assert [len(member.model.prototype) for member in found.members] == [7, 7]
-    assert scores.shape[1] == 6 and found.queries.max() == 5 and found.predicted.max() <= 5 and found.by_member.max() <= 5
+    assert (
+        scores.shape[1] == 6 and found.queries.max() == 5 and found.predicted.max() <= 5 and found.by_member.max() <= 5
+    )
     if combine != "ranks":
         expected = slow_mean(found.members, patchy, found.gallery, combine, 30.0)
         np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=2e-5)
@@ -707,8 +761,12 @@ def test_distractors_keep_their_number_in_a_stratified_member(patchy):
 
 
 def test_plain_softmax_is_ranked_on_inner_products(patchy, scored):
-    found, scores = scored(small(patchy, head="dot", combine="cosine", training=Training(epochs=2, batch=16, frames=4,
-                                                                                     margin=0.0, scale=1.0)), patchy)
+    found, scores = scored(
+        small(
+            patchy, head="dot", combine="cosine", training=Training(epochs=2, batch=16, frames=4, margin=0.0, scale=1.0)
+        ),
+        patchy,
+    )
     member = found.members[0]
     expected = member.embedded.double() @ member.model.prototype.detach().double().T
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
@@ -720,7 +778,7 @@ def test_start_of_the_identities_vectors(patchy, start):
     still = Training(epochs=1, batch=16, frames=4, lr=0.0, weight_decay=0.0)
     asked = small(patchy, context=(), start=start, training=still)
     found = fit(asked, patchy, device=CPU)[0].prototype
-    drawn = fitting.make_model(asked, patchy).prototype
+    drawn = retrieve_module.make_model(asked, patchy).prototype
     moved = (found != drawn).any(dim=1).tolist()
     # The last identity has no train clip to start from.
     assert moved == [start == "class means"] * 5 + [False]
@@ -733,8 +791,9 @@ def test_start_of_the_identities_vectors(patchy, start):
 def lonely(tmp_path_factory):
     """Nine identities of one train clip and three without any; two val clips of each."""
     rng, identity = np.random.default_rng(0), np.array([*range(9), *range(12), *range(12)])
-    clips = pd.DataFrame({"clip": [f"c{i:02d}" for i in range(33)], "split": ["train"] * 9 + ["val"] * 24,
-                          "identity": identity})
+    clips = pd.DataFrame(
+        {"clip": [f"c{i:02d}" for i in range(33)], "split": ["train"] * 9 + ["val"] * 24, "identity": identity}
+    )
     path, span = tmp_path_factory.mktemp("lonely") / "store", (np.arange(33), np.ones(33, int))
     with ClipStore.create(path, simulated=True, provenance={}) as writer:
         for name, dim in (("face", 16), ("scene", 32)):
@@ -772,7 +831,9 @@ def test_store_with_too_few_dimensions_for_the_regions_is_refused(bare):
 
 def test_clips_without_scenes_alone_cannot_be_trained_on(patchy):
     empty = lacking(patchy, patchy.select("train"))
-    with pytest.raises(ValueError, match=f"^{patchy.path}: no labelled train clip has scene, so nothing can be trained"):
+    with pytest.raises(
+        ValueError, match=f"^{patchy.path}: no labelled train clip has scene, so nothing can be trained"
+    ):
         run(small(patchy, modality=None), empty)
 
 

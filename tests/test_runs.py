@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 from conftest import BRIEF, made, of, small
 
-from mmlib import runs
-from mmlib.combine import Fallback
-from mmlib.experiment import Experiment
-from mmlib.fitting import training_clips
-from mmlib.retrieval import retrieve
-from mmlib.runs import Record, cache_folder, library_hash, read_results, run, write_results
-from mmlib.train import Training
+from mmlib import records
+from mmlib.experiment import Experiment, Training
+from mmlib.rank import Fallback
+from mmlib.records import Record, cache_folder, library_hash, read_results, run, write_results
+from mmlib.retrieve import retrieve, training_clips
+
 
 def full(*_):
     raise OSError(28, "No space left on device")
@@ -25,8 +24,8 @@ def full(*_):
 @pytest.fixture
 def library(tmp_path, monkeypatch):
     """A copy of the library to edit; call it for its hash."""
-    copy = shutil.copytree(runs.PACKAGE, tmp_path / "mmlib", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(runs, "PACKAGE", copy)
+    copy = shutil.copytree(records.PACKAGE, tmp_path / "mmlib", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(records, "PACKAGE", copy)
 
     def fresh():
         library_hash.cache_clear()
@@ -57,7 +56,9 @@ def test_hash_ignores_docstrings_and_comments(library):
     assert library() == before
 
 
-@pytest.mark.parametrize("name, old, new", [("figures.py", "MARKERS", "SIGNS"), ("sweep.py", "PATIENCE = 1", "PATIENCE = 2")])
+@pytest.mark.parametrize(
+    "name, old, new", [("figures.py", "MARKERS", "SIGNS"), ("sweep.py", "PATIENCE = 1", "PATIENCE = 2")]
+)
 def test_hash_ignores_drawing_and_bookkeeping(library, name, old, new):
     before = library()
     edit(library.path / name, old, new)
@@ -68,8 +69,8 @@ def test_hash_ignores_drawing_and_bookkeeping(library, name, old, new):
     "name, old, new",
     [
         ("train.py", "epochs: int = ", "epochs: int = 1"),
-        ("clips/simulate.py", "SEGMENT = 8", "SEGMENT = 9"),
-        ("clips/clips_per_identity_joint.csv", "1,1,1137", "1,1,1136"),
+        ("data/simulate.py", "SEGMENT = 8", "SEGMENT = 9"),
+        ("data/clips_per_identity_joint.csv", "1,1,1137", "1,1,1136"),
     ],
 )
 def test_hash_sees_what_decides_numbers(library, name, old, new):
@@ -88,7 +89,7 @@ def test_hash_sees_what_decides_numbers(library, name, old, new):
     ],
 )
 def test_tree_is_blind_to_prose_and_layout(one, two):
-    assert runs._tree(runs.ast.parse(one)) == runs._tree(runs.ast.parse(two))
+    assert records._tree(records.ast.parse(one)) == records._tree(records.ast.parse(two))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_tree_is_blind_to_prose_and_layout(one, two):
     ],
 )
 def test_tree_sees_code(one, two):
-    assert runs._tree(runs.ast.parse(one)) != runs._tree(runs.ast.parse(two))
+    assert records._tree(records.ast.parse(one)) != records._tree(records.ast.parse(two))
 
 
 def test_cache_lies_where_the_environment_says(tmp_path, monkeypatch):
@@ -168,11 +169,7 @@ def test_record_survives_json(store):
 
 def test_row_of_a_record_is_flat(store):
     row = made(replace(of(store), settings=(("no_face", 0.1),))).row()
-    assert (
-        row["no_face"] == 0.1
-        and row["training.epochs"] == Training().epochs
-        and row["classifier"] == "class means"
-    )
+    assert row["no_face"] == 0.1 and row["training.epochs"] == Training().epochs and row["classifier"] == "class means"
 
 
 # -- files of records ----------------------------------------------------------------------------------------
@@ -180,7 +177,7 @@ def test_row_of_a_record_is_flat(store):
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
     return tmp_path / "some.json.gz"
 
 
@@ -201,7 +198,7 @@ def test_same_records_give_the_same_bytes(results, monkeypatch):
 def test_failed_write_keeps_the_committed_records(results, monkeypatch):
     write_results(results, [made(Experiment())])
     before = results.read_bytes()
-    monkeypatch.setattr(runs.os, "replace", full)
+    monkeypatch.setattr(records.os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         write_results(results, [made(Experiment(seed=1))])
     assert results.read_bytes() == before and list(results.parent.iterdir()) == [results]
@@ -260,9 +257,13 @@ def test_measures_of_an_ensemble_are_those_of_a_slow_count(patchy, kind):
     record, found = run(asked, patchy), retrieve(asked, patchy)
     everyone = {patchy.identity_of(clip) for clip in training_clips(asked, patchy)}
     lost = [len(everyone - {patchy.identity_of(clip) for clip in member.clips}) for member in found.members]
-    labelled = [(row, patchy.identity_of(clip)) for row, clip in enumerate(found.gallery) if patchy.identity_of(clip) >= 0]
+    labelled = [
+        (row, patchy.identity_of(clip)) for row, clip in enumerate(found.gallery) if patchy.identity_of(clip) >= 0
+    ]
     right = [[found.by_member[member, row] == code for row, code in labelled] for member in range(3)]
-    differ = [[found.by_member[a, row] != found.by_member[b, row] for row, _ in labelled] for a, b in ((0, 1), (0, 2), (1, 2))]
+    differ = [
+        [found.by_member[a, row] != found.by_member[b, row] for row, _ in labelled] for a, b in ((0, 1), (0, 2), (1, 2))
+    ]
     assert record.measures["lost_identities"] == pytest.approx(np.mean(lost))
     assert record.measures["member_clip_top1"] == pytest.approx(np.mean(right))
     assert record.measures["disagreement"] == pytest.approx(np.mean(differ)) and np.mean(differ) > 0
@@ -272,8 +273,15 @@ def test_measures_of_an_ensemble_are_those_of_a_slow_count(patchy, kind):
 
 def test_bagging_that_loses_identities_says_how_many(patchy):
     """A branch whose every identity has one clip loses about a third of them."""
-    few = replace(patchy, clips=patchy.clips.assign(split=["train" if i % 6 == 0 and i < 30 else split for i, split in
-                                                           enumerate(np.where(patchy.clips["split"] == "train", "test", "val"))]))
+    few = replace(
+        patchy,
+        clips=patchy.clips.assign(
+            split=[
+                "train" if i % 6 == 0 and i < 30 else split
+                for i, split in enumerate(np.where(patchy.clips["split"] == "train", "test", "val"))
+            ]
+        ),
+    )
     asked = small(few, ensemble="bagging", members=(0, 1, 2, 3))
     lost = run(asked, few).measures["lost_identities"]
     kept = [len(np.unique(member.clips)) for member in retrieve(asked, few).members]

@@ -17,16 +17,16 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from mmlib import cli, figures, scene, scene_network, scene_training
+from mmlib.data.images import index_images
+from mmlib.data.pictures import decode
+from mmlib.data.render import REGIONS, render_scenes
+from mmlib.data.simulate import settings_for as world_for
+from mmlib.data.simulate import simulate
+from mmlib.data.store import ClipStore
 from mmlib.launch import Launch, launched
-from mmlib.reading import scene as scene_reading
-from mmlib.clips.images import index_images
-from mmlib.clips.pictures import decode
-from mmlib.clips.render import REGIONS, render_scenes
-from mmlib.clips.simulate import settings_for as world_for
-from mmlib.clips.simulate import simulate
-from mmlib.clips.store import ClipStore
 from mmlib.scene import SceneSettings, extract, fine_tune, make_backbone, make_model, write_scene_store
-from mmlib.reading.scene import Maps, Scenes
+from mmlib.studies import scene as scene_reading
+from mmlib.studies.scene import Maps, Scenes
 
 NARROW = "narrow_seresnext14"
 SMALL = scene.settings_for(NARROW, epochs=3, size=32, resize=36, batch=16, lr=0.02, backbone_lr=0.01)
@@ -69,8 +69,11 @@ def pixels(n=4, size=32, seed=0):
 
 def features(model, images, **options):
     """The features of all clips with a picture by position."""
-    return {clip: row for batch, block in extract(model, images, SMALL, seed=0, **options)
-            for clip, row in zip(batch.clips.tolist(), block, strict=True)}
+    return {
+        clip: row
+        for batch, block in extract(model, images, SMALL, seed=0, **options)
+        for clip, row in zip(batch.clips.tolist(), block, strict=True)
+    }
 
 
 # -- the network ---------------------------------------------------------------------------------------------
@@ -238,15 +241,18 @@ def test_channels_last_changes_a_feature_by_rounding_alone():
 
 def test_mixed_precision_changes_features_by_less_than_two_percent(trained, images):
     # bfloat16 keeps 8 bits: half a unit is 0.2 %, added up over 14 layers
-    wide, mixed = ({clip: row.astype(float) for clip, row in features(trained[0], images, mixed=m).items()}
-                   for m in (False, True))
+    wide, mixed = (
+        {clip: row.astype(float) for clip, row in features(trained[0], images, mixed=m).items()} for m in (False, True)
+    )
     off = [np.linalg.norm(wide[clip] - mixed[clip]) / np.linalg.norm(wide[clip]) for clip in wide]
     assert 1e-4 < max(off) < 0.02  # and it is another arithmetic
 
 
 def test_mixed_precision_starts_with_the_loss_of_float32(world, images):
     one_step = replace(SMALL, epochs=1, batch=1000)
-    wide, mixed = (fine_tune(world, images, one_step, seed=0, device="cpu", mixed=m)[1][0]["loss"] for m in (False, True))
+    wide, mixed = (
+        fine_tune(world, images, one_step, seed=0, device="cpu", mixed=m)[1][0]["loss"] for m in (False, True)
+    )
     assert mixed != wide and mixed == pytest.approx(wide, rel=0.01)
 
 
@@ -336,7 +342,9 @@ def test_extraction_leaves_the_statistics_of_batch_norm_alone(trained, images):
 
 
 def test_a_written_store_has_new_scenes_and_all_else_unchanged(trained, world, images, tmp_path):
-    modes = write_scene_store(world, tmp_path / "out", extract(trained[0], images, SMALL, seed=0, block=7), provenance={})
+    modes = write_scene_store(
+        world, tmp_path / "out", extract(trained[0], images, SMALL, seed=0, block=7), provenance={}
+    )
     out = ClipStore.open(tmp_path / "out")
     expected = features(trained[0], images)
     assert sum(modes.values()) == len(expected) == len(world) - 1
@@ -355,7 +363,9 @@ def test_a_written_store_has_new_scenes_and_all_else_unchanged(trained, world, i
 
 
 def test_only_the_modalities_asked_for_are_kept(trained, world, images, tmp_path):
-    write_scene_store(world, tmp_path / "out", extract(trained[0], images, SMALL, seed=0), provenance={}, keep=["audio"])
+    write_scene_store(
+        world, tmp_path / "out", extract(trained[0], images, SMALL, seed=0), provenance={}, keep=["audio"]
+    )
     assert set(ClipStore.open(tmp_path / "out").modalities) == {"audio", "scene"}
 
 
@@ -416,7 +426,8 @@ def test_region_effects_are_means_over_places_of_a_region():
     assert effect["share"].to_dict() == pytest.approx({"wall": 0.5, "figure": 0.5})
     assert scene_reading.region_sentence(effect.reset_index()) == (
         "Over 2 clips that the network recognises, places of the wall count more than an average place, "
-        "and those of the figure count less than an average place.")
+        "and those of the figure count less than an average place."
+    )
 
 
 # -- what the chapter reads ----------------------------------------------------------------------------------
@@ -427,7 +438,9 @@ def nearest(*rows):
     return pd.DataFrame(rows, columns=[*names, *(f"nearest {name}" for name in names)])
 
 
-CONFUSED = nearest((0, 0, 1, 1, 0, 0, 1, 1), (0, 1, 1, 1, 0, 2, 1, 1), (0, 0, 1, 1, 3, 0, 2, 1), (3, 0, 2, 1, 4, 0, 2, 5))
+CONFUSED = nearest(
+    (0, 0, 1, 1, 0, 0, 1, 1), (0, 1, 1, 1, 0, 2, 1, 1), (0, 0, 1, 1, 3, 0, 2, 1), (3, 0, 2, 1, 4, 0, 2, 5)
+)
 
 
 def test_confusions_are_counted_by_hand():
@@ -438,7 +451,9 @@ def test_confusions_are_counted_by_hand():
     assert causes["family chance"] == pytest.approx(3 / 5)
     pairs = scene_reading.confused_pairs(CONFUSED)
     assert pairs[["show", "taken for", "clips", "same channel", "same colours"]].values.tolist() == [
-        [0, 3, 1, "no", "yes"], [3, 4, 1, "yes", "no"]]
+        [0, 3, 1, "no", "yes"],
+        [3, 4, 1, "yes", "no"],
+    ]
 
 
 def test_rows_of_the_confusion_table_sum_to_one():
@@ -470,7 +485,7 @@ def test_two_runs_that_want_one_network_train_it_once(world, images, cache, hash
 
     def watched(*arguments, **options):
         calls.append(arguments)
-        time.sleep(.5)  # long enough for the other to come this far, if nothing held it
+        time.sleep(0.5)  # long enough for the other to come this far, if nothing held it
         return plain(*arguments, **options)
 
     def fetch(_):
@@ -491,7 +506,9 @@ def test_pictures_that_another_run_is_rendering_are_waited_for(world, cache, has
         both.wait()
         return scene_reading._rendered(world, 36)
 
-    monkeypatch.setattr(scene_reading, "render_scenes", lambda *a, **o: (calls.append(a), time.sleep(.5), plain(*a, **o)))
+    monkeypatch.setattr(
+        scene_reading, "render_scenes", lambda *a, **o: (calls.append(a), time.sleep(0.5), plain(*a, **o))
+    )
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(fetch, range(2))
     assert len(calls) == 1 and one == other and (one / scene_reading.ABOUT).exists()
@@ -499,8 +516,11 @@ def test_pictures_that_another_run_is_rendering_are_waited_for(world, cache, has
 
 def test_what_decides_a_network_changes_its_key(world, images, tmp_path):
     weights = tmp_path / "w.pth"
-    keys = {scene.run_key(world, images, SMALL, 0), scene.run_key(world, images, SMALL, 1),
-            scene.run_key(world, images, replace(SMALL, epochs=4), 0)}
+    keys = {
+        scene.run_key(world, images, SMALL, 0),
+        scene.run_key(world, images, SMALL, 1),
+        scene.run_key(world, images, replace(SMALL, epochs=4), 0),
+    }
     for content in (b"one", b"two"):
         weights.write_bytes(content)
         keys.add(scene.run_key(world, images, scene.settings_for(NARROW, str(weights)), 0))
@@ -531,7 +551,9 @@ def test_features_are_compared_on_the_same_queries(scenes):
 def test_retrieved_pictures_are_marked_as_the_ranking_says(scenes):
     found = scene_reading.retrieve_scenes(scenes, "cpu")
     frame = scene_reading.retrieved_pictures(scenes, rows=2, known=1, top=3, device="cpu")
-    best = np.flatnonzero((found.relevant >= 3) & np.isin(found.queries, scenes.store.identity_of(found.members[0].clips)))
+    best = np.flatnonzero(
+        (found.relevant >= 3) & np.isin(found.queries, scenes.store.identity_of(found.members[0].clips))
+    )
     best = best[np.argsort(-found.ap[best], kind="stable")][0]
     marks = frame["mark"].iloc[:4].tolist()
     assert marks == ["", *("right" if hit else "wrong" for hit in found.hits[best][:3])]
@@ -590,7 +612,9 @@ def ax():
 
 def test_pictures_are_framed_by_their_mark(ax):
     picture = np.zeros((2, 2, 3), np.uint8)
-    frame = pd.DataFrame({"row": ["a", "a", "a", "b"], "picture": [picture] * 4, "mark": ["", "right", "wrong", "right"]})
+    frame = pd.DataFrame(
+        {"row": ["a", "a", "a", "b"], "picture": [picture] * 4, "mark": ["", "right", "wrong", "right"]}
+    )
     figures.picture_rows(frame, ax)
     assert len(ax.images) == 4 and [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
     frames = [(patch.get_xy(), to_rgb(patch.get_edgecolor())) for patch in ax.patches]
@@ -600,8 +624,12 @@ def test_pictures_are_framed_by_their_mark(ax):
 
 def test_without_pictures_the_drawings_say_so(ax):
     none = pd.DataFrame()
-    drawn = [figures.picture_rows(none, ax), figures.show_confusion(none, ax), *figures.training_curves(none, [ax]),
-             figures.occlusion_maps(np.empty((0, 1, 1, 3)), np.empty((0, 1, 1))).axes[0]]
+    drawn = [
+        figures.picture_rows(none, ax),
+        figures.show_confusion(none, ax),
+        *figures.training_curves(none, [ax]),
+        figures.occlusion_maps(np.empty((0, 1, 1, 3)), np.empty((0, 1, 1))).axes[0],
+    ]
     assert all("no pictures" in [text.get_text() for text in each.texts] for each in drawn)
 
 
@@ -617,7 +645,9 @@ def test_training_curves_show_each_seed_and_name_each_line_once():
 
 def test_occlusion_maps_share_one_scale_about_zero():
     plt.switch_backend("Agg")
-    figure = figures.occlusion_maps(np.zeros((2, 4, 4, 3), np.uint8), np.array([np.full((4, 4), 0.1), np.full((4, 4), -0.3)]))
+    figure = figures.occlusion_maps(
+        np.zeros((2, 4, 4, 3), np.uint8), np.array([np.full((4, 4), 0.1), np.full((4, 4), -0.3)])
+    )
     limits = {ax.images[-1].get_clim() for ax in figure.axes if len(ax.images) == 2}
     assert limits == {(-0.3, 0.3)}
     plt.close("all")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mmlib.clips import simulate as simulator
-from mmlib.clips.calibration import FRAME_SURVIVAL, NORM_KNOTS, QUALITY_KNOTS
-from mmlib.clips.simulate import (
+from mmlib.data import simulate as simulator
+from mmlib.data.calibration import FRAME_SURVIVAL, NORM_KNOTS, QUALITY_KNOTS
+from mmlib.data.simulate import (
     CHUNK,
     SEGMENT,
     Settings,
@@ -103,7 +103,7 @@ def test_store_says_that_it_is_simulated(store):
 
 
 def test_full_world_has_exactly_the_published_clips_per_identity(full):
-    with (files("mmlib.clips") / "clips_per_identity_joint.csv").open() as file:
+    with (files("mmlib.data") / "clips_per_identity_joint.csv").open() as file:
         published = Counter({(int(train), int(val)): int(n) for train, val, n in list(csv.reader(file))[1:]})
     listed = full.clips[full.clips["identity"] >= 0]
     train, val = (
@@ -255,9 +255,7 @@ def test_share_of_wrong_frames_is_that_of_the_beta_distribution():
     world = World(settings_for("tiny", contaminated=1, mostly_wrong=0, no_face=0), 0)
     # Beta(1, 2.5) has mean 1 / 3.5 and standard deviation .22, over 788 clips: .04 is five standard errors
     assert world.wrong_share.mean() == pytest.approx(1 / 3.5, abs=0.04)
-    wrong = np.concatenate(
-        [world.chunk(first)["face"]["wrong"] for first in range(0, len(world.clips), CHUNK)]
-    )
+    wrong = np.concatenate([world.chunk(first)["face"]["wrong"] for first in range(0, len(world.clips), CHUNK)])
     assert wrong.mean() == pytest.approx(1 / 3.5, abs=0.05)
 
 
@@ -383,9 +381,7 @@ def test_unreliable_quality_score_says_nothing_of_the_latent_quality(unreliable)
     face = unreliable.modalities["face"]
     right = ~face.columns["wrong"]
     # a share of the score's noise belongs to the clip, so 750 clips and not 20,000 frames are independent
-    correlation = np.corrcoef(by_frame(unreliable, "latent_quality")[right], face.columns["quality"][right])[
-        0, 1
-    ]
+    correlation = np.corrcoef(by_frame(unreliable, "latent_quality")[right], face.columns["quality"][right])[0, 1]
     assert abs(correlation) < 4 / np.sqrt(750)
 
 

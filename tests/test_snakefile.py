@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(shutil.which("snakemake") is None,
-                                reason="no snakemake here; it has an environment of its own (CONTRIBUTING)")
+pytestmark = pytest.mark.skipif(
+    shutil.which("snakemake") is None, reason="no snakemake here; it has an environment of its own (CONTRIBUTING)"
+)
 
 # Writes down its arguments; leaves a notebook, or half of one where the seed is 1, or a submission.
 STAND_IN = """#!/bin/sh
@@ -34,10 +35,23 @@ def sweep(tmp_path, monkeypatch):
 
     def run(*arguments, **config):
         named = {"bin": tmp_path / "bin", "out": tmp_path / "out"} | config
-        done = subprocess.run(["snakemake", "--snakefile", ROOT / "Snakefile", "--cores", "1", *arguments, "--config",
-                               *(f"{name}={value}" for name, value in named.items())], cwd=tmp_path, text=True,
-                              env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)}, stderr=subprocess.STDOUT,
-                              stdout=subprocess.PIPE)
+        done = subprocess.run(
+            [
+                "snakemake",
+                "--snakefile",
+                ROOT / "Snakefile",
+                "--cores",
+                "1",
+                *arguments,
+                "--config",
+                *(f"{name}={value}" for name, value in named.items()),
+            ],
+            cwd=tmp_path,
+            text=True,
+            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+            stderr=subprocess.STDOUT,
+            stdout=subprocess.PIPE,
+        )
         return done.returncode, done.stdout
 
     return run
@@ -60,7 +74,8 @@ def test_chapters_are_run_with_what_is_asked_and_then_the_book(sweep, tmp_path):
     runs = tmp_path / "out" / "simulated" / "tiny"
     assert calls(tmp_path) == ["jupyter-book build book/"] + [
         f"mmlib rerun {name} --out {runs / name}-seed7.ipynb -p seeds=[7] -p profile=tiny -p data=simulated -p device=cpu"
-        for name in ("02_metric", "03_baselines")]
+        for name in ("02_metric", "03_baselines")
+    ]
     sweep(chapters="02,3", seeds=7, profile="tiny", device="cpu")
     assert len(calls(tmp_path)) == 3
 
@@ -80,8 +95,9 @@ def test_shards_are_ranked_and_merged(sweep, tmp_path):
     status, said = sweep("result", store=tmp_path / "a store", shards=2, predict="--members 3", device="cpu")
     assert status == 0, said
     start = f"mmlib predict {tmp_path / 'a store'} --out {tmp_path / 'out' / 'predict' / 'a store' / 'result.txt'}"
-    assert calls(tmp_path) == [f"{start} {part} --device cpu --members 3"
-                               for part in ("--merge 2", "--shard 1/2", "--shard 2/2")]
+    assert calls(tmp_path) == [
+        f"{start} {part} --device cpu --members 3" for part in ("--merge 2", "--shard 1/2", "--shard 2/2")
+    ]
 
 
 @pytest.mark.parametrize("asked", ["99", "metric"])

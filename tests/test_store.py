@@ -8,10 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmlib.clips import arrays
-from mmlib.clips.arrays import nonfinite_rows
-from mmlib.clips.sampling import sample_rows
-from mmlib.clips.store import ClipStore
+from mmlib.data import writer
+from mmlib.data.store import ClipStore, sample_rows
+from mmlib.data.writer import nonfinite_rows
 
 COUNT = np.array([4, 0, 6])
 START = np.array([0, 4, 4])
@@ -26,9 +25,13 @@ def make_store(path, count=COUNT, dim=8, seed=0, **options):
     with ClipStore.create(path, simulated=True, provenance={"seed": seed}, **options) as writer:
         for rows in np.array_split(np.arange(frames), 3):  # several blocks
             writer.append("face", feature[rows], frame=rows, quality=rows * 0.5)
-        clips = pd.DataFrame({"clip": [f"clip{i}" for i in range(len(count))],
-                              "split": [("train", "val")[i % 2] for i in range(len(count))],
-                              "identity": [-1 if i % 3 == 1 else 0 for i in range(len(count))]})
+        clips = pd.DataFrame(
+            {
+                "clip": [f"clip{i}" for i in range(len(count))],
+                "split": [("train", "val")[i % 2] for i in range(len(count))],
+                "identity": [-1 if i % 3 == 1 else 0 for i in range(len(count))],
+            }
+        )
         writer.finish(clips, ["7"], {"face": (np.cumsum(count) - count, count)})
     return ClipStore.open(path)
 
@@ -108,7 +111,7 @@ def test_modality_is_put_on_a_device_once(store, device):
 
 
 def test_features_too_large_for_the_device_are_gathered_on_the_host(store, device, monkeypatch):
-    monkeypatch.setattr("mmlib.clips.store._SHARE", 0)
+    monkeypatch.setattr("mmlib.data.store._SHARE", 0)
     resident = store.on("face", device)
     assert resident.feature.device.type == "cpu"
     rows = torch.tensor([[4, 9, -1]], device=device)
@@ -128,14 +131,15 @@ def test_a_store_without_any_frame_opens_and_gives_empty_batches(tmp_path):
 
 def test_clip_means_are_those_of_every_clip_alone(store):
     face = store.modalities["face"]
-    slow = [face.columns["quality"][s : s + n].mean() if n else np.nan
-            for s, n in zip(face.start, face.count, strict=True)]
+    slow = [
+        face.columns["quality"][s : s + n].mean() if n else np.nan for s, n in zip(face.start, face.count, strict=True)
+    ]
     assert np.allclose(store.clip_means("face", "quality"), slow, equal_nan=True, rtol=1e-9)
 
 
 @pytest.mark.parametrize("piece", [1, 24, 2**20])
 def test_mean_norm_is_that_of_every_clips_raw_embeddings(store, monkeypatch, piece):
-    monkeypatch.setattr("mmlib.clips.store._PIECE", piece)
+    monkeypatch.setattr("mmlib.data.store._PIECE", piece)
     face, slow = store.modalities["face"], []
     for start, count in zip(face.start, face.count, strict=True):
         norms = [np.linalg.norm(row.astype(float)) for row in face.feature[start : start + count]]
@@ -174,6 +178,7 @@ def test_ragged_clips_survive_the_round_trip(tmp_path_factory, count, seed):
 
 # Sampling
 
+
 def sampled(start, count, sample, frames, seed=None):
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return sample_rows(torch.tensor(start), torch.tensor(count), sample, frames, generator).numpy()
@@ -183,8 +188,12 @@ counts = st.lists(st.integers(0, 30), min_size=1, max_size=8).map(np.array)
 
 
 @settings(max_examples=60, deadline=None)
-@given(count=counts, frames=st.integers(1, 12), seed=st.integers(0, 999),
-       sample=st.sampled_from(["first", "random", "replace", "draw"]))
+@given(
+    count=counts,
+    frames=st.integers(1, 12),
+    seed=st.integers(0, 999),
+    sample=st.sampled_from(["first", "random", "replace", "draw"]),
+)
 def test_sampled_rows_belong_to_their_clip(count, frames, seed, sample):
     start = np.cumsum(count) - count + 100
     rows = sampled(start, count, sample, frames, seed)
@@ -194,7 +203,7 @@ def test_sampled_rows_belong_to_their_clip(count, frames, seed, sample):
         assert ((chosen >= start[clip]) & (chosen < start[clip] + count[clip])).all()
         full = sample in ("replace", "draw") and count[clip] > 0
         assert len(chosen) == (frames if full else min(frames, count[clip]))
-        assert (row[len(chosen):] == -1).all()
+        assert (row[len(chosen) :] == -1).all()
         if sample in ("first", "random") or (sample == "draw" and count[clip] >= frames):
             assert len(set(chosen)) == len(chosen)
 
@@ -229,9 +238,16 @@ def test_draw_of_all_frames_is_a_shuffle():
     assert sorted(rows) == list(range(40)) and rows.tolist() != list(range(40))
 
 
-@pytest.mark.parametrize("arguments, named", [
-    (("some", 3), "sample: 'some'"), (("first", None), "frames: None"), (("first", 0), "frames: 0"),
-    (("all", 3), "frames: 3"), (("random", 3), "generator: None")])
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (("some", 3), "sample: 'some'"),
+        (("first", None), "frames: None"),
+        (("first", 0), "frames: 0"),
+        (("all", 3), "frames: 3"),
+        (("random", 3), "generator: None"),
+    ],
+)
 def test_sampling_refuses_what_makes_no_sense(arguments, named):
     with pytest.raises(ValueError, match=named):
         sampled(START, COUNT, *arguments)
@@ -239,27 +255,33 @@ def test_sampling_refuses_what_makes_no_sense(arguments, named):
 
 # Bad stores
 
+
 def rewrite_clips(path, **columns):
     table = pd.read_parquet(path / "clips.parquet")
     table.assign(**columns).to_parquet(path / "clips.parquet", index=False)
 
 
-@pytest.mark.parametrize("columns, named", [
-    ({"clip": ["a", "a", "b"]}, "clip 'a': named twice"),
-    ({"split": ["train", "dev", "val"]}, "clip 'clip2': unknown split dev"),
-    ({"identity": [0, 1, -1]}, "clip 'clip2': of 1 identities it has number 1"),
-    ({"identity": [0, 0, -2]}, "clip 'clip1': .* number -2"),
-    ({"face_start": [0, 5, 4]}, r"clip 'clip2': of 10 rows of face .* \[5 6\]"),
-    ({"face_start": [-1, 4, 4]}, "clip 'clip0'"),
-    ({"face_count": [4, 2**62, 0]}, "clip 'clip2'")])
+@pytest.mark.parametrize(
+    "columns, named",
+    [
+        ({"clip": ["a", "a", "b"]}, "clip 'a': named twice"),
+        ({"split": ["train", "dev", "val"]}, "clip 'clip2': unknown split dev"),
+        ({"identity": [0, 1, -1]}, "clip 'clip2': of 1 identities it has number 1"),
+        ({"identity": [0, 0, -2]}, "clip 'clip1': .* number -2"),
+        ({"face_start": [0, 5, 4]}, r"clip 'clip2': of 10 rows of face .* \[5 6\]"),
+        ({"face_start": [-1, 4, 4]}, "clip 'clip0'"),
+        ({"face_count": [4, 2**62, 0]}, "clip 'clip2'"),
+    ],
+)
 def test_opening_names_the_clip_that_cannot_be(store, tmp_path, columns, named):
     rewrite_clips(tmp_path / "store", **columns)
     with pytest.raises(ValueError, match=f"clips.parquet: {named}"):
         ClipStore.open(tmp_path / "store")
 
 
-@pytest.mark.parametrize("name", ["store.json", "clips.parquet", "identities.parquet", "face/feature.npy",
-                                  "face/quality.npy"])
+@pytest.mark.parametrize(
+    "name", ["store.json", "clips.parquet", "identities.parquet", "face/feature.npy", "face/quality.npy"]
+)
 def test_opening_names_a_missing_file(store, tmp_path, name):
     (tmp_path / "store" / name).unlink()
     with pytest.raises(ValueError, match=f"{name}: missing"):
@@ -296,37 +318,47 @@ def test_opening_refuses_a_repeated_identity(store, tmp_path):
 
 # Writing
 
+
 def append(writer, feature=np.ones((2, 3), np.float16), **columns):
     return writer.append("face", feature, **columns)
 
 
-@pytest.mark.parametrize("feature, columns, named", [
-    (np.ones((2, 3), np.float32), {}, "must be float16"),
-    (np.ones(3, np.float16), {}, "must be float16"),
-    (np.array([[1, 2, 3], [1, np.nan, 3]], np.float16), {}, "infinite feature in row 3"),
-    (np.array([[np.inf, 2, 3]], np.float16), {}, "infinite feature in row 2"),
-    (np.ones((1, 4), np.float16), {}, r"expected rows of float16\[3\], got float16\[4\]"),
-    (np.ones((1, 3), np.float16), {"det": [0.5]}, r"columns \['det', 'feature'\]"),
-])
+@pytest.mark.parametrize(
+    "feature, columns, named",
+    [
+        (np.ones((2, 3), np.float32), {}, "must be float16"),
+        (np.ones(3, np.float16), {}, "must be float16"),
+        (np.array([[1, 2, 3], [1, np.nan, 3]], np.float16), {}, "infinite feature in row 3"),
+        (np.array([[np.inf, 2, 3]], np.float16), {}, "infinite feature in row 2"),
+        (np.ones((1, 4), np.float16), {}, r"expected rows of float16\[3\], got float16\[4\]"),
+        (np.ones((1, 3), np.float16), {"det": [0.5]}, r"columns \['det', 'feature'\]"),
+    ],
+)
 def test_append_names_what_it_refuses_and_leaves_nothing(tmp_path, feature, columns, named):
-    with pytest.raises(ValueError, match=named), \
-            ClipStore.create(tmp_path / "s", simulated=False, provenance={}) as writer:
+    with (
+        pytest.raises(ValueError, match=named),
+        ClipStore.create(tmp_path / "s", simulated=False, provenance={}) as writer,
+    ):
         append(writer)
         append(writer, feature, **columns)
     assert_nothing_left(tmp_path)
 
 
 def test_append_returns_the_first_row(tmp_path):
-    with pytest.raises(RuntimeError, match="unfinished"), \
-            ClipStore.create(tmp_path / "s", simulated=False, provenance={}) as writer:
+    with (
+        pytest.raises(RuntimeError, match="unfinished"),
+        ClipStore.create(tmp_path / "s", simulated=False, provenance={}) as writer,
+    ):
         assert [append(writer), append(writer)] == [0, 2]
     assert_nothing_left(tmp_path)
 
 
 def test_finish_refuses_spans_beyond_the_rows(tmp_path):
     clips = pd.DataFrame({"clip": ["a"], "split": ["val"], "identity": [-1]})
-    with pytest.raises(ValueError, match="clip 'a': of 2 rows"), \
-            ClipStore.create(tmp_path / "s", simulated=False, provenance={}) as writer:
+    with (
+        pytest.raises(ValueError, match="clip 'a': of 2 rows"),
+        ClipStore.create(tmp_path / "s", simulated=False, provenance={}) as writer,
+    ):
         append(writer)
         writer.finish(clips, [], {"face": ([0], [3])})
     assert_nothing_left(tmp_path)
@@ -338,7 +370,7 @@ def test_an_interrupt_or_a_full_disk_leaves_nothing(tmp_path, monkeypatch, error
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(arrays.ArrayStream, moment, fail)
+    monkeypatch.setattr(writer.ArrayStream, moment, fail)
     with pytest.raises(type(error)):
         make_store(tmp_path / "store")
     assert_nothing_left(tmp_path)
@@ -349,7 +381,7 @@ def test_a_failed_overwrite_keeps_the_old_store(store, tmp_path, monkeypatch, er
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(arrays.ArrayStream, "finish", fail)
+    monkeypatch.setattr(writer.ArrayStream, "finish", fail)
     with pytest.raises(type(error)):
         make_store(tmp_path / "store", seed=1, overwrite=True)
     assert ClipStore.open(tmp_path / "store").meta["provenance"] == {"seed": 0}

@@ -15,13 +15,11 @@ import numpy as np
 import pytest
 from conftest import made, of, small
 
-from mmlib import fitting, retrieval, runs, sweep
-from mmlib.clips.simulate import settings_for, simulate
-from mmlib.combine import Fallback
-from mmlib.experiment import Experiment
-from mmlib.runs import library_hash, run
-from mmlib.sweep import claim, clear_partial, fetch_all, fetch_or_run, open_store, remove_locks, share
-from mmlib.train import Training
+from mmlib import records, retrieve
+from mmlib.data.simulate import settings_for, simulate
+from mmlib.experiment import Experiment, Training
+from mmlib.rank import Fallback
+from mmlib.records import claim, clear_partial, fetch, fetch_or_run, library_hash, open_store, remove_locks, run, share
 
 SMALL = (("identities", 12),)
 
@@ -41,7 +39,7 @@ def done(monkeypatch, cache):
         calls.append((asked, store))
         return made(asked)
 
-    monkeypatch.setattr(sweep, "run", fake)
+    monkeypatch.setattr(records, "run", fake)
     return calls
 
 
@@ -54,7 +52,7 @@ def full(*_):
 
 def test_stored_record_is_fetched_without_running(store, cache, monkeypatch):
     first = fetch_or_run([of(store)])
-    monkeypatch.setattr(sweep, "run", lambda *_, **__: pytest.fail("it was run again"))
+    monkeypatch.setattr(records, "run", lambda *_, **__: pytest.fail("it was run again"))
     assert fetch_or_run([of(store)]) == first
 
 
@@ -76,31 +74,31 @@ def test_experiments_of_one_key_run_once(store, done):
 
 def test_another_library_runs_again(store, done, monkeypatch):
     fetch_or_run([of(store)])
-    monkeypatch.setattr(sweep, "library_hash", lambda: "changed")
+    monkeypatch.setattr(records, "library_hash", lambda: "changed")
     fetch_or_run([of(store)])
     assert len(done) == 2
 
 
 def test_interrupted_set_resumes_at_the_arm_it_was_in(store, done, monkeypatch):
     arms = [of(store, scale=float(scale)) for scale in range(1, 5)]
-    counting = sweep.run
+    counting = records.run
 
     def interrupted(asked, store, **options):
         if asked == arms[2]:
             raise KeyboardInterrupt
         return counting(asked, store, **options)
 
-    monkeypatch.setattr(sweep, "run", interrupted)
+    monkeypatch.setattr(records, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fetch_or_run(arms)
-    monkeypatch.setattr(sweep, "run", counting)
+    monkeypatch.setattr(records, "run", counting)
     done.clear()
     assert len(fetch_or_run(arms)) == 4
     assert [asked for asked, _ in done] == arms[2:]
 
 
 def test_failed_write_leaves_no_record(store, done, cache, monkeypatch):
-    monkeypatch.setattr(runs.os, "replace", full)
+    monkeypatch.setattr(records.os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         fetch_or_run([of(store)])
     assert [path for path in cache.rglob("*") if path.is_file() and path.parent.name != "locks"] == []
@@ -118,7 +116,7 @@ def drawn(monkeypatch):
         calls.append((settings, seed))
         return simulate(path, settings, seed, **options)
 
-    monkeypatch.setattr(sweep, "simulate", spy)
+    monkeypatch.setattr(records, "simulate", spy)
     return calls
 
 
@@ -132,7 +130,7 @@ def test_worlds_with_settings_are_deleted_after_an_interrupt(drawn, cache, monke
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "run", interrupted)
+    monkeypatch.setattr(records, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fetch_or_run([Experiment(settings=SMALL)])
     assert len(drawn) == 1 and list((cache / "passing").iterdir()) == []
@@ -140,7 +138,7 @@ def test_worlds_with_settings_are_deleted_after_an_interrupt(drawn, cache, monke
 
 def test_what_a_killed_process_left_of_a_world_is_swept(done, drawn, cache):
     asked = Experiment(settings=SMALL)
-    left = cache / "passing" / sweep._world_name(asked) / ".world.partial-1"
+    left = cache / "passing" / records._world_name(asked) / ".world.partial-1"
     left.mkdir(parents=True)
     fetch_or_run([asked])
     assert len(drawn) == 1 and list((cache / "passing").iterdir()) == []
@@ -165,11 +163,7 @@ def test_arms_of_one_world_draw_it_once(done, drawn):
 
 def test_every_arm_runs_in_its_own_world(done, drawn):
     fetch_or_run(
-        [
-            Experiment(settings=(*SMALL, ("no_face", share)), seed=seed)
-            for share in (0, 0.1)
-            for seed in (0, 1)
-        ]
+        [Experiment(settings=(*SMALL, ("no_face", share)), seed=seed) for share in (0, 0.1) for seed in (0, 1)]
     )
     for asked, world in done:
         said = world.meta["provenance"]
@@ -189,9 +183,9 @@ def test_given_store_is_used_whatever_the_settings(store, done, drawn):
 
 def test_world_that_another_process_draws_meanwhile_is_opened(cache, drawn):
     asked = Experiment(profile="tiny", settings=SMALL, seed=3)
-    name = sweep._world_name(asked)
+    name = records._world_name(asked)
     with ThreadPoolExecutor() as pool:
-        with claim(sweep._records() / "locks" / f"draw-{name}.lock"):
+        with claim(records._records() / "locks" / f"draw-{name}.lock"):
             waiting = pool.submit(open_store, asked)
             with pytest.raises(TimeoutError):
                 waiting.result(timeout=0.3)
@@ -202,13 +196,13 @@ def test_world_that_another_process_draws_meanwhile_is_opened(cache, drawn):
 
 def test_half_a_world_is_removed_before_it_is_drawn(cache, drawn):
     asked = Experiment(profile="tiny", settings=SMALL)
-    left = cache / "worlds" / f".{sweep._world_name(asked)}.partial-1"
+    left = cache / "worlds" / f".{records._world_name(asked)}.partial-1"
     left.mkdir(parents=True)
     assert open_store(asked).path.parent == left.parent and not left.exists()
 
 
 def test_world_that_cannot_be_drawn_is_an_error(cache, monkeypatch):
-    monkeypatch.setattr(sweep, "simulate", full)
+    monkeypatch.setattr(records, "simulate", full)
     with pytest.raises(OSError, match="No space"):
         open_store(Experiment(profile="tiny"))
 
@@ -223,13 +217,13 @@ def test_open_store_opens_the_given_one(store):
 @pytest.fixture
 def fitted(monkeypatch):
     """Write down what is trained: the modality and the member."""
-    calls, plain = [], fitting.fit_together
+    calls, plain = [], retrieve.fit_together
 
     def spy(wanted, store, **options):
         calls.extend((asked.modality, member) for asked, member in wanted)
         return plain(wanted, store, **options)
 
-    monkeypatch.setattr(retrieval, "fit_together", spy)
+    monkeypatch.setattr(retrieve, "fit_together", spy)
     return calls
 
 
@@ -252,7 +246,7 @@ def measured(record):
 def test_experiments_of_one_branch_are_grouped_in_their_order(patchy):
     one, two = small(patchy), small(patchy, hidden=16)
     asked = [one, two, replace(one, scale=2.0), replace(two, members=(1,)), replace(one, combine="cosine")]
-    assert sweep._by_branch(asked) == [[asked[0], asked[2], asked[4]], [asked[1], asked[3]]]
+    assert records._by_branch(asked) == [[asked[0], asked[2], asked[4]], [asked[1], asked[3]]]
 
 
 def test_members_of_one_branch_are_trained_once(patchy, cache, fitted):
@@ -267,16 +261,18 @@ def test_sharing_members_does_not_change_a_record(patchy, cache):
 
 
 def test_members_of_other_branches_are_not_kept(patchy, cache, monkeypatch):
-    given, plain = [], sweep.run
-    monkeypatch.setattr(sweep, "run", lambda *a, trained, **o: given.append(set(trained)) or plain(*a, trained=trained, **o))
+    given, plain = [], records.run
+    monkeypatch.setattr(
+        records, "run", lambda *a, trained, **o: given.append(set(trained)) or plain(*a, trained=trained, **o)
+    )
     one, two = small(patchy, members=(0, 1)), small(patchy, hidden=16)
     fetch_or_run([one, two, replace(one, scale=2.0)])
     assert given == [set(), {(one.branch(), 0), (one.branch(), 1)}, set()]
 
 
 def test_trainings_are_counted_once_with_those_of_second_models(patchy):
-    assert sweep._trainings(rankings_of(patchy)) == 5
-    assert sweep._trainings([small(patchy, members=(0, 4)), small(patchy, hidden=16, members=(0,))]) == 3
+    assert records._trainings(rankings_of(patchy)) == 5
+    assert records._trainings([small(patchy, members=(0, 4)), small(patchy, hidden=16, members=(0,))]) == 3
 
 
 class Pool:
@@ -300,24 +296,24 @@ class Pool:
 
 @pytest.fixture
 def pool(monkeypatch):
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(sweep.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(records, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(records.torch, "get_num_threads", lambda: 2)
     Pool.tasks = []
     return Pool
 
 
 def test_pool_gets_branches_whole_with_the_longest_first(patchy, cache, fitted, pool):
     short, long = small(patchy, hidden=16, members=(0, 1, 2)), rankings_of(patchy)
-    records = fetch_all([short, *long], device="cpu")
+    records = fetch([short, *long], device="cpu")
     assert pool.tasks == [long, [short]] and len(fitted) == 5 + 3
     assert [record.key for record in records] == [one.key() for one in (short, *long)]
-    assert records == fetch_all([short, *long], device="cpu") and len(fitted) == 8
+    assert records == fetch([short, *long], device="cpu") and len(fitted) == 8
 
 
 def test_pool_is_left_alone_for_few_trainings_or_one_branch(patchy, cache, pool):
-    fetch_all([small(patchy, members=(0, 1)), small(patchy, hidden=16)], device="cpu")
+    fetch([small(patchy, members=(0, 1)), small(patchy, hidden=16)], device="cpu")
     assert pool.tasks == []
-    fetch_all([small(patchy, members=tuple(range(9)))], device="cpu")
+    fetch([small(patchy, members=tuple(range(9)))], device="cpu")
     assert pool.tasks == []
 
 
@@ -327,14 +323,14 @@ def test_pool_is_left_alone_for_few_trainings_or_one_branch(patchy, cache, pool)
 @pytest.fixture
 def passes(monkeypatch):
     """Train as many members in one pass as a GPU would, and write down the seeds and members of each pass."""
-    calls, plain = [], fitting.fit_together
+    calls, plain = [], retrieve.fit_together
 
     def spy(wanted, store, **options):
         calls.append([(asked.seed, member) for asked, member in wanted])
         return plain(wanted, store, **options)
 
-    monkeypatch.setattr(retrieval, "fit_together", spy)
-    monkeypatch.setitem(sweep.TOGETHER, "cpu", 4)
+    monkeypatch.setattr(retrieve, "fit_together", spy)
+    monkeypatch.setitem(records.TOGETHER, "cpu", 4)
     return calls
 
 
@@ -352,7 +348,7 @@ def test_seeds_of_an_arm_are_trained_together_and_give_the_records_of_each_alone
     for record, e in zip(records, asked):
         alone = run(e, patchy, device="cpu")
         np.testing.assert_allclose(record.losses, alone.losses, rtol=1e-3)
-        assert record.measures == pytest.approx(alone.measures, abs=.02) and record.key == alone.key
+        assert record.measures == pytest.approx(alone.measures, abs=0.02) and record.key == alone.key
 
 
 def test_seeds_that_are_stored_or_claimed_are_not_trained_again(patchy, cache, passes):
@@ -360,16 +356,16 @@ def test_seeds_that_are_stored_or_claimed_are_not_trained_again(patchy, cache, p
     fetch_or_run(asked[:1], device="cpu")
     assert passes == [[(0, 0)]]
     passes.clear()
-    name = next(iter(sweep._missing(asked[1:2])))
-    with claim(sweep._records() / "locks" / f"{name}.lock"):
-        batch = next(iter(sweep._batches(sweep._missing(asked), "cpu")))
-        assert not sweep._make(batch, device="cpu", wait=0)
-    assert passes == [[(2, 0)]] and [sweep.is_stored(e) for e in asked] == [True, False, True]
+    name = next(iter(records._missing(asked[1:2])))
+    with claim(records._records() / "locks" / f"{name}.lock"):
+        batch = next(iter(records._batches(records._missing(asked), "cpu")))
+        assert not records._make(batch, device="cpu", wait=0)
+    assert passes == [[(2, 0)]] and [records.is_stored(e) for e in asked] == [True, False, True]
 
 
 def test_worlds_of_different_seeds_are_not_trained_together(passes):
     asked = [Experiment(profile="tiny", seed=seed) for seed in (0, 1)]
-    assert [len(batch) for batch in sweep._batches(sweep._missing(asked), "cpu")] == [1, 1]
+    assert [len(batch) for batch in records._batches(records._missing(asked), "cpu")] == [1, 1]
 
 
 # -- claims --------------------------------------------------------------------------------------------------
@@ -378,8 +374,13 @@ def test_worlds_of_different_seeds_are_not_trained_together(passes):
 def start(code, *arguments, threads=1, **options):
     """Start Python code in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], env=environment, text=True,
-                            stdout=subprocess.PIPE, **options)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        **options,
+    )
 
 
 def wait_for(condition, process, seconds=180):
@@ -393,7 +394,7 @@ def wait_for(condition, process, seconds=180):
 HOLD = """
 import sys, time
 from pathlib import Path
-from mmlib.sweep import claim
+from mmlib.records import claim
 with claim(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -445,7 +446,7 @@ def test_claims_are_waited_for_when_nothing_else_is_left():
         return [len(waits) > 2]
 
     share(["a"], attempt)
-    assert waits == [0, sweep.PATIENCE, sweep.PATIENCE]
+    assert waits == [0, records.PATIENCE, records.PATIENCE]
 
 
 def test_only_what_is_half_written_of_a_file_is_removed(tmp_path):
@@ -472,16 +473,21 @@ HERE = Path(__file__).parent
 
 def asked_of(path, epochs):
     """Two records a branch of eight, two records in each of two passing worlds, and one in a world that stays."""
+
     class At:
         pass
 
     At.path = path
     brief = Training(epochs=epochs, batch=16, frames=4, lr=1e-2)
-    trained = [small(At, hidden=hidden, members=(0, 1), scale=scale, training=brief)
-               for hidden in range(8, 16) for scale in (5.0, 10.0)]
+    trained = [
+        small(At, hidden=hidden, members=(0, 1), scale=scale, training=brief)
+        for hidden in range(8, 16)
+        for scale in (5.0, 10.0)
+    ]
     plain = Experiment(profile="tiny", classifier="class means", aggregator="mean")
-    passing = [replace(plain, settings=SMALL, seed=seed, aggregator=name)
-               for seed in (0, 1) for name in ("mean", "norm")]
+    passing = [
+        replace(plain, settings=SMALL, seed=seed, aggregator=name) for seed in (0, 1) for name in ("mean", "norm")
+    ]
     return [*trained, *passing, plain]
 
 
@@ -495,8 +501,10 @@ def test_killed_sweep_is_finished_by_two_processes_and_nothing_runs_twice(patchy
     records = cache / "records" / library_hash()
     both = [start(SWEEP, HERE, patchy.path, "fetch_or_run", 40) for _ in range(2)]
     # Each in the middle of a record.
-    wait_for(lambda: len({process for *_, process in journal(cache)}) == 2 and len(list(records.glob("*.json"))) >= 3,
-             both[0])
+    wait_for(
+        lambda: len({process for *_, process in journal(cache)}) == 2 and len(list(records.glob("*.json"))) >= 3,
+        both[0],
+    )
     for process in both:
         process.kill()
         process.wait()
@@ -530,23 +538,23 @@ def test_half_a_record_is_removed_when_the_record_is_made(store, done, cache):
 def test_record_that_another_process_made_is_not_made_again(store, done, cache):
     """Between the look for what is missing and the claim."""
     asked = of(store)
-    ((name, task),) = sweep._missing([asked]).items()
+    ((name, task),) = records._missing([asked]).items()
     fetch_or_run([asked])
-    assert sweep._make({name: task}, device="cpu", wait=0) and len(done) == 1
+    assert records._make({name: task}, device="cpu", wait=0) and len(done) == 1
 
 
 def test_branch_that_another_process_holds_is_left_to_it(store, done, cache):
     asked = [of(store, shrinkage=shrinkage) for shrinkage in (0.1, 0.2)]
-    tasks = sweep._missing(asked)
+    tasks = records._missing(asked)
     first, second = tasks
-    with ThreadPoolExecutor() as pool, claim(sweep._records() / "locks" / f"{first}.lock"):
-        assert not sweep._make({first: tasks[first]}, device="cpu", wait=0) and done == []
+    with ThreadPoolExecutor() as pool, claim(records._records() / "locks" / f"{first}.lock"):
+        assert not records._make({first: tasks[first]}, device="cpu", wait=0) and done == []
         waiting = pool.submit(fetch_or_run, asked)
         deadline = time.monotonic() + 60
-        while not sweep.is_stored(asked[1]):
+        while not records.is_stored(asked[1]):
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        sweep._path(asked[0].key()).write_bytes(sweep._path(asked[1].key()).read_bytes())
+        records._path(asked[0].key()).write_bytes(records._path(asked[1].key()).read_bytes())
     assert len(waiting.result()) == 2 and [one for one, _ in done] == asked[1:]
 
 
@@ -560,7 +568,7 @@ def is_running(process):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="/proc says whether a process runs")
 def test_workers_end_with_the_process_that_started_them(patchy, cache):
-    parent = start(SWEEP, HERE, patchy.path, "fetch_all", 1_000_000, threads=2, start_new_session=True)
+    parent = start(SWEEP, HERE, patchy.path, "fetch", 1_000_000, threads=2, start_new_session=True)
     try:
         wait_for(lambda: len({process for *_, process in journal(cache)}) == 2, parent)
         workers = {process for *_, process in journal(cache)}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mmlib.aggregate import CodedAttention
-from mmlib.fitting import make_model
+from mmlib.retrieve import make_model
 from mmlib.systems import FACE_ONLY, ONE_NAME, ONE_NAME_AS_CODED, SYSTEMS, with_members
 
 CODED = ONE_NAME_AS_CODED

@@ -140,8 +140,10 @@ def test_unknown_task_prints_the_usage(tasks, capsys, arguments):
 
 
 def test_commands_run_in_the_repository_from_any_directory(tmp_path):
-    script = f"import sys; sys.path.insert(0, {str(FILE.parent)!r}); import tasks; " \
-             "tasks.run([sys.executable, '-c', 'import os; print(os.getcwd())'])"
+    script = (
+        f"import sys; sys.path.insert(0, {str(FILE.parent)!r}); import tasks; "
+        "tasks.run([sys.executable, '-c', 'import os; print(os.getcwd())'])"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert Path(done.stdout.strip()) == FILE.parent
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from mmlib import ensemble
-from mmlib.experiment import Experiment
-from mmlib.fitting import fit, fit_together, make_model, training_clips
-from mmlib.models import AGGREGATORS, IdentityModel, make_aggregator
-from mmlib.together import Together
-from mmlib.train import Training, train, train_together
+from mmlib.aggregate import AGGREGATORS, make_aggregator
+from mmlib.ensemble import Together
+from mmlib.experiment import Experiment, Training
+from mmlib.models import IdentityModel
+from mmlib.retrieve import fit, fit_together, make_model, training_clips
+from mmlib.train import train, train_together
 
 BRIEF = Training(epochs=3, batch=32, frames=8, lr=3e-3, aggregator_lr=3e-3)
 MEMBERS = (0, 1, 2, 7)
@@ -37,30 +38,40 @@ def assert_same(alone, together):
         assert np.array_equal(clips, others) and not other.training
         np.testing.assert_allclose(history, losses, rtol=1e-3)
         for name, value in one.state_dict().items():
-            torch.testing.assert_close(other.state_dict()[name], value, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                other.state_dict()[name], value, **CLOSE, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 @pytest.mark.parametrize("aggregator", AGGREGATORS)
 def test_every_aggregator_trains_together_as_alone(patchy, device, aggregator):
     e, at = experiment(patchy, aggregator=aggregator), torch.device(device)
-    assert_same([fit(e, patchy, member, device=at) for member in MEMBERS],
-                fit_together([(e, member) for member in MEMBERS], patchy, device=at))
+    assert_same(
+        [fit(e, patchy, member, device=at) for member in MEMBERS],
+        fit_together([(e, member) for member in MEMBERS], patchy, device=at),
+    )
 
 
-@pytest.mark.parametrize("options", [
-    {"ensemble": "views", "regions": 8, "context": ("scene",)},
-    {"ensemble": "views", "regions": 8, "context": ("scene",), "modality": None},
-    {"ensemble": "bagging", "concat": "normalised"},
-    {"ensemble": "stratified", "context": ("scene",), "fusion": "gated"},
-    {"distractors": "class", "start": "random"},
-    {"classifier": "linear"},
-    {"training": replace(BRIEF, optimiser="sgd", lr=.05, gamma=2.0, focal="batch")},
-    {"head": "dot", "training": replace(BRIEF, margin=0.0, scale=1.0, gamma=2.0)},
-], ids=lambda options: " ".join(str(value) for value in options.values() if not isinstance(value, Training)) or "loss")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ensemble": "views", "regions": 8, "context": ("scene",)},
+        {"ensemble": "views", "regions": 8, "context": ("scene",), "modality": None},
+        {"ensemble": "bagging", "concat": "normalised"},
+        {"ensemble": "stratified", "context": ("scene",), "fusion": "gated"},
+        {"distractors": "class", "start": "random"},
+        {"classifier": "linear"},
+        {"training": replace(BRIEF, optimiser="sgd", lr=0.05, gamma=2.0, focal="batch")},
+        {"head": "dot", "training": replace(BRIEF, margin=0.0, scale=1.0, gamma=2.0)},
+    ],
+    ids=lambda options: " ".join(str(value) for value in options.values() if not isinstance(value, Training)) or "loss",
+)
 def test_every_kind_of_ensemble_trains_together_as_alone(patchy, device, options):
     e, at = experiment(patchy, **options), torch.device(device)
-    assert_same([fit(e, patchy, member, device=at) for member in MEMBERS],
-                fit_together([(e, member) for member in MEMBERS], patchy, device=at))
+    assert_same(
+        [fit(e, patchy, member, device=at) for member in MEMBERS],
+        fit_together([(e, member) for member in MEMBERS], patchy, device=at),
+    )
 
 
 def test_members_differ_from_each_other_and_from_where_they_started(patchy):
@@ -82,8 +93,10 @@ def test_regions_that_leave_unequal_widths_are_trained_in_groups(patchy):
 @pytest.mark.parametrize("options", [{"ensemble": "bagging"}, {"distractors": "class", "context": ("scene",)}], ids=str)
 def test_seeds_of_an_arm_train_together_as_alone(patchy, device, options):
     seeds, at = [experiment(patchy, seed=seed, aggregator="NAN", **options) for seed in range(3)], torch.device(device)
-    assert_same([fit(e, patchy, member, device=at) for e in seeds for member in (0, 1)],
-                fit_together([(e, member) for e in seeds for member in (0, 1)], patchy, device=at))
+    assert_same(
+        [fit(e, patchy, member, device=at) for e in seeds for member in (0, 1)],
+        fit_together([(e, member) for e in seeds for member in (0, 1)], patchy, device=at),
+    )
 
 
 def test_arms_that_differ_in_more_than_their_seeds_are_refused(patchy):
@@ -131,8 +144,12 @@ def test_first_member_is_the_plain_model(patchy):
     e = experiment(patchy)
     model, clips, losses = fit(e, patchy, 0, device=torch.device("cpu"))
     plain = make_model(e, patchy)
-    plain.prototype.data.copy_(fit(replace(e, training=replace(BRIEF, epochs=1, lr=0.0, weight_decay=0.0,
-                                                               aggregator_lr=0.0)), patchy,
-                                   device=torch.device("cpu"))[0].prototype)
+    plain.prototype.data.copy_(
+        fit(
+            replace(e, training=replace(BRIEF, epochs=1, lr=0.0, weight_decay=0.0, aggregator_lr=0.0)),
+            patchy,
+            device=torch.device("cpu"),
+        )[0].prototype
+    )
     assert train(plain, patchy, clips, BRIEF, seed=0) == losses
     assert ensemble.member_seed(0, 0) == 0 and torch.equal(plain.prototype, model.prototype)

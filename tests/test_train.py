@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mmlib.clips.store import ClipStore, Resident
+from mmlib.aggregate import AGGREGATORS, make_aggregator
+from mmlib.data.store import ClipStore, Resident
+from mmlib.experiment import Training
 from mmlib.losses import batch_focal_loss, focal_loss, margin_logits
-from mmlib.models import AGGREGATORS, IdentityModel, make_aggregator
-from mmlib.train import Training, classes_of, contexts, pooled_features, train
+from mmlib.models import IdentityModel
+from mmlib.train import classes_of, contexts, pooled_features, train
 
 DIM, CONTEXT, IDENTITIES = 12, 32, 4
 SHORT = Training(epochs=4, batch=8, frames=6, lr=1e-2)
@@ -24,9 +26,7 @@ def store(tmp_path_factory):
     centre = rng.normal(size=(IDENTITIES, DIM))
     feature = 5 * (centre[identity].repeat(count, axis=0) + 0.3 * rng.normal(size=(count.sum(), DIM)))
     scores = {"quality": rng.uniform(10, 150, count.sum()), "det": rng.uniform(0.8, 1, count.sum())}
-    clips = pd.DataFrame(
-        {"clip": [f"c{i:02d}" for i in range(len(count))], "split": "train", "identity": identity}
-    )
+    clips = pd.DataFrame({"clip": [f"c{i:02d}" for i in range(len(count))], "split": "train", "identity": identity})
     path, one = tmp_path_factory.mktemp("easy") / "store", np.ones(len(count), int)
     with ClipStore.create(path, simulated=True, provenance={}) as writer:
         writer.append("face", feature.astype(np.float16), **scores)
@@ -145,9 +145,7 @@ def test_frames_are_sampled_as_the_training_says(store, read):
     start, count = store.modalities["face"].start, store.modalities["face"].count
     for clips, _, rows in read:
         for clip, found in zip(clips, rows, strict=True):
-            assert [row for row in found if row >= 0] == list(
-                range(start[clip], start[clip] + min(6, count[clip]))
-            )
+            assert [row for row in found if row >= 0] == list(range(start[clip], start[clip] + min(6, count[clip])))
 
 
 def test_aggregator_of_a_fixed_number_of_frames_gets_that_number(store, read):
@@ -207,9 +205,7 @@ def test_unknown_focal_loss_is_refused():
 
 
 @pytest.mark.parametrize("block", [1, 64, 16_384])
-@pytest.mark.parametrize(
-    "aggregator", ["mean", "quality", "best half", "NAN, two blocks", "attention + scores"]
-)
+@pytest.mark.parametrize("aggregator", ["mean", "quality", "best half", "NAN, two blocks", "attention + scores"])
 def test_pooled_features_are_those_of_every_clip_alone(store, device, aggregator, block):
     made = model(aggregator, device).eval()
     for parameter in made.aggregator.parameters():
@@ -276,8 +272,9 @@ def slow_context(store, clip, name="scene"):
 def scene_model(store, **options):
     torch.manual_seed(0)
     aggregator = make_aggregator("norm", store.modalities["face"].feature.shape[1])
-    return IdentityModel(aggregator, len(store.identities),
-                         **{"hidden": 8, "contexts": {"scene": 32}, "context_dim": 4} | options)
+    return IdentityModel(
+        aggregator, len(store.identities), **{"hidden": 8, "contexts": {"scene": 32}, "context_dim": 4} | options
+    )
 
 
 @pytest.mark.parametrize("block", [1, 7, 16_384])
@@ -314,13 +311,16 @@ def test_contexts_alone_are_pooled_without_reading_a_face(patchy, read):
 def test_training_with_all_no_or_one_context_in_a_batch(patchy, having, batch):
     clips = patchy.select("train", labelled=True, having="face")
     scenes = patchy.modalities["scene"].count[clips] > 0
-    chosen = {"all": clips[scenes], "none": clips[~scenes],
-              "one": np.concatenate([clips[~scenes], clips[scenes][:1]])}[having]
+    chosen = {"all": clips[scenes], "none": clips[~scenes], "one": np.concatenate([clips[~scenes], clips[scenes][:1]])}[
+        having
+    ]
     made = scene_model(patchy)
     before = {name: value.clone() for name, value in made.branches["scene"].state_dict().items()}
     history = train(made, patchy, chosen, replace(SHORT, batch=batch, weight_decay=0.0), seed=0)
     assert np.isfinite(history).all() and torch.isfinite(pooled_features(made, patchy, clips)).all()
-    moved = {name for name, value in made.branches["scene"].state_dict().items() if not torch.equal(value, before[name])}
+    moved = {
+        name for name, value in made.branches["scene"].state_dict().items() if not torch.equal(value, before[name])
+    }
     layers = {name for name in before if name.startswith("layers")}
     # One clip in a batch has no batch statistics, so nothing of the layers can be learned from it.
     assert moved == (layers if having == "all" else {"absent"})
@@ -351,8 +351,17 @@ def test_model_with_a_further_class_learns_the_distractors(patchy):
 
 def test_sgd_takes_the_steps_of_momentum_and_weight_decay_along_a_cosine(store):
     """v = .9 v + (gradient + decay p), p = p - lr v: three steps on all clips, in float64 and by hand."""
-    training = Training(epochs=3, batch=1000, frames=1, sample="first", lr=0.2, weight_decay=0.01, margin=0.0,
-                        scale=5.0, optimiser="sgd")
+    training = Training(
+        epochs=3,
+        batch=1000,
+        frames=1,
+        sample="first",
+        lr=0.2,
+        weight_decay=0.01,
+        margin=0.0,
+        scale=5.0,
+        optimiser="sgd",
+    )
     made = model(hidden=0)
     face, prototype = store.modalities["face"], made.prototype.detach().double()
     x = torch.tensor(np.array(face.feature[face.start], float))
