@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython import get_ipython
 from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -46,7 +47,12 @@ DASHES = ("-", "--", "-.", ":")
 
 
 def set_style() -> None:
-    """Set the style of every figure: quiet axes, no titles, a white ground that also stands on a dark page."""
+    """Set the style of every figure: quiet axes, no titles, a white ground that also stands on a dark page.
+
+    In a notebook pictures go into it, whatever backend the environment asks for (``MPLBACKEND``).
+    """
+    if getattr(get_ipython(), "kernel", None):
+        plt.switch_backend("module://matplotlib_inline.backend_inline")
     shape = {"figure.figsize": (7, 4), "figure.dpi": 110, "savefig.bbox": "tight"}
     quiet = {"axes.edgecolor": "0.4", "grid.color": "0.9", "legend.frameon": False}
     open_ = {"axes.spines.top": False, "axes.spines.right": False}

@@ -12,6 +12,7 @@ from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.environment import BuildEnvironment
+from sphinx.errors import ExtensionError
 from sphinx.util import logging
 from sphinx.util.math import get_node_equation_number
 from sphinx.writers.html5 import HTML5Translator
@@ -61,6 +62,16 @@ def configure(app: Sphinx, config: Config) -> None:
     config.nb_execution_cache_path = str(Path(app.outdir).parent / ".jupyter_cache" / key)
 
 
+def require_pictures(app: Sphinx, doctree: nodes.document) -> None:
+    """Stop the build where a cell that draws a figure has left no picture."""
+    for cell in doctree.findall(nodes.container):
+        figure = (cell.get("cell_metadata") or {}).get("mystnb", {}).get("figure")
+        if cell.get("nb_element") == "cell_code" and figure and not list(cell.findall(nodes.image)):
+            raise ExtensionError(
+                f"{app.env.docname}: the cell of {figure.get('name', 'a figure')} has drawn no picture"
+            )
+
+
 def write_all_pages(app: Sphinx, env: BuildEnvironment) -> list[str]:
     """Have every page written: a number glued from another may have changed under an unchanged one."""
     return sorted(env.found_docs)
@@ -94,6 +105,7 @@ def visit_display_math(self: HTML5Translator, node: nodes.math_block) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the hooks."""
     app.connect("config-inited", configure, priority=850)  # the table of contents is read at 900
+    app.connect("doctree-read", require_pictures)
     app.connect("env-updated", write_all_pages)
     # Browsers and screen readers read MathML themselves; MathJax would come from another site at each visit.
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_display_math, None))
