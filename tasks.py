@@ -83,8 +83,9 @@ def book(*arguments: str) -> int:
 
 
 def test(*arguments: str) -> int:
-    """Run the tests."""
-    return setup() or run([PYTHON, "-m", "pytest", *arguments])
+    """Run the tests, with a process a core unless the arguments say how many (`-n 0`)."""
+    workers = [] if "-n" in arguments else ["-n", "auto"]
+    return setup() or run([PYTHON, "-m", "pytest", *workers, *arguments])
 
 
 def check(*arguments: str) -> int:
