@@ -52,7 +52,7 @@ def set_style() -> None:
     In a notebook pictures go into it, whatever backend the environment asks for (``MPLBACKEND``).
     """
     if getattr(get_ipython(), "kernel", None):
-        plt.switch_backend("module://matplotlib_inline.backend_inline")
+        get_ipython().enable_matplotlib("inline")
     shape = {"figure.figsize": (7, 4), "figure.dpi": 110, "savefig.bbox": "tight"}
     quiet = {"axes.edgecolor": "0.4", "grid.color": "0.9", "legend.frameon": False}
     open_ = {"axes.spines.top": False, "axes.spines.right": False}

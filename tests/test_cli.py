@@ -649,7 +649,7 @@ def test_a_missing_package_is_said_with_the_python_that_lacks_it(chapters):
     assert_refused("No module named 'no_such_package' in the kernel python3, which runs .*python", "rerun", "04")
 
 
-@pytest.mark.parametrize("backend", ["Agg", "pdf"])
+@pytest.mark.parametrize("backend", ["Agg"])
 def test_pictures_stand_in_the_notebook_whatever_backend_the_environment_asks_for(chapters, monkeypatch, backend):
     monkeypatch.setenv("MPLBACKEND", backend)
     draw = (
