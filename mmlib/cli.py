@@ -355,6 +355,7 @@ def evaluate(
     except ValueError as error:
         raise ValueError(f"{result}: {error}") from None
     low, high = bootstrap_interval(score.ap)
+    several = len(score.ap) > 1  # of one identity there is no interval
     if as_json:
         # Of an identity that the ground truth repeats, the last line holds.
         print(
@@ -362,8 +363,8 @@ def evaluate(
                 {
                     "map_at_100": score.map_at_k,
                     "top1": score.top1,
-                    "low": low,
-                    "high": high,
+                    "low": low if several else None,
+                    "high": high if several else None,
                     "queries": len(score.ap),
                     "ap": dict(zip(wanted[0], score.ap.tolist())),
                 }
@@ -371,7 +372,8 @@ def evaluate(
         )
         return
     print(f"MAP@100 {score.map_at_k:.6f}")
-    print(f"95% interval {low:.6f} to {high:.6f}, a bootstrap over identities")
+    bounds = f"{low:.6f} to {high:.6f}, a bootstrap over identities" if several else "none, for one identity"
+    print(f"95% interval {bounds}")
     print(f"top-1 {score.top1:.6f}")
     print(f"queries {len(score.ap)}")
 
