@@ -154,6 +154,7 @@ def traces(
     connect: bool = True,
     dodge: float = 0.0,
     reference: float | None = None,
+    faint: bool = False,
     legend: str = "best",
     ax: Axes | None = None,
     **axis,
@@ -162,8 +163,9 @@ def traces(
 
     scale: of ``x``: ``linear``, ``log``, ``doubling`` (ticks at its values) or ``categories``, evenly spaced in the
     order of the frame.  bars: from columns low to high.  connect: join the marks, where that has a sense.  dodge: how
-    far apart marks of different lines stand, in units of ``x`` or doublings.  reference: a level to draw.  legend:
-    where it stands, also ``outside`` (to the right) or ``none``; a single line has none.
+    far apart marks of different lines stand, in units of ``x`` or doublings.  reference: a level to draw.  faint: thin
+    and grey, as a ground for another line.  legend: where it stands, also ``outside`` (to the right) or ``none``; a
+    single line has none.
     """
     ax = ax or plt.gca()
     ticks = {value: i if scale == "categories" else value for i, value in enumerate(dict.fromkeys(frame[x]))}
@@ -173,6 +175,7 @@ def traces(
         at = at * 2**shift if scale == "doubling" else at + shift
         style = {"linestyle": dash if connect else "none", "marker": marker if markers else None, "markersize": 5}
         style["color"] = COLOURS.get(name, BLUE if len(groups) == 1 else None)
+        style |= {"color": "0.6", "linewidth": 1, "marker": None} if faint else {}
         (line,) = ax.plot(at, part[y], label=name, **style)
         if bars:
             kept = np.isfinite(part["low"])
@@ -221,11 +224,20 @@ def against_target(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def curves(drawn: pd.DataFrame, points: pd.DataFrame, *, x: str, y: str, ax: Axes | None = None, **axis) -> Axes:
-    """Draw a distribution of the store as a line and the published points on it."""
+def curves(
+    line: pd.DataFrame,
+    points: pd.DataFrame,
+    *,
+    x: str,
+    y: str,
+    labels: tuple[str, str] = ("this store", "published"),
+    ax: Axes | None = None,
+    **axis,
+) -> Axes:
+    """Draw a line, such as a distribution of the store, and points on it, such as the published ones."""
     ax = ax or plt.gca()
-    ax.plot(drawn[x], drawn[y], color=BLUE, label="this store")
-    ax.plot(points[x], points[y], "o", color=ORANGE, markersize=5, label="published")
+    ax.plot(line[x], line[y], color=BLUE, label=labels[0])
+    ax.plot(points[x], points[y], "o", color=ORANGE, markersize=5, label=labels[1])
     ax.set(**axis)
     ax.legend()
     return ax
