@@ -198,13 +198,19 @@ def clip_precision(ranking: np.ndarray, hits: np.ndarray, gallery: int) -> np.nd
 
 
 def standard_error(ap: np.ndarray) -> float:
-    """Standard error of a mean AP over identities: sd / sqrt(Q), with Q - 1 in the variance."""
-    return float(stats.sem(_finite(ap, "ap")))
+    """Standard error of a mean AP over identities: sd / sqrt(Q), with Q - 1 in the variance; NaN for one identity."""
+    ap = _finite(ap, "ap")
+    return float(stats.sem(ap)) if len(ap) > 1 else np.nan
 
 
 def bootstrap_interval(ap: np.ndarray, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Percentile interval of the mean of `ap` (Q,) under resampling of identities with replacement."""
+    """Percentile interval of the mean of `ap` (Q,) under resampling of identities with replacement.
+
+    One identity says nothing of the spread: both ends are then NaN.
+    """
     ap = _finite(ap, "ap")
+    if len(ap) == 1:
+        return np.nan, np.nan
     rng = np.random.default_rng(seed)
     step = max(1, _CHUNK // len(ap))
     means = np.concatenate(

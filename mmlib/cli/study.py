@@ -97,13 +97,16 @@ def evaluate(
     except ValueError as error:
         raise ValueError(f"{result}: {error}") from None
     low, high = bootstrap_interval(score.ap)
+    several = len(score.ap) > 1  # of one identity there is no interval
     if as_json:
-        said = {"map_at_100": score.map_at_k, "top1": score.top1, "low": low, "high": high, "queries": len(score.ap)}
+        ends = {"low": low, "high": high} if several else {"low": None, "high": None}
+        said = {"map_at_100": score.map_at_k, "top1": score.top1, **ends, "queries": len(score.ap)}
         # Of an identity that the ground truth repeats, the last line holds.
         print(json.dumps(said | {"ap": dict(zip(wanted[0], score.ap.tolist()))}))
         return
     print(f"MAP@100 {score.map_at_k:.6f}")
-    print(f"95% interval {low:.6f} to {high:.6f}, a bootstrap over identities")
+    bounds = f"{low:.6f} to {high:.6f}, a bootstrap over identities" if several else "none, for one identity"
+    print(f"95% interval {bounds}")
     print(f"top-1 {score.top1:.6f}")
     print(f"queries {len(score.ap)}")
 
