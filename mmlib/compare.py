@@ -1,7 +1,6 @@
 """Compare arms by their records: pairs, intervals, and the one place that decides what an interval says.
 
-What every chapter uses stands here, what one of them needs in its module of ``mmlib.studies``.  Nothing here decides a
-number of a record, so an edit here makes no record stale.
+What every chapter uses stands here, what one of them needs in its module of ``mmlib.studies``.
 """
 
 from __future__ import annotations
@@ -16,6 +15,16 @@ from mmlib import metrics
 from mmlib.records import Record, library_hash
 
 COMPARED = ["map_at_100", "difference", "low", "high", "sd", "n", "interval"]
+HEADINGS = {  # of tables, for columns of frames
+    "map_at_100": "MAP@100",
+    "clip_top1": "clips recognised (share)",
+    "difference": "gain, points",
+    "sd": "spread over worlds, points",
+    "lr": "learning rate",
+    "aggregator_lr": "rate of the aggregator",
+    "worth": "longer is worth, points",
+}
+HEADINGS |= {f"longer {name}": f"longer: {HEADINGS[name]}" for name in ("map_at_100", "lr", "aggregator_lr")}
 
 
 def as_frame(records: Iterable[Record]) -> pd.DataFrame:
@@ -29,7 +38,7 @@ def breakdown_frame(records: Iterable[Record], by: str, *, names: Iterable[str] 
     names: as for ``compare_arms``.  In the order of the groups, of the ranges within a group, and of the arms.
     """
     rows = [
-        (name, group, low, _upper(group, high), *measured)
+        (name, group, low, upper_edge(group, high), *measured)
         for name, record in _named(records, by, names)
         for group, parts in record.breakdown.items()
         for low, high, *measured in parts
@@ -44,7 +53,7 @@ def breakdown_frame(records: Iterable[Record], by: str, *, names: Iterable[str] 
     return mean[[by, "group", "range", *measures]]
 
 
-def _upper(group: str, high: float | None) -> float:
+def upper_edge(group: str, high: float | None) -> float:
     """Read the upper edge of a range: the longest clips have none, and had 241 frames in earlier records."""
     return np.inf if high is None or np.isnan(high) or (group, high) == ("frames", 241) else high
 
@@ -158,14 +167,19 @@ def counts(frame: pd.DataFrame) -> dict[str, int]:
 
 
 def interval_text(row: Mapping, digits: int = 2) -> str:
-    """Write the interval of a difference.
+    """Write the interval of a difference, with as many more digits as it takes to see on which side of 0 it lies.
 
-    >>> interval_text({"low": -0.001, "high": 0.5}), interval_text({"low": np.nan, "high": np.nan})
-    ('[0.00, +0.50]', 'no interval')
+    >>> interval_text({"low": -0.001, "high": 0.5}), interval_text({"low": 0.001, "high": 0.5})
+    ('[0.00, +0.50]', '[+0.001, +0.500]')
+    >>> interval_text({"low": np.nan, "high": np.nan})
+    'no interval'
     """
-    if sign(row) is None:
+    side = sign(row)
+    if side is None:
         return "no interval"
-    return f"[{signed(row['low'], digits)}, {signed(row['high'], digits)}]"
+    low, high = signed(row["low"], digits), signed(row["high"], digits)
+    hidden = side and signed(0, digits) in (low, high)
+    return interval_text(row, digits + 1) if hidden else f"[{low}, {high}]"
 
 
 def signed(value: float, digits: int = 2) -> str:
@@ -178,16 +192,18 @@ def signed(value: float, digits: int = 2) -> str:
     return f"{rounded:+.{digits}f}" if rounded else f"{0:.{digits}f}"
 
 
-def table(frame: pd.DataFrame) -> Styler | None:
-    """Return a comparison as a page shows it, headings in words, an interval in one column; nothing if empty."""
+def table(frame: pd.DataFrame, digits: int = 4) -> Styler | None:
+    """Return a frame as a page shows it: headings in words, an interval in one column; nothing if it is empty."""
     if frame.empty:
         return None
-    shown, rows = frame.drop(columns=["low", "high", "n", "interval"]), frame.to_dict("records")
-    shown["difference"] = [signed(row["difference"]) for row in rows]
-    shown.insert(shown.columns.get_loc("difference") + 1, "95 % interval", [interval_text(row) for row in rows])
-    shown["over"] = [f"{row['n']:.0f} {row['interval']}" for row in rows]
-    words = {"map_at_100": "MAP@100", "difference": "gain, points", "sd": "spread over worlds, points"}
-    return shown.rename(columns=words).style.hide(axis="index").format(precision=4, na_rep="")
+    shown, rows = frame.rename(columns=HEADINGS), frame.to_dict("records")
+    if "interval" in frame:
+        gain = HEADINGS["difference"]
+        shown[gain] = [signed(row["difference"]) for row in rows]
+        shown.insert(shown.columns.get_loc(gain) + 1, "95 % interval", [interval_text(row) for row in rows])
+        shown["over"] = [f"{row['n']:.0f} {row['interval']}" for row in rows]
+        shown = shown.drop(columns=["low", "high", "n", "interval"])
+    return shown.style.hide(axis="index").format(precision=digits, na_rep="")
 
 
 # -- words ----------------------------------------------------------------------------------------------------------
