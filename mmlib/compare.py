@@ -110,12 +110,12 @@ def compare_arms(
         worlds = members[seeds[0]].experiment["data"] == "simulated" and len(seeds) > 1
         if worlds:
             over = metrics.over_worlds(np.array([(a - b).mean() for a, b in zip(here, there)]))
-            found = (over.mean, over.low, over.high, over.sd)
+            n, found = over.n, (over.mean, over.low, over.high, over.sd)
         else:
-            over = metrics.paired_test(np.mean(here, 0), np.mean(there, 0))
-            found = (over.difference, over.low, over.high, np.nan)
+            pair = metrics.paired_test(np.mean(here, 0), np.mean(there, 0))
+            n, found = pair.n, (pair.difference, pair.low, pair.high, np.nan)
         mean, points = np.mean([ap.mean() for ap in here]), [100 * value for value in found]
-        rows.append((name, mean, *points, over.n, "worlds" if worlds else "identities"))
+        rows.append((name, mean, *points, n, "worlds" if worlds else "identities"))
     frame = pd.DataFrame(rows, columns=[by, *COMPARED])
     return frame.sort_values("map_at_100", ascending=False, ignore_index=True)
 

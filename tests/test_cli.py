@@ -341,6 +341,15 @@ def test_evaluate_prints_json(tmp_path):
     assert found == pytest.approx(expected, abs=1e-12)
 
 
+def test_evaluate_gives_one_identity_no_interval(tmp_path):
+    files = write_lines(tmp_path, "1 a.mp4 b.mp4 \n", "1 a.mp4\n")
+    assert [line for line in succeed("evaluate", *files) if "interval" in line] == [
+        "95% interval none, for one identity"
+    ]
+    found = json.loads(*succeed("evaluate", *files, "--json"))
+    assert (found["map_at_100"], found["low"], found["high"]) == (0.5, None, None)
+
+
 LONG = "1 a.mp4\n2 " + " ".join(f"{i}.mp4" for i in range(101))
 
 

@@ -96,10 +96,11 @@ def evaluate(
         score = official_score(wanted, ranked)
     except ValueError as error:
         raise ValueError(f"{result}: {error}") from None
+    low, high = bootstrap_interval(score.ap)
     several = len(score.ap) > 1  # of one identity there is no interval
-    low, high = bootstrap_interval(score.ap) if several else (None, None)
     if as_json:
-        said = {"map_at_100": score.map_at_k, "top1": score.top1, "low": low, "high": high, "queries": len(score.ap)}
+        ends = {"low": low, "high": high} if several else {"low": None, "high": None}
+        said = {"map_at_100": score.map_at_k, "top1": score.top1, **ends, "queries": len(score.ap)}
         # Of an identity that the ground truth repeats, the last line holds.
         print(json.dumps(said | {"ap": dict(zip(wanted[0], score.ap.tolist()))}))
         return

@@ -27,12 +27,13 @@ def beside(records: Iterable[Record], names: Iterable[str], baseline: str) -> pd
     for name, record in own:
         if record.experiment["data"] == "simulated":
             arm_of.setdefault(arm_key(record.experiment), name)
-    kept, worlds = [], {}
+    kept: list[tuple[str, Record]] = []
+    worlds: dict[str, set[int]] = {}
     for record in read_results(KEPT):
-        name, seed = arm_of.get(arm_key(record.experiment)), record.experiment["seed"]
-        if name is not None and seed not in SEARCH_SEEDS:
-            kept.append((name, record))
-            worlds.setdefault(name, set()).add(seed)
+        arm, seed = arm_of.get(arm_key(record.experiment)), record.experiment["seed"]
+        if arm is not None and seed not in SEARCH_SEEDS:
+            kept.append((arm, record))
+            worlds.setdefault(arm, set()).add(seed)
     whole = {name for name in worlds if worlds[name] == worlds.get(baseline)}
     if not whole:
         return pd.DataFrame(columns=["arm", "size", *COMPARED])
@@ -54,7 +55,7 @@ def both_sizes(frame: pd.DataFrame, baseline: str) -> dict[str, int | str]:
     signs: dict[str, list[int | None]] = {}
     for row in frame[frame["arm"] != baseline].to_dict("records"):
         signs.setdefault(row["arm"], []).append(sign(row))
-    judged = [(here, large) for here, large in signs.values() if None not in (here, large)]
+    judged = [(here, large) for here, large in signs.values() if here is not None and large is not None]
     return {
         "all": len(signs),
         "same": sum(here == large != 0 for here, large in judged),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -36,8 +36,8 @@ def margin_curves(settings: Sequence[tuple[float, float]], *, identities: int, s
         # A sum, so that each clip has its own gradient.
         loss = losses.focal_loss(logits, label, gamma=gamma) * len(angle)
         (pull,) = torch.autograd.grad(loss, theta)
-        curve = {"angle": torch.rad2deg(angle), "logit": logits[:, 0].detach(), "pull": pull.abs()}
-        curve = {name: value.numpy() for name, value in curve.items()}
+        found = {"angle": torch.rad2deg(angle), "logit": logits[:, 0].detach(), "pull": pull.abs()}
+        curve = {name: value.numpy() for name, value in found.items()}
         parts.append(pd.DataFrame({"setting": setting_name(margin, gamma), **curve}))
     return pd.concat(parts, ignore_index=True)
 
@@ -63,7 +63,7 @@ def focal_curves(gammas: Sequence[float]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _gradient(p: np.ndarray, gamma: float, term) -> np.ndarray:
+def _gradient(p: np.ndarray, gamma: float, term: Callable[..., torch.Tensor]) -> np.ndarray:
     """Return B times the absolute gradient at the logit of each clip of a batch of two classes, (B,)."""
     logit = torch.from_numpy(np.log(p) - np.log1p(-p))
     logits = torch.stack([logit, torch.zeros_like(logit)], 1).requires_grad_()
@@ -195,6 +195,6 @@ def length_in_scores(asked: Experiment, store: ClipStore) -> pd.DataFrame:
     clips = store.select("val", labelled=True, having="face")
     pooled = pooled_features(make_model(asked, store), store, clips)
     feature, scores = pooled[:, :-2].square().sum(1), pooled[:, -2:].square().sum(1)
-    lengths = {"normalised feature": 1, "raw feature": feature}
+    lengths = {"normalised feature": torch.ones_like(scores), "raw feature": feature}
     rows = [(name, float((scores / (length + scores)).mean())) for name, length in lengths.items()]
     return pd.DataFrame(rows, columns=columns)
