@@ -16,8 +16,7 @@ import pandas as pd
 import torch
 
 from mmlib import compare, metrics, scene
-from mmlib.data.images import Images, index_images
-from mmlib.data.pictures import ImageBatch, image_batches
+from mmlib.data.images import ImageBatch, Images, image_batches, index_images
 from mmlib.data.render import ABOUT, REGIONS, Studio, picture_size, render_scenes
 from mmlib.data.store import ClipStore
 from mmlib.experiment import Experiment, fingerprint
@@ -431,7 +430,7 @@ def _regions(scenes: Scenes, clips: np.ndarray, numbers: np.ndarray) -> np.ndarr
     """Return what each pixel of the network's crop of rendered pictures belongs to, (n, S, S)."""
     size = scenes.rendered
     drawn = Studio(scenes.store).regions(clips, numbers, size)
-    # The nearest pixel of the crop that ``crops.cut_crops`` takes.
+    # The nearest pixel of the crop that ``images.crop_picture`` takes.
     side = size * scenes.run.settings.size / scenes.run.settings.resize
     at = ((size - side) / 2 + (np.arange(scenes.run.settings.size) + 0.5) * side / scenes.run.settings.size).astype(int)
     return drawn[:, at][:, :, at]
