@@ -31,7 +31,7 @@ from mmlib.data.images import ImageBatch, Images, decode, image_batches
 from mmlib.data.store import ClipStore
 from mmlib.data.writer import partial_folder
 from mmlib.experiment import fingerprint, torch_device
-from mmlib.scene_training import Launch, blocks_of, explained, fine_tune, first_line, launched, training_clips
+from mmlib.scene_training import FASTEST, Launch, blocks_of, explained, fine_tune, first_line, launched, training_clips
 
 DECIDING = ("scene.py", "scene_training.py", "data/images.py", "data/render.py")  # beside those of ``records``
 DEEP = ("seresnext50_32x4d", "legacy_seresnext50_32x4d")  # 2048 features; the second takes the weights of 2019
@@ -202,15 +202,16 @@ def extract(
     """
     model.eval()
     run = run or launched(model.prototype.device.type)
-    fast = run.device.type == "cuda"
-    groups = blocks_of(images.present, block or min(256 if fast else 64, 8 * settings.batch))
+    gpu = run.device.type == "cuda"
+    groups = blocks_of(images.present, block or min(256 if gpu else 64, 8 * settings.batch))
     shape = {"size": settings.size, "resize": settings.resize, "seed": seed, "device": run.device}
     own = image_batches(images, groups[run.index :: run.count], **shape)
     with explained():
         for _ in tqdm(range(0, len(groups), run.count), "extract", mininterval=1, disable=not run.progress):
             found = []
             for batch in itertools.islice(own, 1):
-                with torch.inference_mode(), torch.autocast(run.device.type, torch.bfloat16, enabled=fast):
+                fast = torch.autocast(run.device.type, torch.bfloat16, enabled=gpu)
+                with torch.inference_mode(), torch.backends.cudnn.flags(**FASTEST), fast:
                     feature = model.features(batch.pixels).to(torch.float16).cpu().numpy()
                 found.append((batch, feature))
             if run.count > 1:
@@ -257,7 +258,8 @@ def fine_tune_to_store(
 ) -> tuple[SceneModel, Counter]:
     """Fine-tune, extract, and write the store of ``write_scene_store``, whose path is checked first.
 
-    Returns the network and the pictures by mode.  writing: keep, overwrite.  Of a launched run the first process writes.
+    Returns the network and the pictures by mode.  writing: keep, overwrite.  Of a launched run the first process
+    writes.
     """
     model = make_model(settings, len(store.identities), seed=seed)
     history, cache = [], records.cache_folder() / "decoded"

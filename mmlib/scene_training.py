@@ -30,13 +30,14 @@ if TYPE_CHECKING:
     from mmlib.scene import SceneSettings
 
 PATIENCE = timedelta(minutes=10)  # how long a process waits for another one to start, or to take its step
+FASTEST = {"enabled": True, "benchmark": True}  # of cuDNN: convolutions are tried, and the fastest kept
 
 
 @dataclass(frozen=True)
 class Launch:
     """How networks are computed: by process ``index`` of ``count``, on its own device.
 
-    compile_mode: of ``torch.compile``, not used if empty.  decoded: a folder that keeps decoded pictures for further runs.
+    compile_mode: of ``torch.compile``, not used if empty.  decoded: a folder that keeps decoded pictures.
     """
 
     index: int
@@ -120,7 +121,7 @@ def training_clips(store: ClipStore, images: Images) -> np.ndarray:
 
 
 @explained()
-@torch.backends.cudnn.flags(enabled=True, benchmark=True)  # convolutions are tried, and the fastest kept
+@torch.backends.cudnn.flags(**FASTEST)
 def fine_tune(
     model: nn.Module, store: ClipStore, images: Images, settings: SceneSettings, run: Launch, seed: int, watch: int = 64
 ) -> list[dict[str, float]]:
@@ -128,11 +129,12 @@ def fine_tune(
 
     Leaves it in eval mode, and returns by epoch: loss (nats), train (share of the epoch's pictures recognised, as the
     network stood when it saw them), val (share of ``watch`` labelled val clips recognised after it; NaN without any).
+    On a GPU convolutions run in bfloat16.
 
-    On a GPU convolutions run in bfloat16 with the channels last.  In a launched run each process takes its share of
-    every batch, and gradients are averaged over the batch, so that ``settings.batch`` is that of all processes and a
-    clip weighs the same in each.  Batch norm is over the whole batch on GPUs.  On CPUs, for which torch has no such
-    layer, it is over each process's share, and the running statistics are those of the first process.
+    In a launched run each process takes its share of every batch, and gradients are averaged over the batch, so that
+    ``settings.batch`` is that of all processes and a clip weighs the same in each.  Batch norm is over the whole batch
+    on GPUs.  On CPUs, for which torch has no such layer, it is over each process's share, and the running statistics
+    are those of the first process.
     """
     clips, at, together = training_clips(store, images), run.device, run.count > 1
     # A last batch of one clip would break batch norm, so the remainder is spread over the batches.

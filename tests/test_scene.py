@@ -1,5 +1,4 @@
 import json
-import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -393,26 +392,24 @@ def test_decoded_pictures_are_kept_in_a_folder_of_ones_own(world, images, cache,
     assert seen[0].path(clip, 0) == tmp_path / "map" / images.clips[clip] / "0.ppm" and seen[0].path(clip, 0).exists()
 
 
-@pytest.mark.parametrize("name", scene.DECIDING)
-def test_the_hash_of_networks_follows_code_and_not_prose(name, tmp_path, monkeypatch):
-    shutil.copytree(records.PACKAGE, tmp_path / "mmlib", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(records, "PACKAGE", tmp_path / "mmlib")
+def test_the_hash_of_networks_follows_code_and_not_prose(tmp_path, monkeypatch):
+    plain = {name: (records.PACKAGE / name).read_text() for name in scene.DECIDING}
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(records, "PACKAGE", tmp_path)
     monkeypatch.setattr(records, "DECIDING", ())  # the library under them, which has tests of its own
-    path, plain = tmp_path / "mmlib" / name, (records.PACKAGE / name).read_text()
 
-    def hashed(text):
-        path.write_text(text)
+    def hashed(**changed):
+        for name, text in (plain | changed).items():
+            (tmp_path / name).write_text(text)
         return scene.code_hash.__wrapped__()
 
-    def edited(old, new):
-        assert old in plain
-        return hashed(plain.replace(old, new, 1))
-
-    before, own = hashed(plain), "from mmlib.data.store import ClipStore\n"
-    assert edited('"""', '"""Another word. ') == before
-    assert edited("\n\n\n", "\n\n\n# a comment\n\n") == before
-    assert edited("\ndef ", "\ndef another(): return 1\n\n\ndef ") != before
-    assert edited(own, "from mmlib.data.writer import StoreWriter as ClipStore\n") != before
+    before, own = hashed(), "from mmlib.data.store import ClipStore\n"
+    for name, text in plain.items():
+        assert hashed(**{name: text.replace('"""', '"""Another word. ', 1)}) == before
+        assert hashed(**{name: text.replace("\n\n\n", "\n\n\n# a comment\n\n", 1)}) == before
+        assert hashed(**{name: text.replace("\ndef ", "\ndef another(): return 1\n\n\ndef ", 1)}) != before
+        assert own in text
+        assert hashed(**{name: text.replace(own, "from mmlib.data.writer import StoreWriter as ClipStore\n")}) != before
 
 
 # -- the state of torch --------------------------------------------------------------------------------------
@@ -469,17 +466,16 @@ def test_a_device_that_is_not_there_is_refused_in_one_line(world, images, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("when", "error"),
     [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nAnd a page more."),
-        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-        MemoryError(),
-        None,
+        ("training", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nAnd a page more.")),
+        ("training", None),
+        ("extraction", RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")),
+        ("extraction", MemoryError()),
     ],
 )
-@pytest.mark.parametrize("when", ["training", "extraction"])
 def test_memory_that_runs_out_is_one_line_that_says_what_to_lower(
-    error, when, world, images, cache, tmp_path, monkeypatch
+    when, error, world, images, cache, tmp_path, monkeypatch
 ):
     def features(model, pixels):
         if model.training == (when == "training"):

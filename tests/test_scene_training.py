@@ -117,9 +117,12 @@ def test_compiled_features_are_those_of_the_network(world, images, monkeypatch):
 
 
 def test_a_machine_without_a_compiler_is_said_in_one_line(world, images, monkeypatch):
-    monkeypatch.setattr(scene, "_make_backbone", lambda *_: Flat())
-    monkeypatch.setenv("CXX", "/nowhere/g++")
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
+    def fail(*_):
+        raise torch._dynamo.exc.BackendCompilerFailed(
+            fail, RuntimeError("no compiler found\nand many more lines"), None
+        )
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
     with pytest.raises(ValueError, match="torch.compile does not work here") as error:
         train(world, images, SMALL, replace(ALONE, compile_mode="default"))
     assert "\n" not in str(error.value)
@@ -341,6 +344,9 @@ def test_a_process_that_fails_ends_the_run_and_leaves_nothing(world, images, tmp
     said = [(tmp_path / "cache" / f"stderr{index}.txt").read_text() for index in (0, 1)]
     assert f"image of clip {images.clips[clip]}: not a picture" in said[1]
     assert not any("Traceback" in text for text in said), said[0]
-    assert [text.count("mmlib: error") for text in said] in ([1, 1], [0, 1])  # the first may be stopped before it speaks
+    assert [text.count("mmlib: error") for text in said] in (
+        [1, 1],
+        [0, 1],
+    )  # the first may be stopped before it speaks
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
     assert not list((tmp_path / "cache" / "decoded").iterdir())

@@ -45,8 +45,8 @@ class Images:
     """The image files of a store's clips.
 
     files: for each clip of the store the names of its files, by number (``2.jpg`` before ``10.jpg``), those without a
-    number after them by name; empty for a clip without any; whole paths of files that lie elsewhere.  unknown: folders that are no clip of the store.  other:
-    files in clips' folders that are no ``.jpg``, ``.jpeg`` or ``.png``.
+    number after them by name; empty for a clip without any; whole paths of files that lie elsewhere.  unknown: folders
+    that are no clip of the store.  other: files in clips' folders that are no ``.jpg``, ``.jpeg`` or ``.png``.
     """
 
     folder: Path
