@@ -1,6 +1,6 @@
 """Time fine-tuning and extraction of the scene network on random pictures that are decoded already.
 
-    python -m benchmarks.scene [--architecture seresnext50_32x4d] [--batch 40 256] [--images 8192] [--compile-mode default]
+    python -m benchmarks.scene [--architecture NAME] [--batch 40 256] [--images 8192] [--compile-mode default]
 
 Pictures take the way of any others: files without compression, cut by loading processes, bytes to the device.
 """
@@ -11,6 +11,7 @@ import argparse
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +39,10 @@ def measure(
 ) -> list[dict]:
     """Return rows of what, seconds, images, images_per_s, flops and bytes: training by size of batch, and extraction.
 
-    Unless given: on a GPU an SE-ResNeXt-50 at 224 pixels, 8,192 pictures, batches of 40 as described and of 256; without
-    one the narrow network of 26 layers at its 56 pixels, 192 pictures.  flops: counted, two a multiplication with its
-    addition.  bytes: those of pixels, parameters (in training with gradients and momentum, at every step) and features,
-    each as often as it must be read or written; what lies between the layers is left out.
+    Unless given: on a GPU an SE-ResNeXt-50 at 224 pixels, 8,192 pictures, batches of 40 as described and of 256;
+    without one the narrow network of 26 layers at its 56 pixels, 192 pictures.  flops: counted, two a multiplication
+    with its addition.  bytes: those of pixels, parameters (in training with gradients and momentum, at every step) and
+    features, each as often as it must be read or written; what lies between the layers is left out.
     """
     run = launched(device, compile_mode=compile_mode)
     gpu = run.device.type == "cuda"
@@ -65,8 +66,8 @@ def measure(
         forward, both = flops(model, settings.size)
         for batch in batches or ((settings.batch, 256) if gpu else (settings.batch,)):
             train(batch, 1)  # what is done once: kernels chosen, pages read
-            once = _seconds(lambda: train(batch, 1))
-            seconds = _seconds(lambda: train(batch, 1 + EPOCHS)) - once  # without the making of the network
+            once, more = (_seconds(partial(train, batch, epochs)) for epochs in (1, 1 + EPOCHS))
+            seconds = more - once  # without the making of the network
             steps = EPOCHS * max(1, round(images / batch))
             # Weights twice, gradients twice, momentum twice, the new weights.
             rows.append(

@@ -16,6 +16,7 @@ from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -84,7 +85,7 @@ def settings_for(architecture: str, weights: str = "", **overrides) -> SceneSett
 
     A backbone that starts from scratch has everything to learn, so its rate is only a little lower than the head's.
     """
-    chosen = {} if architecture in DEEP else {"size": 56, "resize": 64, "batch": 32}
+    chosen: dict[str, Any] = {} if architecture in DEEP else {"size": 56, "resize": 64, "batch": 32}
     if not weights:
         chosen |= {"backbone_lr": 0.05}
     return SceneSettings(architecture, weights, **chosen | overrides)
@@ -125,7 +126,7 @@ def _make_backbone(architecture: str, weights: str) -> nn.Module:
     if pretrained and architecture in NARROW:
         raise ValueError(f"weights: there are no pretrained ones of {architecture}, only of {', '.join(DEEP)}")
     if architecture in NARROW:
-        shape = {"cardinality": 8, "base_width": 8, "channels": (16, 32, 64, 128), "block_args": {"attn_layer": "se"}}
+        shape: dict = dict(cardinality=8, base_width=8, channels=(16, 32, 64, 128), block_args={"attn_layer": "se"})
         # Every block counts from the start: with the last scale of a block at 0, as usual, short trainings lose epochs.
         backbone = ResNet(Bottleneck, NARROW[architecture], num_classes=0, zero_init_last=False, **shape)
     else:
@@ -204,7 +205,7 @@ def extract(
     run = run or launched(model.prototype.device.type)
     gpu = run.device.type == "cuda"
     groups = blocks_of(images.present, block or min(256 if gpu else 64, 8 * settings.batch))
-    shape = {"size": settings.size, "resize": settings.resize, "seed": seed, "device": run.device}
+    shape: dict[str, Any] = {"size": settings.size, "resize": settings.resize, "seed": seed, "device": run.device}
     own = image_batches(images, groups[run.index :: run.count], **shape)
     with explained():
         for _ in tqdm(range(0, len(groups), run.count), "extract", mininterval=1, disable=not run.progress):

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -148,14 +148,14 @@ def fine_tune(
         own = [at.index] if at.type == "cuda" else None
         network = nn.SyncBatchNorm.convert_sync_batchnorm(model) if own else model
         network = nn.parallel.DistributedDataParallel(network, own)
-    body = {"params": list(model.backbone.parameters()), "lr": settings.backbone_lr}
-    rates = {"lr": settings.lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
+    body: dict[str, Any] = {"params": list(model.backbone.parameters()), "lr": settings.backbone_lr}
+    rates: dict[str, Any] = {"lr": settings.lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
     optimiser = torch.optim.SGD([body, {"params": [model.prototype]}], **rates, fused=at.type == "cuda" or None)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.epochs * steps)
     rng = np.random.default_rng([seed, 6])
     watched = np.intersect1d(store.select("val", labelled=True), images.present)
     watched = np.sort(rng.permutation(watched)[:watch])
-    shape = {"size": settings.size, "resize": settings.resize, "seed": seed, "device": at}
+    shape: dict[str, Any] = {"size": settings.size, "resize": settings.resize, "seed": seed, "device": at}
     kept = list(image_batches(images, blocks_of(run.share(watched), 64), **shape))  # the same after every epoch
     history, sizes = [], torch.tensor([len(clips), len(clips), len(watched)])
     for epoch in tqdm(range(settings.epochs), "fine-tune", unit="epoch", mininterval=1, disable=not run.progress):

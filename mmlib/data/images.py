@@ -309,7 +309,7 @@ class _Job(Dataset):
 def _loaded(work: Callable, groups: list[np.ndarray], workers: int, pin: bool = False) -> Iterator:
     """Yield what ``work`` makes of each group of clips, computed by ``workers`` processes, and raise where it fails."""
     own = torch.Generator()  # or the loader would take a number from the global one
-    options = {"num_workers": workers, "pin_memory": pin, "generator": own, "collate_fn": _as_it_is}
+    options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin, "generator": own, "collate_fn": _as_it_is}
     loader = iter(DataLoader(_Job(work), batch_size=None, sampler=groups, **options))
     while True:
         try:

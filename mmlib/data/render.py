@@ -88,7 +88,7 @@ class Studio:
         places, self.place = np.unique(np.stack([show, stage], 1), axis=0, return_inverse=True)
         self.look = _stacked([self._show(show) | self._set(show, stage) for show, stage in places])
 
-    def _channel(self, number: int) -> dict:
+    def _channel(self, number: np.integer) -> dict:
         rng = np.random.default_rng([self.seed, 4, 0, number])
         return {
             "channel": number,
