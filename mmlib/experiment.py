@@ -268,7 +268,9 @@ def as_seeds(seeds: str | int | Iterable[int]) -> list[int]:
 
 
 def torch_device(name: str) -> torch.device:
-    """Return the device of a chapter's ``device`` parameter: ``auto`` is a GPU where there is one."""
+    """Return the device of that name: ``auto`` is a GPU where there is one; ``cuda`` without one raises."""
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: there is no GPU here")
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)

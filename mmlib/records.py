@@ -117,6 +117,12 @@ def library_hash() -> str:
 _OWN_IMPORT = "('ImportFrom', [('module', \"'mmlib"
 
 
+def code_hash(names: tuple[str, ...]) -> str:
+    """Hash modules of the package, 12 hexadecimal digits, as syntax trees without docstrings."""
+    parts = sorted(repr(part) for name in names for part in _tree(ast.parse((PACKAGE / name).read_text()).body))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
 def _tree(node):
     """Reduce a syntax tree to what every supported Python version agrees on: names and non-empty fields."""
     if isinstance(node, list):

@@ -178,6 +178,13 @@ def test_unknown_device_is_refused():
         torch_device("tpu")
 
 
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="device cuda: there is no GPU here"):
+        torch_device("cuda")
+    assert torch_device("auto").type == "cpu"
+
+
 # -- branches ------------------------------------------------------------------------------------------------
 
 

@@ -159,9 +159,10 @@ def render(
     from mmlib.data.render import render_scenes
     from mmlib.data.store import ClipStore
 
+    clips = ClipStore.open(store)
     with writing(out):
-        drawn = render_scenes(ClipStore.open(store), out, size=size, overwrite=overwrite)
-    print(f"pictures: {drawn.pictures} of {drawn.clips} clips")
+        drawn = render_scenes(clips, out, size=size, overwrite=overwrite)
+    print(f"pictures: {drawn} of {len(clips)} clips")
     print("simulated: no score on them is a result on the challenge")
 
 

@@ -209,6 +209,7 @@ def scene(
     weights: Annotated[str, option("A file of weights, or pretrained to download timm's; else from scratch.")] = "",
     epochs: Annotated[int, option("Epochs of fine-tuning.", least=1)] = 20,
     seed: Annotated[int, option("Of the training and of the pictures drawn.", least=0)] = 0,
+    batch: Annotated[int | None, option("Clips a step; fewer need less memory.", metavar="N", least=1)] = None,
     device: Where = Device.auto,
     decoded: Annotated[
         Path | None, option("Keep the decoded pictures there for further runs.", metavar="FOLDER")
@@ -228,26 +229,16 @@ def scene(
     from mmlib.data.images import count_converted, index_images
     from mmlib.data.render import picture_size
     from mmlib.data.store import ClipStore
-    from mmlib.launch import launched
 
-    settings = network.settings_for(architecture, weights, epochs=epochs)
-    clips, progress = ClipStore.open(store), sys.stderr.isatty()
+    settings = network.settings_for(architecture, weights, epochs=epochs, **{"batch": batch} if batch else {})
+    progress = sys.stderr.isatty()
+    run = network.launched(device.value, progress=progress, compile_mode=compile_mode, decoded=decoded)
+    clips = ClipStore.open(store)
     listed = index_images(images, clips)
     rendered = picture_size(listed, clips)
     with writing(out):
-        modes = network.fine_tune_to_store(
-            clips,
-            listed,
-            settings,
-            out,
-            seed=seed,
-            device=device.value,
-            decoded=decoded,
-            compile_mode=compile_mode,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    if launched(device.value).index:
+        _, modes = network.fine_tune_to_store(clips, listed, settings, out, seed=seed, run=run, overwrite=overwrite)
+    if run.index:
         return  # the first of several processes reports
     print(*listed.lines(), sep="\n")
     if converted := count_converted(modes):

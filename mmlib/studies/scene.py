@@ -18,8 +18,7 @@ import torch
 from torch.nn.functional import normalize
 
 from mmlib import compare, metrics, scene
-from mmlib.data.images import Images, index_images
-from mmlib.data.pictures import ImageBatch, image_batches
+from mmlib.data.images import ImageBatch, Images, image_batches, index_images
 from mmlib.data.render import ABOUT, REGIONS, Studio, picture_size, render_scenes
 from mmlib.data.store import ClipStore
 from mmlib.experiment import Experiment, fingerprint
@@ -369,7 +368,7 @@ def _regions(scenes: Scenes, clips: np.ndarray, numbers: np.ndarray) -> np.ndarr
     """Return what each pixel of the network's crop of rendered pictures belongs to, (n, S, S)."""
     size = scenes.rendered
     drawn, settings = Studio(scenes.store).regions(clips, numbers, size), scenes.run.settings
-    # The nearest pixel of the crop that ``crops.cut_crops`` takes.
+    # The nearest pixel of the crop that ``images.crop_picture`` takes.
     side = size * settings.size / settings.resize
     at = ((size - side) / 2 + (np.arange(settings.size) + 0.5) * side / settings.size).astype(int)
     return drawn[:, at][:, :, at]
