@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -42,8 +43,9 @@ class ArrayStream:
         if got != wanted:
             raise ValueError("{}: expected rows of {}{}, got {}{}".format(self._file.name, *wanted, *got))
         block = np.ascontiguousarray(block)
-        self._file.write(block)
-        self._sha256.update(block)
+        with ThreadPoolExecutor(1) as beside:  # to hash takes about as long as to write, and lets other threads run
+            beside.submit(self._sha256.update, block)
+            self._file.write(block)
         self.rows += len(block)
 
     def finish(self) -> None:

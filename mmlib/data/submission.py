@@ -16,6 +16,7 @@ import pandas as pd
 from mmlib.data.content import write_whole
 
 RESULT_LIMIT = 100  # clips to a line of a submission
+NAME_RULE = "the challenge's text files take names of one word, those of identities not ending in .mp4"
 Lines = tuple[list[str], list[list[str]]]  # identities, and the clips of each
 
 
@@ -90,7 +91,7 @@ def check_names(clips: Iterable[str], identities: Iterable[str]) -> None:
     """Raise for the first name that these files cannot hold."""
     for kind, names in (("clip", clips), ("identity", identities)):
         if bad := bad_names(kind, names):
-            raise ValueError(f"{kind} {bad[0]!r} is not one word, as the challenge's text files need")
+            raise ValueError(f"{kind} {bad[0]!r}: {NAME_RULE}")
 
 
 def bad_names(kind: str, names: Iterable[str]) -> list[str]:
