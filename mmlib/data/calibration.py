@@ -59,7 +59,7 @@ def targets() -> pd.DataFrame:
 
     Tolerances leave room for one draw of 500 identities: their correlation of train and val clips varies by .06.
     """
-    return pd.read_csv(files("mmlib.data") / "targets.csv", float_precision="round_trip")
+    return pd.read_csv(files("mmlib.data") / "targets.csv")
 
 
 def published_top1() -> pd.DataFrame:

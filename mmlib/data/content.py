@@ -29,40 +29,39 @@ TABLES = ("clips.parquet", "identities.parquet")
 
 
 class ArrayStream:
-    """Write a `.npy` file of unknown length: rows are appended, hashed on their way and never held."""
+    """Write a `.npy` file of unknown length: rows are appended, hashed by a thread beside, and hardly held."""
 
     def __init__(self, path: Path, dtype: np.dtype, row_shape: tuple[int, ...]):
         self.dtype, self.row_shape, self.rows = np.dtype(dtype), tuple(row_shape), 0
-        self._sha256 = hashlib.sha256()
+        self._sha256, self._beside = hashlib.sha256(), ThreadPoolExecutor(1)
+        self._hashed = self._beside.submit(self._sha256.update, b"")
         self._file = open(path, "wb")  # noqa: SIM115 - open until finish or abandon
         self._write_header()
 
     def append(self, block: np.ndarray) -> None:
-        """Add the rows of `block (n, *row_shape)`, which must have the stream's dtype."""
+        """Add the rows of `block (n, *row_shape)`, which must have the stream's dtype and not be changed afterwards."""
         wanted, got = (self.dtype, list(self.row_shape)), (block.dtype, list(block.shape[1:]))
         if got != wanted:
             raise ValueError("{}: expected rows of {}{}, got {}{}".format(self._file.name, *wanted, *got))
         block = np.ascontiguousarray(block)
-        with ThreadPoolExecutor(1) as beside:  # to hash takes about as long as to write, and lets other threads run
-            beside.submit(self._sha256.update, block)
-            self._file.write(block)
+        self._hashed.result()  # so that one block is held and no more
+        self._hashed = self._beside.submit(self._sha256.update, block)
+        self._file.write(block)
         self.rows += len(block)
 
-    def finish(self) -> None:
-        """Write the true length into the header and close the file."""
+    def finish(self) -> tuple[str, tuple[int, ...], str]:
+        """Write the true length into the header and close the file; return dtype, shape and digest, for `combine`."""
         self._file.seek(0)
         self._write_header()
         self._file.close()
+        self._beside.shutdown()
+        return self.dtype.str, (self.rows, *self.row_shape), self._sha256.hexdigest()
 
     def abandon(self) -> None:
         """Close the file, whatever its state."""
+        self._beside.shutdown()
         with suppress(OSError):  # on a full disk the last flush fails again
             self._file.close()
-
-    @property
-    def content(self) -> tuple[str, tuple[int, ...], str]:
-        """Return dtype, shape and digest, as `combine` takes them."""
-        return self.dtype.str, (self.rows, *self.row_shape), self._sha256.hexdigest()
 
     def _write_header(self) -> None:
         # numpy pads headers so that the first axis may grow in place

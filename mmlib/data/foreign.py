@@ -52,7 +52,8 @@ def read_rows(path: Path) -> pd.DataFrame:
             row = int(np.argmax(wrong))
             value = table[name][row]
             shown = repr(value) if isinstance(value, str) else value
-            raise ValueError(f"{path}, row {row + 1}: clip {table['clip'][row]}: {name} is {shown}{why}")
+            whose = "" if name == "clip" else f"clip {table['clip'][row]}: "
+            raise ValueError(f"{path}, row {row + 1}: {whose}{name} is {shown}{why}")
 
     for name in TEXT:
         table[name] = _as_text(table[name], f"{path}: {name}")
@@ -77,10 +78,8 @@ def read_rows(path: Path) -> pd.DataFrame:
 def _as_text(column: pd.Series, where: str) -> pd.Series:
     """Write cells as words, the same from every format: whole numbers, which a missing cell makes floats, as such."""
     codes, values = pd.factorize(column.astype(object))
-    words = [
-        (value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)).strip()
-        for value in values
-    ]
+    texts = (value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value) for value in values)
+    words = [text.strip() for text in texts]
     floats = [float(word) for word in words if FLOAT.fullmatch(word)]
     if floats and all(word.isdecimal() or FLOAT.fullmatch(word) for word in words) and not any(np.mod(floats, 1)):
         if max(map(abs, floats)) >= 2**53:

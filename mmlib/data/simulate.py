@@ -127,7 +127,8 @@ class World:
     def __init__(self, settings: Settings, seed: int):
         self.settings, self.seed = settings, seed
         rng = np.random.default_rng([seed, 0])
-        self._draw_clips(rng)
+        self.clips, self.person = draw_clips(settings.identities, rng)
+        self.listed, self.persons = settings.identities, int(self.person.max()) + 1
         self._draw_persons(rng)
         self._draw_tracks(rng)
         self._draw_other(rng)
@@ -135,30 +136,6 @@ class World:
         one = np.ones(len(self.clips), np.int64)
         counts = {"face": self.frames, "head": segments, "body": segments, "audio": one, "scene": one}
         self.spans = {name: (np.cumsum(count) - count, count) for name, count in counts.items()}  # start, count
-
-    # -- the cast ---------------------------------------------------------------------------------------------
-
-    def _draw_clips(self, rng: np.random.Generator) -> None:
-        train, val = clips_per_identity(self.settings.identities, rng).T
-        self.listed = len(train)
-        wanted = round(30_541 / 45_472 * val.sum())
-        outsider = np.minimum(rng.geometric(0.5, size=wanted), 60)
-        outsider = outsider[: np.searchsorted(np.cumsum(outsider), wanted) + 1]
-        outsider[-1] -= outsider.sum() - wanted
-        self.persons = self.listed + len(outsider)
-        split = np.repeat(["train", "val", "val"], [train.sum(), val.sum(), wanted])
-        listed, strangers = np.split(np.arange(self.persons), [self.listed])
-        person = np.repeat(np.concatenate([listed, listed, strangers]), np.concatenate([train, val, outsider]))
-        # Names are given in random order, so that a name tells nothing.
-        parts = []
-        for name in ("train", "val"):
-            members = rng.permutation(np.flatnonzero(split == name))
-            names = [f"IQIYI_VID_{name.upper()}_{i + 1:07d}" for i in range(len(members))]
-            parts.append(pd.DataFrame({"clip": names, "split": name, "person": person[members]}))
-        table = pd.concat(parts, ignore_index=True)
-        self.person = table.pop("person").to_numpy()
-        table["identity"] = np.where(self.person < self.listed, self.person, -1).astype(np.int32)
-        self.clips = table
 
     def _draw_persons(self, rng: np.random.Generator) -> None:
         """Draw identity vectors `mu` (P, D) and the nuisance basis (64, D), in the eigenbasis of identities."""
@@ -237,8 +214,6 @@ class World:
         scene = scene.astype(np.float32)
         self.scene_mu = [unit_draws(n, scene, rng) for n in (shows, shows * 4)]
         self.scene_shuffle = rng.permutation(SCENE_DIM)  # spreads the spectrum over the coordinates
-
-    # -- frames -----------------------------------------------------------------------------------------------
 
     def chunk(self, first: int) -> dict[str, dict[str, np.ndarray]]:
         """Draw all modalities of the clips ``first .. first + CHUNK``; independent of every other chunk."""
@@ -351,6 +326,29 @@ class World:
         feature += self.settings.scene_noise * noise * self.scene_sd
         feature = 20 * unit(feature)[:, self.scene_shuffle]
         return {"feature": feature.astype(np.float16), "frame": np.zeros(len(clips), np.int32)}
+
+
+def draw_clips(identities: int, rng: np.random.Generator) -> tuple[pd.DataFrame, np.ndarray]:
+    """Draw the clips of ``identities`` and of strangers, two fifths of val: clip, split, identity; and their persons (N,).
+
+    Persons below ``identities`` are the listed ones.  Names are given in random order, so that a name tells nothing.
+    """
+    train, val = clips_per_identity(identities, rng).T
+    wanted = round(30_541 / 45_472 * val.sum())
+    stranger = np.minimum(rng.geometric(0.5, size=wanted), 60)
+    stranger = stranger[: np.searchsorted(np.cumsum(stranger), wanted) + 1]
+    stranger[-1] -= stranger.sum() - wanted
+    listed, strangers = np.arange(identities), identities + np.arange(len(stranger))
+    split = np.repeat(["train", "val", "val"], [train.sum(), val.sum(), wanted])
+    person = np.repeat(np.concatenate([listed, listed, strangers]), np.concatenate([train, val, stranger]))
+    parts = []
+    for name in ("train", "val"):
+        members = rng.permutation(np.flatnonzero(split == name))
+        names = [f"IQIYI_VID_{name.upper()}_{i + 1:07d}" for i in range(len(members))]
+        parts.append(pd.DataFrame({"clip": names, "split": name, "person": person[members]}))
+    clips = pd.concat(parts, ignore_index=True)
+    person = clips.pop("person").to_numpy()
+    return clips.assign(identity=np.where(person < identities, person, -1).astype(np.int32)), person
 
 
 def unit(x: np.ndarray) -> np.ndarray:

@@ -147,7 +147,7 @@ class ClipStore:
         self, split: str | None = None, *, labelled: bool | None = None, having: str | None = None
     ) -> np.ndarray:
         """Return the positions of the clips of `split` that have (or have not) an identity and a modality."""
-        if split is not None and split not in SPLITS:
+        if split not in (None, *SPLITS):
             raise ValueError(f"split: {split!r} is none of {', '.join(SPLITS)}")
         chosen = np.ones(len(self), bool)
         if split is not None:
@@ -175,22 +175,14 @@ class ClipStore:
             self._resident[name, device] = Resident(feature, *scores, *spans)
         return self._resident[name, device]
 
-    def batch(
-        self,
-        clips: np.ndarray,
-        modality: str = "face",
-        *,
-        sample: str = "all",
-        frames: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Batch:
-        """Gather frames of `clips` (B,) as tensors; see `sample_rows` for `sample`, `frames` and `generator`."""
+    def batch(self, clips: np.ndarray, modality: str = "face", **sampling) -> Batch:
+        """Gather frames of `clips` (B,) as tensors: all, or what `sample_rows` draws, which has the same options."""
         source = self.on(modality)
         clips = torch.from_numpy(np.asarray(clips, np.int64))
-        rows = sample_rows(source.start[clips], source.count[clips], sample, frames, generator)
+        rows = sample_rows(source.start[clips], source.count[clips], **sampling)
         batch = source.gather(rows)
-        for value in batch[:4]:
-            if value is not None and value is not batch.mask:
+        for value in (batch.feature, batch.quality, batch.det):
+            if value is not None:
                 value[~batch.mask] = 0
         return batch
 
@@ -204,9 +196,7 @@ class ClipStore:
             step = max(1, _PIECE // source.feature.shape[1])
             pieces = (torch.from_numpy(source.feature[i : i + step]) for i in range(0, len(source.feature), step))
             value = np.concatenate([np.zeros(0, np.float32), *(piece.float().norm(dim=1).numpy() for piece in pieces)])
-        elif column in source.columns:
-            value = source.columns[column]
-        else:
+        elif (value := source.columns.get(column)) is None:
             raise ValueError(f"{self.path}: {modality} has no {column}, only {[*source.columns]}")
         total = np.concatenate([[0], np.cumsum(value, dtype=float)])
         with np.errstate(invalid="ignore"):
@@ -241,12 +231,9 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 
 def _map_column(path: Path, column: str, described: dict) -> np.ndarray:
+    kinds = described["columns"] | {"feature": {"dtype": "<f2", "shape": [described["dim"]]}}
+    dtype, shape = kinds[column]["dtype"], (described["frames"], *kinds[column]["shape"])
     array = map_array(path)
-    if column == "feature":
-        dtype, shape = "<f2", (described["frames"], described["dim"])
-    else:
-        dtype = described["columns"][column]["dtype"]
-        shape = (described["frames"], *described["columns"][column]["shape"])
     if array.dtype.str != dtype or array.shape != shape:
         raise ValueError(f"{path}: {array.dtype.str} {array.shape}, store.json says {dtype} {shape}")
     return array

@@ -95,8 +95,7 @@ class StoreWriter:
         arrays = {}
         for modality, streams in self._streams.items():
             for name, stream in streams.items():
-                stream.finish()
-                arrays[f"{modality}/{name}.npy"] = stream.content
+                arrays[f"{modality}/{name}.npy"] = stream.finish()
         tables = {"clips.parquet": clips, "identities.parquet": names}
         for name, table in tables.items():
             pq.write_table(pa.Table.from_pandas(table, preserve_index=False), self.partial / name)
