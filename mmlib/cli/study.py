@@ -87,20 +87,26 @@ def evaluate(
 
     MAP@100 is a fraction in [0, 1], as is top-1, the share of identities whose first clip is right.
     """
-    from mmlib.data.submission import read_result, read_val_truth
+    from mmlib.data.submission import count_unknown, read_result, read_val_truth
     from mmlib.metrics import bootstrap_interval, official_score
 
-    wanted = read_val_truth(truth)
-    ranked = read_result(result, id_num=len(wanted[0]))
+    wanted, ranked = read_val_truth(truth), read_result(result)
     try:
         score = official_score(wanted, ranked)
     except ValueError as error:
         raise ValueError(f"{result}: {error}") from None
     low, high = bootstrap_interval(score.ap)
     several = len(score.ap) > 1  # of one identity there is no interval
+    unknown = count_unknown(wanted, ranked)
+    if not score.first_hit.any():
+        alien = [f"{n} {kind}" for kind, (n, lacking) in unknown.items() if n == lacking]
+        why = f"{truth} names none of its {' and '.join(alien)}" if alien else "no line names a clip of its identity"
+        print(f"mmlib: warning: {result}: nothing was found: {why}; are names written alike?", file=sys.stderr)
     if as_json:
         ends = {"low": low, "high": high} if several else {"low": None, "high": None}
         said = {"map_at_100": score.map_at_k, "top1": score.top1, **ends, "queries": len(score.ap)}
+        for kind, (named, lacking) in unknown.items():
+            said |= {kind: named, f"unknown_{kind}": lacking}
         # Of an identity that the ground truth repeats, the last line holds.
         print(json.dumps(said | {"ap": dict(zip(wanted[0], score.ap.tolist()))}))
         return
@@ -109,6 +115,8 @@ def evaluate(
     print(f"95% interval {bounds}")
     print(f"top-1 {score.top1:.6f}")
     print(f"queries {len(score.ap)}")
+    for kind, (named, lacking) in unknown.items():
+        print(f"{kind} in the result {named}, of which the ground truth does not name {lacking}")
 
 
 @command("rerun 04_aggregation -p profile=tiny", "rerun 04 -p 'seeds=[3, 4]' -p data=store/ --out out.ipynb")
