@@ -183,11 +183,13 @@ def interval_text(row: Mapping, digits: int = 2) -> str:
 
 
 def signed(value: float, digits: int = 2) -> str:
-    """Write a difference with its sign; one that rounds to nothing has none.
+    """Write a difference with its sign; one that rounds to nothing has none, and one that nobody measured is a dash.
 
-    >>> signed(0.123), signed(-0.001)
-    ('+0.12', '0.00')
+    >>> signed(0.123), signed(-0.001), signed(np.nan)
+    ('+0.12', '0.00', '—')
     """
+    if not np.isfinite(value):
+        return "—"
     rounded = round(value, digits) + 0.0
     return f"{rounded:+.{digits}f}" if rounded else f"{0:.{digits}f}"
 

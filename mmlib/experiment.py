@@ -233,6 +233,14 @@ def arm_key(experiment: Experiment | Mapping, *free: str) -> str:
     return json.dumps(whole, sort_keys=True)
 
 
+def smaller(experiment: Experiment, identities: int) -> Experiment:
+    """Return the experiment in worlds of so few identities where its own, simulated, have more; 0 for its own."""
+    if not experiment.simulated or not identities or identities >= experiment.world()[0].identities:
+        return experiment
+    settings = dict(experiment.settings) | {"identities": identities}
+    return replace(experiment, settings=tuple(settings.items()))
+
+
 def fingerprint(path: str | Path) -> str:
     """Hash a store: its description, its tables and a sample of the rows of every array."""
     path = Path(path)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import BRIEF, of
 
-from mmlib.experiment import Experiment, Training, as_seeds, torch_device
+from mmlib.experiment import Experiment, Training, as_seeds, smaller, torch_device
 from mmlib.rank import Fallback
 from mmlib.records import run
 
@@ -191,3 +191,13 @@ def test_ranking_is_all_that_experiments_of_one_branch_differ_in(name):
 def test_branch_of_a_branch_is_itself():
     asked = Experiment(members=(1, 2), combine="softmax", fallback=Fallback(), scale=2.0)
     assert asked.branch().branch() == asked.branch() == Experiment()
+
+
+def test_worlds_are_made_smaller_never_larger_and_a_store_stays():
+    tiny = Experiment(profile="tiny", settings=(("reliability", 0.5),))
+    assert dict(smaller(tiny, 50).settings) == {"reliability": 0.5, "identities": 50}
+    assert smaller(tiny, 60) == smaller(tiny, 100) == smaller(tiny, 0) == tiny
+    stored = replace(tiny, data="somewhere")
+    assert smaller(stored, 50) == stored
+    with pytest.raises(ValueError, match="identities"):
+        smaller(tiny, -1).world()

@@ -19,14 +19,12 @@ from typer.testing import CliRunner
 from mmlib import cli, figures, scene, scene_network, scene_training
 from mmlib.data.images import index_images
 from mmlib.data.pictures import decode
-from mmlib.data.render import REGIONS, render_scenes
+from mmlib.data.render import render_scenes
 from mmlib.data.simulate import settings_for as world_for
 from mmlib.data.simulate import simulate
 from mmlib.data.store import ClipStore
 from mmlib.launch import Launch, launched
 from mmlib.scene import SceneSettings, extract, fine_tune, make_backbone, make_model, write_scene_store
-from mmlib.studies import scene as scene_reading
-from mmlib.studies.scene import Maps, Scenes
 
 NARROW = "narrow_seresnext14"
 SMALL = scene.settings_for(NARROW, epochs=3, size=32, resize=36, batch=16, lr=0.02, backbone_lr=0.01)
@@ -416,53 +414,6 @@ def test_occlusion_reaches_the_edges_and_refuses_what_cannot_be():
             scene.occlusion(Corner(), pixels(1, 9), torch.tensor([0]), patch=patch, stride=stride)
 
 
-def test_region_effects_are_means_over_places_of_a_region():
-    regions = np.zeros((2, 2, 10), np.int8)
-    regions[:, 1] = REGIONS.index("figure")
-    maps = np.zeros((2, 2, 10))
-    maps[0, 0], maps[1, 0] = 0.2, 0.4  # the wall, above means of 0.1 and 0.2
-    effect = scene_reading.region_effect(Maps(np.zeros((2, 2, 10, 3)), maps, regions)).set_index("region")
-    assert effect["effect"].to_dict() == pytest.approx({"wall": 0.15, "figure": -0.15})
-    assert effect["share"].to_dict() == pytest.approx({"wall": 0.5, "figure": 0.5})
-    assert scene_reading.region_sentence(effect.reset_index()) == (
-        "Over 2 clips that the network recognises, places of the wall count more than an average place, "
-        "and those of the figure count less than an average place."
-    )
-
-
-# -- what the chapter reads ----------------------------------------------------------------------------------
-
-
-def nearest(*rows):
-    names = ["show", "set", "channel", "family"]
-    return pd.DataFrame(rows, columns=[*names, *(f"nearest {name}" for name in names)])
-
-
-CONFUSED = nearest(
-    (0, 0, 1, 1, 0, 0, 1, 1), (0, 1, 1, 1, 0, 2, 1, 1), (0, 0, 1, 1, 3, 0, 2, 1), (3, 0, 2, 1, 4, 0, 2, 5)
-)
-
-
-def test_confusions_are_counted_by_hand():
-    causes = scene_reading.confusion_causes(CONFUSED)
-    assert (causes["show"], causes["set"], causes["family"], causes["channel"]) == (0.5, 0.5, 0.5, 0.5)
-    # shows 0 and 3; of the nearest clips 0, 0, 3, 4 those of other shows are 3, 4 and 0, 0, 4
-    assert causes["channel chance"] == pytest.approx(1 / 5)
-    assert causes["family chance"] == pytest.approx(3 / 5)
-    pairs = scene_reading.confused_pairs(CONFUSED)
-    assert pairs[["show", "taken for", "clips", "same channel", "same colours"]].values.tolist() == [
-        [0, 3, 1, "no", "yes"],
-        [3, 4, 1, "yes", "no"],
-    ]
-
-
-def test_rows_of_the_confusion_table_sum_to_one():
-    table = scene_reading.show_confusion(CONFUSED, shows=2)
-    assert table.columns.tolist() == [0, 3, "other"]
-    assert table.loc[0].tolist() == pytest.approx([2 / 3, 1 / 3, 0])
-    assert table.loc[3].tolist() == [0, 0, 1]
-
-
 def test_a_network_is_trained_once_and_read_back(world, images, cache, monkeypatch):
     first = scene.fetch_or_train(world, images, SMALL, seed=0, device="cpu")
     assert sum(first.modes.values()) == len(world) - 1 and set(first.store.modalities) == {"scene"}
@@ -498,22 +449,6 @@ def test_two_runs_that_want_one_network_train_it_once(world, images, cache, hash
     assert len(calls) == 1 and one.history == other.history and one.folder == other.folder
 
 
-def test_pictures_that_another_run_is_rendering_are_waited_for(world, cache, hashed, monkeypatch):
-    calls, plain = [], scene_reading.render_scenes
-    both = threading.Barrier(2)
-
-    def fetch(_):
-        both.wait()
-        return scene_reading._rendered(world, 36)
-
-    monkeypatch.setattr(
-        scene_reading, "render_scenes", lambda *a, **o: (calls.append(a), time.sleep(0.5), plain(*a, **o))
-    )
-    with ThreadPoolExecutor(2) as pool:
-        one, other = pool.map(fetch, range(2))
-    assert len(calls) == 1 and one == other and (one / scene_reading.ABOUT).exists()
-
-
 def test_what_decides_a_network_changes_its_key(world, images, tmp_path):
     weights = tmp_path / "w.pth"
     keys = {
@@ -525,56 +460,6 @@ def test_what_decides_a_network_changes_its_key(world, images, tmp_path):
         weights.write_bytes(content)
         keys.add(scene.run_key(world, images, scene.settings_for(NARROW, str(weights)), 0))
     assert len(keys) == 5
-
-
-@pytest.fixture(scope="module")
-def scenes(world, images, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MMLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        run = scene.fetch_or_train(world, images, SMALL, seed=0, device="cpu")
-        yield Scenes(0, world, images, run, rendered=36)
-
-
-def test_features_are_compared_on_the_same_queries(scenes):
-    stores = scene_reading.feature_stores(scenes)
-    assert list(stores) == ["simulated vectors", "fine-tuned network", "thumbnail", "untrained network", "show and set"]
-    truth = ClipStore.open(stores["show and set"])
-    rows = truth.batch(truth.select(having="scene"), "scene").feature[:, 0]
-    place = scenes.store.clips.loc[truth.select(having="scene"), ["show", "set"]].to_numpy()
-    same = (place[:, None] == place[None]).all(-1)
-    assert ((F.normalize(rows) @ F.normalize(rows).T > 0.999).numpy() == same).all()
-    records = scene_reading.feature_records([scenes], classifiers=("class means",))
-    assert {record.measures["queries"] for record in records} == {records[0].measures["queries"]}
-    assert {record.experiment["data"] for record in records} == {"simulated"}
-
-
-def test_retrieved_pictures_are_marked_as_the_ranking_says(scenes):
-    found = scene_reading.retrieve_scenes(scenes, "cpu")
-    frame = scene_reading.retrieved_pictures(scenes, rows=2, known=1, top=3, device="cpu")
-    best = np.flatnonzero(
-        (found.relevant >= 3) & np.isin(found.queries, scenes.store.identity_of(found.members[0].clips))
-    )
-    best = best[np.argsort(-found.ap[best], kind="stable")][0]
-    marks = frame["mark"].iloc[:4].tolist()
-    assert marks == ["", *("right" if hit else "wrong" for hit in found.hits[best][:3])]
-    assert frame["picture"].iloc[0].shape == (32, 32, 3)
-
-
-def test_without_pictures_the_page_has_the_store_alone(bare):
-    only = scene_reading.open_scenes(str(bare.path), "tiny", [0], "", SMALL, 60, "cpu")
-    assert only[0].run is None and "no pictures" in scene_reading.start_sentence(only)
-    assert scene_reading.feature_records(only) == []
-    table = scene_reading.feature_table([])
-    assert "no answer" in scene_reading.answer(table, False) and scene_reading.feature_sentences(table) == ""
-    assert scene_reading.sample_pictures(only[0]).empty and scene_reading.retrieved_pictures(only[0]).empty
-    causes = scene_reading.confusion_causes(scene_reading.nearest_shows(only[0]))
-    assert scene_reading.confusion_sentence(causes) == ""
-    assert scene_reading.region_effect(scene_reading.occlusion_maps(only[0])).empty
-
-
-def test_images_without_their_store_are_refused():
-    with pytest.raises(ValueError, match="images belong to the clips of a store"):
-        scene_reading.open_scenes("simulated", "tiny", [0], "img/", SMALL, 60)
 
 
 # -- the command line ----------------------------------------------------------------------------------------
