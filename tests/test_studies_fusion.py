@@ -104,14 +104,9 @@ def test_clips_are_ordered_by_a_score_that_the_store_has(name, by, request):
 
 def test_only_arms_that_were_run_are_compared():
     runs = found({"face": [record(ap=[0.5, 0.5])], "all": [record(ap=[0.6, 0.8])]})
-    frame = fusion.against(runs, ["all", "audio", "face"], "face")
+    frame = fusion.against(runs, ["all", "audio", "face"])
     assert frame["arm"].tolist() == ["all", "face"]
     assert frame["difference"].tolist() == pytest.approx([20, 0])
-
-
-def test_pairs_are_of_arms_that_the_chapter_has():
-    named = {name for pair in fusion.PAIRS.values() for name in pair}
-    assert named <= {*systems.FUSIONS, fusion.SCORE} and set(fusion.WIDTHS) | set(fusion.OTHERS) <= set(systems.FUSIONS)
 
 
 def test_cost_of_score_fusion_counts_both_models():

@@ -21,19 +21,7 @@ from mmlib.systems import CHOSEN
 
 # Arms by the share of the scene model in the score of a clip.
 WEIGHTS = {f"weight {share:g}": share for share in (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)}
-WIDTHS = ("face", "scene 32", "scene 64", "scene 128", "scene 256")
-OTHERS = ("head", "body", "audio", "scene 128", "all")
 SCORE = "score fusion"
-PAIRS = {  # what the chapter speaks of: an arm and what it is held against
-    "step": ("scene 128", "face"),
-    "gate": ("scene 128, gated", "scene 128"),
-    "score": (SCORE, "face"),
-    "ways": (SCORE, "scene 128"),
-    "width": ("scene 128", "scene 256"),
-    "narrow": ("scene 32", "scene 128"),
-    **{name: (name, "face") for name in ("head", "body", "audio")},
-    "all": ("all", "scene 128"),
-}
 POOLS = (0, 4, 8, 20, 40, 60, 80, 100)  # percentiles of quality
 LOW = {"quality": ("0–4", "4–8"), "frames": ("1–4", "5–9")}  # ranges of bad quality and of few face frames
 PUBLISHED_STEP = 0.5  # points of MAP@100 for scene in the ladder of Dong et al., ACM MM 2019
@@ -60,10 +48,9 @@ def weighted(face: Experiment, store: ClipStore) -> dict[str, Experiment]:
     return {name: replace(face, combine="softmax", fallback=replace(rule, weight=share)) for name, share in shares}
 
 
-def against(found: pd.Series, chosen: Iterable[str], baseline: str) -> pd.DataFrame:
+def against(found: pd.Series, chosen: Iterable[str], baseline: str = "face") -> pd.DataFrame:
     """Compare those of the chosen arms that were run with ``baseline``, which is added; as ``compare_arms``."""
-    part = found[found.index.isin([baseline, *chosen])]
-    return compare_arms(part, by="arm", baseline=baseline, names=part.index)
+    return compare_arms(found, "arm", baseline, names=found.index, arms={baseline, *chosen})
 
 
 def costs(found: pd.Series) -> pd.DataFrame:
@@ -76,9 +63,6 @@ def costs(found: pd.Series) -> pd.DataFrame:
     frame["parameters"] += frame["seed"].map(alone).where(frame["fallback"].notna(), 0)
     words = {"seconds": "training, s", "train_clips": "clips trained on", "gallery_clips": "clips ranked"}
     return frame.groupby("arm", sort=False)[["parameters", *words]].mean().rename(columns=words).reset_index()
-
-
-# -- groups of clips ------------------------------------------------------------------------------------------------
 
 
 def coverage(store: ClipStore) -> pd.DataFrame:
@@ -103,19 +87,19 @@ def absent(found: pd.Series) -> pd.DataFrame:
     return pd.DataFrame(counts).rename_axis("context").reset_index()
 
 
-def gains(found: pd.Series, chosen: Iterable[str], baseline: str = "face") -> pd.DataFrame:
-    """Return the breakdown of the chosen arms that were run with the gain over ``baseline`` in points of precision.
+def gains(found: pd.Series, chosen: Iterable[str]) -> pd.DataFrame:
+    """Return the breakdown of the chosen arms that were run with their gain over the face arm, in points of precision.
 
     Columns: arm, group, range, clips, precision, gain.  The percentiles of quality are pooled, since a single one holds
     too few clips for a difference of two arms; precisions are then means over clips.
     """
-    part = found[found.index.isin([baseline, *chosen])]
+    part = found[found.index.isin(["face", *chosen])]
     frame = breakdown_frame(part, "arm", names=part.index)
     quality, names = frame["group"] == "quality", [f"{low}–{high}" for low, high in pairwise(POOLS)]
     low = frame.loc[quality, "range"].str.split("–").str[0].astype(float)
     frame.loc[quality, "range"] = pd.cut(low, POOLS, right=False, labels=names).astype(str)
     frame = _over_clips(frame, ["arm", "group", "range"], "precision")
-    start = frame[frame["arm"] == baseline].set_index(["group", "range"])["precision"].rename("start")
+    start = frame[frame["arm"] == "face"].set_index(["group", "range"])["precision"].rename("start")
     frame = frame.join(start, on=["group", "range"])
     return frame.assign(gain=100 * (frame["precision"] - frame.pop("start")))
 
@@ -131,9 +115,6 @@ def _over_clips(frame: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
     """Average ``value`` within groups, every clip alike; columns ``by``, clips, ``value``."""
     total = frame.assign(**{value: frame[value] * frame["clips"]}).groupby(by, sort=False)[["clips", value]].sum()
     return total.assign(**{value: total[value] / total["clips"]}).reset_index()
-
-
-# -- the weight of a second score -----------------------------------------------------------------------------------
 
 
 def held_out(found: pd.Series) -> tuple[pd.Series, pd.DataFrame]:
@@ -174,7 +155,7 @@ def _best_of_others(score: list) -> list[int]:
 def weight_frame(found: pd.Series) -> pd.DataFrame:
     """Compare every weight with weight 0: weight, else as ``compare_arms``; without weights the face arm."""
     names = {name: share for name, share in WEIGHTS.items() if name in found.index} or {"face": 0.0}
-    frame = against(found, names, baseline=next(iter(names))).rename(columns={"arm": "weight"})
+    frame = against(found, names, next(iter(names))).rename(columns={"arm": "weight"})
     return frame.assign(weight=frame["weight"].map(names)).sort_values("weight", ignore_index=True)
 
 

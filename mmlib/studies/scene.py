@@ -104,10 +104,8 @@ def settings_frame(scenes: Scenes) -> pd.DataFrame:
     if scenes.run is None:
         return pd.DataFrame(columns=["setting", "as described", "on this page"])
     store, present, run = scenes.store, scenes.images.present, scenes.run
-    said, here = (
-        asdict(settings) | {"weights": Path(settings.weights).name or "from scratch"}
-        for settings in (SceneSettings(), run.settings)
-    )
+    said, here = asdict(SceneSettings()), asdict(run.settings)
+    here["weights"] = Path(run.settings.weights).name or "from scratch"
     said |= {"features": 2048, "identities": 10034, "train clips": 60566}
     here |= {
         "features": run.model.prototype.shape[1],
@@ -256,8 +254,8 @@ def wrong_from_known_shows(scenes: Scenes, found: Retrieval | None, depth: int =
             if len(known) and len(missed):
                 wrong.extend(np.isin(show[missed], known))
                 chance.append(np.isin(show[found.gallery[identity != query]], known).mean())
-    shares = {name: float(np.mean(each)) if each else np.nan for name, each in (("found", wrong), ("chance", chance))}
-    return shares | {"clips": len(wrong)}
+    found, chance = (float(np.mean(each)) if each else np.nan for each in (wrong, chance))
+    return {"found": found, "chance": chance, "clips": len(wrong)}
 
 
 def nearest_shows(scenes: Scenes) -> pd.DataFrame:
@@ -329,10 +327,7 @@ def confusion_causes(nearest: pd.DataFrame) -> dict[str, float]:
 
 
 class Maps(NamedTuple):
-    """Occlusion maps of val clips that the network recognises.
-
-    pictures (n, S, S, 3); maps (n, S, S) in cosine; regions (n, S, S), positions in ``render.REGIONS``, or None.
-    """
+    """Pictures (n, S, S, 3), their maps (n, S, S) in cosine, and places in ``render.REGIONS``, None if unknown."""
 
     pictures: np.ndarray
     maps: np.ndarray
@@ -340,7 +335,7 @@ class Maps(NamedTuple):
 
 
 def occlusion_maps(scenes: Scenes, clips: int = 24) -> Maps:
-    """Cover every place of up to ``clips`` pictures in turn; of none, without pictures or a recognised clip.
+    """Cover every place of up to ``clips`` pictures of val clips that the network recognises, if there are any.
 
     The patch is a quarter of the picture's side, in steps of an eighth.
     """
@@ -361,18 +356,14 @@ def occlusion_maps(scenes: Scenes, clips: int = 24) -> Maps:
     clip, number, *parts = zip(*kept[:clips])
     pixels, label = (torch.stack(part).to(model.prototype.device) for part in parts)
     drop = scene.occlusion(model, pixels, label, patch=max(1, size // 4), stride=max(1, size // 8))
-    regions = _regions(scenes, np.array(clip), np.array(number)) if scenes.rendered else None
+    regions = None
+    if scenes.rendered:
+        regions = Studio(store).regions(np.array(clip), np.array(number), scenes.rendered)
+        # The nearest pixel of the crop that ``crops.cut_crops`` takes.
+        side = scenes.rendered * size / scenes.run.settings.resize
+        at = ((scenes.rendered - side) / 2 + (np.arange(size) + 0.5) * side / size).astype(int)
+        regions = regions[:, at][:, :, at]
     return Maps(pixels.permute(0, 2, 3, 1).cpu().numpy(), drop.cpu().numpy(), regions)
-
-
-def _regions(scenes: Scenes, clips: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Return what each pixel of the network's crop of rendered pictures belongs to, (n, S, S)."""
-    size = scenes.rendered
-    drawn, settings = Studio(scenes.store).regions(clips, numbers, size), scenes.run.settings
-    # The nearest pixel of the crop that ``crops.cut_crops`` takes.
-    side = size * settings.size / settings.resize
-    at = ((size - side) / 2 + (np.arange(settings.size) + 0.5) * side / settings.size).astype(int)
-    return drawn[:, at][:, :, at]
 
 
 def region_effect(maps: Maps) -> pd.DataFrame:
