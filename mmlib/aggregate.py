@@ -12,7 +12,7 @@ as they are.
 """
 
 from collections.abc import Callable
-from numbers import Integral
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,10 @@ from torch.nn import functional as F
 
 QUALITY_UNIT = 100.0  # the 2019 system divides quality by this before appending it
 NORM_UNIT = 20.0  # about the norm of an embedding
+CONCATS = ("none", "normalised", "raw", "frames")  # ways to append scores, see `models.IdentityModel`
+_MAP = 2**24  # numbers of a channel map that are held at once; that of a clip of 20,000 frames has 4e8
+
+Maybe = Tensor | None
 
 
 def _masked_softmax(logit: Tensor, mask: Tensor) -> Tensor:
@@ -35,7 +39,8 @@ def _einsum(equation: str, *operands: Tensor) -> Tensor:
         return torch.einsum(equation, *operands)
 
 
-def _require(user: str, **scores: Tensor | None) -> None:
+def require_scores(user: str, **scores: Maybe) -> None:
+    """Refuse to go on without the scores that ``user`` needs, by name."""
     for name, value in scores.items():
         if value is None:
             raise ValueError(f"{user} needs {name} scores, but these clips have none ({name} is None)")
@@ -59,64 +64,55 @@ def norm_pool(x: Tensor, mask: Tensor) -> Tensor:
     return _average(x, mask.to(x.dtype))
 
 
-def weighted_pool(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-    """Average raw embeddings with weights (B, T) >= 0: sum w_i x_i / sum w_i.
-
-    A clip whose weights are all 0 gets `norm_pool`: it has frames, and dropping it would cost its identity a
-    clip.
-    """
-    weight = torch.where(mask, weight.to(x.dtype), 0.0)
-    none = (weight.sum(dim=1, keepdim=True) <= 0) & mask
-    return _average(x, torch.where(none, 1.0, weight))
-
-
-def seefun_weight(quality: Tensor, det: Tensor, *, good: float = 60.0) -> Tensor:
+def seefun_weight(quality: Tensor, det: Tensor) -> Tensor:
     """Weigh frames by hand: quality * det * W(quality), (B, T), >= 0.
 
-    W = 0 for quality <= 0, .2 up to 20, .3 up to 30, .6 up to `good`, 1 above (each edge inclusive). Source:
-    the 2019 solution of seefun (MAP .8983, faces only), whose text says good = 60 and whose code says 40.
+    W = 0 for quality <= 0, .2 up to 20, .3 up to 30, .6 up to 60, 1 above (each edge inclusive). Source: the 2019
+    solution of seefun (MAP .8983, faces only), whose text says 60 and whose code says 40.
     """
-    _require("quality-weighted pooling", quality=quality, det=det)
-    edge = torch.tensor([0.0, 20.0, 30.0, good], device=quality.device, dtype=quality.dtype)
+    require_scores("quality-weighted pooling", quality=quality, det=det)
+    edge = torch.tensor([0.0, 20.0, 30.0, 60.0], device=quality.device, dtype=quality.dtype)
     level = torch.tensor([0.0, 0.2, 0.3, 0.6, 1.0], device=quality.device, dtype=quality.dtype)
     return quality * det * level[torch.bucketize(quality.contiguous(), edge)]
 
 
-def quality_pool(x: Tensor, mask: Tensor, quality: Tensor, det: Tensor, *, good: float = 60.0) -> Tensor:
-    """Average raw embeddings with `seefun_weight`; `norm_pool` where all weights of a clip are 0."""
-    return weighted_pool(x, seefun_weight(quality, det, good=good), mask)
+def quality_pool(x: Tensor, mask: Tensor, quality: Tensor, det: Tensor) -> Tensor:
+    """Average raw embeddings with `seefun_weight` w: sum w_i x_i / sum w_i.
 
-
-def best_k_pool(x: Tensor, mask: Tensor, quality: Tensor, k: int | float) -> Tensor:
-    """Average the raw embeddings of the k frames of highest quality.
-
-    k: a number of frames (int >= 1), or a share of the clip's frames (float in (0, 1], rounded up; the 2019
-    solution of zheey keeps .5). Frames that tie with the last one kept are kept too, else their order would
-    decide.
+    A clip whose weights are all 0 gets `norm_pool`: it has frames, and dropping it would cost its identity a clip.
     """
-    whole = isinstance(k, Integral) and not isinstance(k, bool)
-    if not (k >= 1 if whole else isinstance(k, float) and 0 < k <= 1):
-        raise ValueError(f"k must be an integer >= 1 or a share in (0, 1], got {k!r}")
-    _require("best-k pooling", quality=quality)
-    count = mask.sum(dim=1)
+    weight = torch.where(mask, seefun_weight(quality, det).to(x.dtype), 0.0)
+    none = (weight.sum(dim=1, keepdim=True) <= 0) & mask
+    return _average(x, torch.where(none, 1.0, weight))
+
+
+def best_pool(x: Tensor, mask: Tensor, quality: Tensor, share: float = 0.5) -> Tensor:
+    """Average the raw embeddings of the frames of highest quality, a share in (0, 1] of the clip's, rounded up.
+
+    Frames that tie with the last one kept are kept too, else their order would decide. Source: the 2019 solution of
+    zheey, which keeps .5.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share must lie in (0, 1], got {share!r}")
+    require_scores("pooling of the best frames", quality=quality)
     # The small step keeps .07 * 100 = 7.000000000000001 from becoming 8.
-    keep = count.clamp(max=int(k)) if whole else (count.double() * k - 1e-9).ceil().long()
+    keep = (mask.sum(dim=1).double() * share - 1e-9).ceil().long()
     quality = torch.where(mask, quality, -torch.inf)
     ordered = F.pad(quality.sort(dim=1, descending=True).values, (0, 1))  # padded, so that T may be 0
     last = ordered.gather(1, (keep - 1).clamp(min=0)[:, None])
     return norm_pool(x, mask & (quality >= last))
 
 
-# -- attention over frames: each takes `scores` (B, T, S), further coordinates of every frame, apart from x -----------
+# Attention over frames: each takes `scores` (B, T, S), further coordinates of every frame, apart from x.
 
 
-def frame_scores(quality: Tensor | None, det: Tensor | None) -> Tensor:
+def frame_scores(quality: Maybe, det: Maybe) -> Tensor:
     """Return quality / 100 and det of each frame, (B, T, 2), what the 2019 code appends to the raw embeddings."""
-    _require("scores=True", quality=quality, det=det)
+    require_scores("scores=True", quality=quality, det=det)
     return torch.stack([quality / QUALITY_UNIT, det], dim=-1)
 
 
-def nan_pool(x: Tensor, mask: Tensor, query: Tensor, scores: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def nan_pool(x: Tensor, mask: Tensor, query: Tensor, scores: Maybe = None) -> tuple[Tensor, Tensor]:
     """Pool by one attention block: a = softmax_i(query . x_i), r = sum_i a_i x_i; r (B, D + S) and a (B, T).
 
     query: (D + S,), or (B, D + S) for one query a clip. Source: Yang et al., Neural Aggregation Network, CVPR
@@ -126,33 +122,21 @@ def nan_pool(x: Tensor, mask: Tensor, query: Tensor, scores: Tensor | None = Non
     return _sum(x, scores, weight), weight
 
 
-def nan_cascade(
-    x: Tensor, mask: Tensor, query: Tensor, weight: Tensor, bias: Tensor, scores: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Pool with two attention blocks: r0 from `query` (D + S,), q1 = tanh(weight r0 + bias), r from q1.
-
-    weight (D + S, D + S), bias (D + S,). Returns r (B, D + S) and the second block's attention (B, T). Source:
-    NAN, CVPR 2017, eq. 4.
-    """
-    first, _ = nan_pool(x, mask, query, scores)
-    return nan_pool(x, mask, torch.tanh(_einsum("bd,ed->be", first, weight) + bias), scores)
-
-
 def channel_map(
-    x: Tensor, mask: Tensor, temperature: Tensor | float = 1.0, scores: Tensor | None = None, *, invert: bool = False
+    x: Tensor, mask: Tensor, temperature: Tensor | float, scores: Maybe, invert: bool, rows: slice = slice(None)
 ) -> Tensor:
-    """Attend from frame to frame: A = softmax_j(S / temperature), S = x x^T, (B, T, T); rows sum to 1.
+    """Attend from frame to frame: A = softmax_j(S / temperature), S = x x^T, (B, T, T) or some ``rows`` of it.
 
     invert: softmax_j((max_j S - S) / temperature), the map of DANet (Fu et al., CVPR 2019, released code),
     here with a mask and with frames in the place of channels. The maximum cancels in the softmax, so this is
     softmax_j(-S): every frame looks at those least like it. Without `invert`, frames that agree strengthen
     each other, which is what the One Name paper says its module does.
     """
-    similarity = _gram(x, scores) / temperature
-    return _masked_softmax(-similarity if invert else similarity, mask[:, :, None] & mask[:, None, :])
+    similarity = _gram(x, scores, rows) / temperature
+    return _masked_softmax(-similarity if invert else similarity, mask[:, rows, None] & mask[:, None, :])
 
 
-def _dot(x: Tensor, scores: Tensor | None, query: Tensor) -> Tensor:
+def _dot(x: Tensor, scores: Maybe, query: Tensor) -> Tensor:
     """Multiply every frame by `query` (D + S,) or (B, D + S): (B, T)."""
     # One query for all clips is written as one a clip: a batched product passes over x once, one product does not.
     query = query.to(x.dtype).expand(len(x), -1)
@@ -160,19 +144,30 @@ def _dot(x: Tensor, scores: Tensor | None, query: Tensor) -> Tensor:
     return own if scores is None else own + _einsum("bd,btd->bt", query[:, x.shape[-1] :], scores.to(x.dtype))
 
 
-def _sum(x: Tensor, scores: Tensor | None, weight: Tensor) -> Tensor:
+def _sum(x: Tensor, scores: Maybe, weight: Tensor) -> Tensor:
     """Add the frames with `weight` (B, T): (B, D + S)."""
     total = _einsum("bt,btd->bd", weight, x)
     return total if scores is None else torch.cat([total, _einsum("bt,btd->bd", weight, scores.to(x.dtype))], dim=1)
 
 
-def _gram(x: Tensor, scores: Tensor | None) -> Tensor:
-    """Multiply every frame by every frame of its clip: (B, T, T)."""
-    gram = _einsum("bid,bjd->bij", x, x)
-    return gram if scores is None else gram + _einsum("bid,bjd->bij", *2 * [scores.to(x.dtype)])
+def _gram(x: Tensor, scores: Maybe, rows: slice = slice(None)) -> Tensor:
+    """Multiply frames, all or some ``rows``, by every frame of their clip: (B, T, T)."""
+    gram = _einsum("bid,bjd->bij", x[:, rows], x)
+    return gram if scores is None else gram + _gram(scores.to(x.dtype), None, rows)
 
 
-class ScoreAttention(nn.Module):
+class _FrameAttention(nn.Module):
+    """Pool with weights: ``_pool`` of a subclass returns the clip feature (B, out_dim) and the weights (B, T)."""
+
+    def forward(self, x: Tensor, mask: Tensor, quality: Maybe = None, det: Maybe = None) -> Tensor:
+        return self._pool(x, mask, quality, det)[0]
+
+    def weights(self, x: Tensor, mask: Tensor, quality: Maybe = None, det: Maybe = None) -> Tensor:
+        """Return the weight of each frame (B, T) in the clip feature."""
+        return self._pool(x, mask, quality, det)[1]
+
+
+class ScoreAttention(_FrameAttention):
     """Learn weights from the scores alone: softmax over a clip's frames of w . (quality / 100, det, norm / 20).
 
     The learned counterpart of a hand-made quality weight, three numbers that start at 0, which is `norm_pool`. It
@@ -184,70 +179,53 @@ class ScoreAttention(nn.Module):
         self.out_dim = dim
         self.weight = nn.Parameter(torch.zeros(3))
 
-    def weights(self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None) -> Tensor:
-        """Attention of each frame (B, T), summing to 1 over a clip's frames."""
-        _require("learned score weights", quality=quality, det=det)
-        scores = torch.stack([quality / QUALITY_UNIT, det, x.norm(dim=-1) / NORM_UNIT], dim=-1)
-        return _masked_softmax(_einsum("btk,k->bt", scores.to(x.dtype), self.weight.to(x.dtype)), mask)
-
-    def forward(self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None) -> Tensor:
-        return _einsum("bt,btd->bd", self.weights(x, mask, quality, det), x)
-
-
-class _FrameAttention(nn.Module):
-    """Pool with weights: a subclass's ``_pool`` returns the clip feature (B, out_dim) and the weight of each frame (B, T)."""
-
-    def forward(self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None) -> Tensor:
-        return self._pool(x, mask, quality, det)[0]
-
-    def weights(self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None) -> Tensor:
-        """Return the weight of each frame (B, T) in the clip feature."""
-        return self._pool(x, mask, quality, det)[1]
+    def _pool(self, x, mask, quality, det) -> tuple[Tensor, Tensor]:
+        scores = torch.cat([frame_scores(quality, det), x.norm(dim=-1, keepdim=True) / NORM_UNIT], dim=-1)
+        weight = _masked_softmax(_einsum("btk,k->bt", scores.to(x.dtype), self.weight.to(x.dtype)), mask)
+        return _sum(x, None, weight), weight
 
 
 class NAN(_FrameAttention):
-    """Hold the parameters of `nan_pool` (blocks=1) or `nan_cascade` (blocks=2).
+    """Pool by one or two attention blocks: r0 from `query`, then, of two, q1 = tanh(weight r0 + bias) and r from q1.
 
-    All start at 0, so an untrained NAN is `norm_pool`; with two blocks the first query moves one step after
-    the second. scores: append quality and det to every frame first. The clip feature keeps their pooled
+    All parameters start at 0, so an untrained NAN is `norm_pool`; with two blocks the first query moves one step
+    after the second. scores: append quality and det to every frame first. The clip feature keeps their pooled
     values as its last two dimensions (512 + 2), as in the 2019 code, so that the classifier sees the clip's
-    quality too.
+    quality too. Source: NAN, CVPR 2017, eq. 4.
     """
 
-    def __init__(self, dim: int, *, blocks: int = 1, scores: bool = False):
+    def __init__(self, dim: int, *, two_blocks: bool = False, scores: bool = False):
         super().__init__()
-        if blocks not in (1, 2):
-            raise ValueError(f"blocks must be 1 or 2, got {blocks!r}")
         self.scores = scores
         self.out_dim = dim + 2 * scores
         self.query = nn.Parameter(torch.zeros(self.out_dim))
-        self.weight = nn.Parameter(torch.zeros(self.out_dim, self.out_dim)) if blocks == 2 else None
-        self.bias = nn.Parameter(torch.zeros(self.out_dim)) if blocks == 2 else None
+        self.weight = nn.Parameter(torch.zeros(self.out_dim, self.out_dim)) if two_blocks else None
+        self.bias = nn.Parameter(torch.zeros(self.out_dim)) if two_blocks else None
 
     def _pool(self, x, mask, quality, det) -> tuple[Tensor, Tensor]:
         scores = frame_scores(quality, det) if self.scores else None
+        found = nan_pool(x, mask, self.query, scores)
         if self.weight is None:
-            return nan_pool(x, mask, self.query, scores)
-        return nan_cascade(x, mask, self.query, self.weight, self.bias, scores)
+            return found
+        query = torch.tanh(_einsum("bd,ed->be", found[0], self.weight) + self.bias)
+        return nan_pool(x, mask, query, scores)
 
 
 class ChannelAttention(_FrameAttention):
     """Mix frames, x' = gamma A x + x, A from `channel_map`, then pool them by one NAN block, as One Name describes.
 
-    gamma and the query start at 0, so the untrained module is `norm_pool`. temperature: where the learned,
-    positive temperature starts. DANet has none (1), but on raw embeddings S is near 480 on the diagonal
-    and A would be one-hot with no gradient; 100 leaves logits of a few units. scores: as in `NAN`.
+    gamma and the query start at 0, so the untrained module is `norm_pool`. The learned temperature starts at 100:
+    DANet has none (1), but on raw embeddings S is near 480 on the diagonal and A would be one-hot with no gradient;
+    100 leaves logits of a few units. scores: as in `NAN`.
     """
 
-    def __init__(self, dim: int, *, invert: bool = False, scores: bool = False, temperature: float = 100.0):
+    def __init__(self, dim: int, *, invert: bool = False, scores: bool = False):
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature!r}")
         self.invert = invert
         self.scores = scores
         self.out_dim = dim + 2 * scores
         self.gamma = nn.Parameter(torch.zeros(()))
-        self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log())
+        self.log_temperature = nn.Parameter(torch.tensor(100.0).log())
         self.query = nn.Parameter(torch.zeros(self.out_dim))
 
     def _pool(self, x, mask, quality, det) -> tuple[Tensor, Tensor]:
@@ -255,11 +233,19 @@ class ChannelAttention(_FrameAttention):
 
         The weight of an original frame is a_j + gamma sum_i a_i A_ij; they sum to 1 + gamma.
         """
-        scores = frame_scores(quality, det) if self.scores else None
-        mixing = self.gamma * channel_map(x, mask, self.log_temperature.exp(), scores, invert=self.invert)
+        scores, temperature = frame_scores(quality, det) if self.scores else None, self.log_temperature.exp()
+        step = max(1, _MAP // max(1, mask.numel()))
+        blocks = [slice(first, first + step) for first in range(0, x.shape[1], step)] or [slice(None)]
+
+        @lru_cache(maxsize=1)  # of one block, the usual case, the second loop below finds it made
+        def mixing(block: int) -> Tensor:
+            return self.gamma * channel_map(x, mask, temperature, scores, self.invert, blocks[block])
+
         own = _dot(x, scores, self.query)
-        attention = _masked_softmax(_einsum("bij,bj->bi", mixing, own) + own, mask)
-        weight = _einsum("bi,bij->bj", attention, mixing) + attention
+        mixed = torch.cat([_einsum("bij,bj->bi", mixing(i), own) for i in range(len(blocks))], dim=1)
+        attention = _masked_softmax(mixed + own, mask)
+        back = (_einsum("bi,bij->bj", attention[:, rows], mixing(i)) for i, rows in enumerate(blocks))
+        weight = sum(back, attention)
         return _sum(x, scores, weight), weight
 
 
@@ -269,7 +255,7 @@ class CodedAttention(nn.Module):
     1x1 convolutions T -> T/2 make theta and phi (each with batch norm) and g (without); A = softmax_j of the
     T/2 x T/2 affinity theta phi^T; a 1x1 convolution T/2 -> T of A g, with batch norm starting at 0; a
     residual sum; one NAN block with its query at 0. Hence it depends on the order of the frames and needs
-    exactly `frames` of them: draw with replacement from shorter clips. scores: as in `NAN`.
+    exactly `frames` of them: draw with replacement from shorter clips. Maybe are appended as in `NAN`.
 
     Every step up to the NAN block is, given A, a sum of frames plus a constant. So the steps are carried out
     on matrices over frames, with a row of ones beside the frames for the constants, and the batch
@@ -277,14 +263,13 @@ class CodedAttention(nn.Module):
     size of the input.
     """
 
-    def __init__(self, dim: int, *, frames: int = 40, scores: bool = True):
+    def __init__(self, dim: int, *, frames: int = 40):
         super().__init__()
         if frames < 2:
             raise ValueError(f"frames must be at least 2, got {frames!r}")
         half = frames // 2
         self.frames = frames
-        self.scores = scores
-        self.out_dim = dim + 2 * scores
+        self.out_dim = dim + 2
         self.theta = nn.Sequential(nn.Conv1d(frames, half, 1), nn.BatchNorm1d(half))
         self.phi = nn.Sequential(nn.Conv1d(frames, half, 1), nn.BatchNorm1d(half))
         self.g = nn.Conv1d(frames, half, 1)
@@ -293,10 +278,10 @@ class CodedAttention(nn.Module):
         nn.init.zeros_(self.expand[1].bias)
         self.query = nn.Parameter(torch.zeros(self.out_dim))
 
-    def forward(self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, quality: Maybe = None, det: Maybe = None) -> Tensor:
         if x.shape[1] != self.frames:
             raise ValueError(f"CodedAttention needs exactly {self.frames} frames a clip, got T = {x.shape[1]}")
-        scores = frame_scores(quality, det) if self.scores else None
+        scores = frame_scores(quality, det)
         with torch.autocast(x.device.type, enabled=False):
             gram, own = self._products(x, scores)
             g = _rows(self.g)  # (T/2, T + 1)
@@ -310,11 +295,10 @@ class CodedAttention(nn.Module):
             weight = (back[:, None, :-1] @ attention)[:, 0] @ g
             return _sum(x, scores, weight[:, :-1] + frames) + weight[:, -1:] + back[:, -1:]
 
-    def _products(self, x: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _products(self, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Multiply the frames and a row of ones by each other, (B, T + 1, T + 1), and by the query, (B, T + 1)."""
-        total = x.sum(dim=-1) if scores is None else x.sum(dim=-1) + scores.sum(dim=-1)
         gram = F.pad(_gram(x, scores), (0, 1, 0, 1))
-        gram[:, -1, :-1] = gram[:, :-1, -1] = total
+        gram[:, -1, :-1] = gram[:, :-1, -1] = x.sum(dim=-1) + scores.sum(dim=-1)
         gram[:, -1, -1] = self.out_dim
         own = _dot(x, scores, self.query)
         return gram, torch.cat([own, self.query.sum().expand(len(x), 1)], dim=1)
@@ -370,17 +354,13 @@ class FixedPool(nn.Module):
         self.out_dim = dim
         self.pool = pool
 
-    def forward(self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None) -> Tensor:
-        return self.pool(x, mask, quality, det)
+    def forward(self, *frames: Maybe) -> Tensor:
+        return self.pool(*frames)
 
-    def weights(self, x: Tensor, mask: Tensor, quality: Tensor | None = None, det: Tensor | None = None) -> Tensor:
-        """Return the weight of each frame (B, T), read off the pool itself.
-
-        It is the weight of the raw embeddings, or of the unit ones where the pool averages those (``mean``).
-        """
-        frames = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
+    def weights(self, x: Tensor, *known: Maybe) -> Tensor:
+        """Return the weight of each frame (B, T): of raw embeddings, or of unit ones where the pool averages those."""
         # Embeddings of length 1, orthogonal to each other, come out with the weights of the raw ones as coordinates.
-        return self.pool(frames, mask, quality, det)
+        return self.pool(torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(len(x), -1, -1), *known)
 
 
 # Name in the book -> constructor from the width D of an embedding.
@@ -388,30 +368,18 @@ AGGREGATORS: dict[str, Callable[[int], nn.Module]] = {
     "mean": lambda dim: FixedPool(dim, lambda x, mask, q, d: mean_pool(x, mask)),
     "norm": lambda dim: FixedPool(dim, lambda x, mask, q, d: norm_pool(x, mask)),
     "quality": lambda dim: FixedPool(dim, quality_pool),
-    "best half": lambda dim: FixedPool(dim, lambda x, mask, q, d: best_k_pool(x, mask, q, 0.5)),
+    "best half": lambda dim: FixedPool(dim, lambda x, mask, q, d: best_pool(x, mask, q)),
     "learned scores": ScoreAttention,
     "NAN": NAN,
-    "NAN, two blocks": lambda dim: NAN(dim, blocks=2),
+    "NAN, two blocks": lambda dim: NAN(dim, two_blocks=True),
     "NAN + scores": lambda dim: NAN(dim, scores=True),
     "attention": ChannelAttention,
     "attention + scores": lambda dim: ChannelAttention(dim, scores=True),
     "DANet + scores": lambda dim: ChannelAttention(dim, scores=True, invert=True),
     "as coded": CodedAttention,
 }
-
-
-NEEDS_SCORES = {
-    "quality",
-    "best half",
-    "learned scores",
-    "NAN + scores",
-    "attention + scores",
-    "DANet + scores",
-    "as coded",
-}
-
-
 LEARNED = {name for name in AGGREGATORS if name not in ("mean", "norm", "quality", "best half")}
+NEEDS_SCORES = {name for name in AGGREGATORS if "scores" in name} | {"quality", "best half", "as coded"}
 
 
 def make_aggregator(name: str, dim: int) -> nn.Module:

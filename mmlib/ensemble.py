@@ -1,9 +1,9 @@
 """Members of an ensemble: what each of them sees, what it never sees, and how much they differ.
 
-Four kinds.  ``views``: every member discards one contiguous block of the feature space and keeps the rest, the proposal of
-One Name (Dong et al., ACM MM 2019).  ``bagging``: a bootstrap of the training clips (Breiman 1996), which loses
-identities of few clips.  ``stratified``: a bootstrap within every identity, which loses none.  ``seeds``: the same clips
-and features, another order, other frames and other dropout.
+Four kinds.  ``views``: every member discards one contiguous block of the feature space and keeps the rest, the
+proposal of One Name (Dong et al., ACM MM 2019).  ``bagging``: a bootstrap of the training clips (Breiman 1996), which
+loses identities of few clips.  ``stratified``: a bootstrap within every identity, which loses none.  ``seeds``: the
+same clips and features, another order, other frames and other dropout.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
 
+from mmlib.experiment import KINDS
 from mmlib.models import Dropout, IdentityModel
-
-KINDS = ("seeds", "views", "bagging", "stratified")
 
 
 def member_clips(kind: str, clips: np.ndarray, identity: np.ndarray, *, seed: int, member: int) -> np.ndarray:
@@ -63,7 +62,7 @@ def disagreement(predicted: np.ndarray) -> float:
 class Together:
     """Hold M models that differ in their numbers only, as one trainable body; a single model stays as it is.
 
-    parameters: leaves for an optimiser by name, those of M models stacked, (M, ...).  Until ``finish`` the models
+    parameters: leaves for an optimiser by name, those of M > 1 models stacked, (M, ...).  Until ``finish`` M > 1 models
     themselves do not change.
     """
 
@@ -73,46 +72,42 @@ class Together:
             raise ValueError("models that are trained together must have the same parameters, of the same shapes")
         self.models = [model.train() for model in models]
         self._drops = [
-            {name: layer for name, layer in model.named_modules() if isinstance(layer, Dropout)} for model in models
+            {f"{name}.keep": layer for name, layer in model.named_modules() if isinstance(layer, Dropout)}
+            for model in models
         ]
         self.parameters, self._buffers = dict(models[0].named_parameters()), {}
         if len(models) > 1:
             self.parameters, self._buffers = stack_module_state(models)
 
     def loss(
-        self, inputs: tuple, label: Tensor, loss: Callable[[Tensor, Tensor], Tensor], generators: list[torch.Generator]
+        self, inputs: dict, label: Tensor, loss: Callable[[Tensor, Tensor], Tensor], generators: list[torch.Generator]
     ) -> Tensor:
         """Return the loss of every model, (M,): ``loss`` of its cosines (B, C) and its labels, (B,) of (M, B).
 
-        inputs: of ``IdentityModel``, with M in front.  generators: of the dropout masks, one a model.  On a GPU the
-        models run in bfloat16.
+        inputs: of ``IdentityModel`` by name; of M > 1 models every tensor has M in front.  generators: of the dropout
+        masks, one a model.  On a GPU the models run in bfloat16.
         """
-        masks = {
-            f"{name}.keep": torch.stack(
-                [layers[name].draw(label.shape[1], generator) for layers, generator in zip(self._drops, generators)]
-            )
-            for name in self._drops[0]
-        }
+        device, clips = label.device.type, label.shape[1]
+        drawn = [
+            {name: drop.draw(clips, g) for name, drop in drops.items()} for drops, g in zip(self._drops, generators)
+        ]
 
-        def one(parameters: dict, buffers: dict, inputs: tuple, label: Tensor) -> Tensor:
-            with torch.autocast(label.device.type, dtype=torch.bfloat16, enabled=label.device.type == "cuda"):
-                cosine = functional_call(self.models[0], (parameters, buffers), inputs)
+        def one(parameters: dict, buffers: dict, inputs: dict, label: Tensor) -> Tensor:
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+                cosine = functional_call(self.models[0], (parameters, buffers), (), inputs)
             return loss(cosine, label)
 
-        if len(self.models) > 1:
-            given = tuple(None if value is None else 0 for value in inputs)
-            return vmap(one, (0, 0, given, 0))(self.parameters, self._buffers | masks, inputs, label)
-        *frames, contexts = inputs
-        frames = [None if value is None else value[0] for value in frames]
-        contexts = {name: tuple(value[0] for value in pair) for name, pair in contexts.items()}
-        return one({}, {name: mask[0] for name, mask in masks.items()}, (*frames, contexts), label[0])[None]
+        if len(self.models) == 1:
+            return one({}, drawn[0], inputs, label[0])[None]
+        masks = {name: torch.stack([keep[name] for keep in drawn]) for name in drawn[0]}
+        return vmap(one)(self.parameters, self._buffers | masks, inputs, label)
 
     @torch.no_grad()
     def finish(self) -> None:
         """Give the models what they have learned, and leave them in eval mode."""
+        learned = (self.parameters | self._buffers) if len(self.models) > 1 else {}
         for place, model in enumerate(self.models):
-            if len(self.models) > 1:
-                for name, value in [*model.named_parameters(), *model.named_buffers()]:
-                    if not name.endswith(".keep"):
-                        value.copy_((self.parameters | self._buffers)[name][place])
+            for name, value in [*model.named_parameters(), *model.named_buffers()]:
+                if name in learned and not name.endswith(".keep"):
+                    value.copy_(learned[name][place])
             model.eval()

@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
+from pandas import Interval
 from torch import Tensor
 
-from mmlib import ensemble, losses
-from mmlib.aggregate import LEARNED
+from mmlib import losses
+from mmlib.aggregate import AGGREGATORS, CONCATS, LEARNED
 from mmlib.data.simulate import Settings, settings_for
-from mmlib.data.store import ClipStore
-from mmlib.rank import COMBINE, Fallback
+from mmlib.data.store import SAMPLES, ClipStore
+from mmlib.rank import COMBINE, Fallback, refuse_other, refuse_outside
 
 CLASSIFIERS = ("nearest", "class means", "whitened means", "linear", "mlp")
 TRAINED = ("linear", "mlp")
-FUSIONS = ("concat", "gated")
-DISTRACTORS = ("all", "held out", "class")
-STARTS = ("class means", "random")
+KINDS = ("seeds", "views", "bagging", "stratified")
+CHOICES = {
+    "aggregator": tuple(AGGREGATORS),
+    "classifier": CLASSIFIERS,
+    "concat": CONCATS,
+    "head": ("cosine", "dot"),
+    "fusion": ("concat", "gated"),
+    "start": ("class means", "random"),
+    "distractors": ("all", "held out", "class"),
+    "split": ("val", "test"),
+    "ensemble": KINDS,
+    "combine": COMBINE,
+}
+POSITIVE, FROM_ZERO, FROM_ONE = (Interval(low, np.inf, end) for low, end in ((0, "neither"), (0, "left"), (1, "left")))
 
 
 @dataclass(frozen=True)
@@ -48,19 +60,20 @@ class Training:
     optimiser: str = "adamw"
 
     def __post_init__(self):
-        if self.focal not in ("clip", "batch"):
-            raise ValueError(f"focal must be clip or batch, got {self.focal!r}")
-        if self.optimiser not in ("adamw", "sgd"):
-            raise ValueError(f"optimiser must be adamw or sgd, got {self.optimiser!r}")
+        refuse_other(self, focal=("clip", "batch"), optimiser=("adamw", "sgd"), sample=SAMPLES[1:])
+        refuse_outside(self, FROM_ONE, "epochs", "batch", "frames", whole=True)
+        refuse_outside(self, POSITIVE, "lr", "scale")
+        refuse_outside(self, FROM_ZERO, "aggregator_lr", "weight_decay", "gamma")
+        refuse_outside(self, Interval(0, np.pi / 2, "both"), "margin")
 
     def loss(self, cosine: Tensor, label: Tensor) -> Tensor:
         """Return the loss of cosines (B, C) at labels (B,), a scalar; without a margin also of inner products."""
-        logits = (
-            losses.margin_logits(cosine, label, margin=self.margin, scale=self.scale)
-            if self.margin
-            else self.scale * cosine
-        )
-        return (losses.focal_loss if self.focal == "clip" else losses.batch_focal_loss)(logits, label, gamma=self.gamma)
+        if self.margin:
+            logits = losses.margin_logits(cosine, label, margin=self.margin, scale=self.scale)
+        else:
+            logits = self.scale * cosine
+        focal = losses.focal_loss if self.focal == "clip" else losses.batch_focal_loss
+        return focal(logits, label, gamma=self.gamma)
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,7 @@ class Experiment:
     The ensemble.  ensemble: a kind of ``mmlib.ensemble``, ``regions``: blocks of ``views``.  members: which are used.
 
     The ranking.  split: whose clips, ``val`` or ``test``.  combine, scale: as in ``combine_scores``.  fallback: when a
-    second model on contexts counts; its ensemble is of the same kind, with twice as many regions, as in the released code.
+    second model on contexts counts; its ensemble is of the same kind, with twice as many regions, as released.
 
     Experiments that differ in ``RANKING`` only share their trained members.
     """
@@ -114,45 +127,45 @@ class Experiment:
     fallback: Fallback | None = None
 
     def __post_init__(self):
-        for name, known in (
-            ("classifier", CLASSIFIERS),
-            ("fusion", FUSIONS),
-            ("distractors", DISTRACTORS),
-            ("start", STARTS),
-            ("ensemble", ensemble.KINDS),
-            ("combine", COMBINE),
-            ("split", ("val", "test")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        trained = self.classifier in TRAINED
-        if self.aggregator in LEARNED and self.modality is not None and not trained:
-            raise ValueError(f"aggregator {self.aggregator!r} is learned, so classifier cannot be {self.classifier!r}")
-        if (self.context or self.head == "dot" or self.distractors == "class") and not trained:
-            raise ValueError(
-                f"context, head and a class of distractors are trained, so classifier cannot be {self.classifier!r}"
-            )
-        if self.modality is None and not self.context:
-            raise ValueError("modality None needs a context")
-        if self.modality in self.context or len(set(self.context)) < len(self.context):
-            raise ValueError(f"context has {self.modality!r} or something else twice: {self.context!r}")
-        if self.split == "test" and self.distractors != "all":
-            raise ValueError(
-                f"distractors are known in val only, so they cannot be {self.distractors!r} with split 'test'"
-            )
-        if self.head == "dot" and self.training.margin:
-            raise ValueError(f"a margin needs a cosine, so head cannot be 'dot' with margin {self.training.margin}")
-        if not self.members or len(set(self.members)) < len(self.members) or min(self.members) < 0:
-            raise ValueError(f"members must be different numbers >= 0, at least one, got {self.members!r}")
-        if self.ensemble == "views" and max(self.members) >= self.regions:
-            raise ValueError(f"member {max(self.members)} of views does not exist with {self.regions} regions")
-        if self.fallback and (self.modality is None or not trained or self.combine not in ("softmax", "cosine")):
-            raise ValueError(
-                "a fallback mixes the scores of two trained models, so it needs a modality and combine "
-                f"'softmax' or 'cosine', got {self.modality!r} and {self.combine!r}"
-            )
+        refuse_other(self, **CHOICES)
+        refuse_outside(self, FROM_ONE, "context_dim", "regions", whole=True)
+        refuse_outside(self, FROM_ZERO, "seed", "hidden", whole=True)
+        refuse_outside(self, Interval(0, 1, "left"), "dropout")
+        refuse_outside(self, Interval(0, 1, "both"), "shrinkage")
+        refuse_outside(self, POSITIVE, "scale")
+        for so, why, *names in self._combinations():
+            if so:
+                raise ValueError(", ".join([why, *(f"{name} is {getattr(self, name)!r}" for name in names)]))
+        if self.simulated:
+            self.world()
         if self.fallback:
-            self.second()  # it may be impossible too
+            self.second()
+
+    def _combinations(self) -> Iterator[tuple]:
+        """Yield what cannot be: whether it is so here, what it is, and the fields that it lies in."""
+        tuples = all(isinstance(part, tuple) for part in (self.context, self.members, self.settings))
+        yield not tuples, "context, members and settings must be tuples", "context", "members", "settings"
+        trained, faces, views = self.classifier in TRAINED, self.modality is not None, self.ensemble == "views"
+        attention, dot, gated = faces and self.aggregator in LEARNED, self.head == "dot", self.fusion == "gated"
+        learned = attention or self.context or dot or self.distractors == "class"
+        whitened, appended = self.classifier == "whitened means", self.concat in ("normalised", "raw")
+        parts, both = (self.modality, *self.context), trained and faces and self.combine in ("softmax", "cosine")
+        known = {member for member in self.members if type(member) is int and member >= 0}
+        parameters = ("aggregator", "context", "head", "distractors")
+        yield not trained and learned, "what has parameters needs a trained classifier", "classifier", *parameters
+        yield whitened and appended, "no scores can be appended to what is whitened", "classifier", "concat"
+        yield not faces and not self.context, "modality None needs a context", "context"
+        yield not faces and (self.concat != "none" or gated), "scores and gates need a modality", "concat", "fusion"
+        yield len(set(parts)) < len(parts), "context has something twice", "modality", "context"
+        yield self.split == "test" and self.distractors != "all", "distractors are known in val only", "distractors"
+        yield dot and self.training.margin > 0, "a margin needs a cosine", "head", "training"
+        yield self.training.batch == 1 and self.classifier == "mlp", "batch norm needs two clips", "training"
+        yield not known or len(known) < len(self.members), "members must be different numbers >= 0", "members"
+        yield views and self.regions == 1, "one region leaves a view nothing", "regions"
+        most = max(known)
+        yield views and most >= self.regions, f"member {most} of views does not exist with {self.regions} regions"
+        mixes = "a fallback mixes the scores of two trained models"
+        yield self.fallback and not both, mixes, "classifier", "modality", "combine"
 
     def branch(self) -> Experiment:
         """Return what decides the trained members: the experiment with its ranking set aside."""
@@ -160,19 +173,10 @@ class Experiment:
 
     def second(self) -> Experiment:
         """Return the experiment of the fallback's model."""
-        training = replace(self.training, lr=self.fallback.lr or self.training.lr)
-        return replace(
-            self,
-            training=training,
-            modality=None,
-            context=self.fallback.context,
-            fusion="concat",
-            concat="none",
-            aggregator="norm",
-            regions=2 * self.regions,
-            members=self.fallback.members,
-            fallback=None,
-        )
+        asked, training = self.fallback, replace(self.training, lr=self.fallback.lr or self.training.lr)
+        alone = {"modality": None, "aggregator": "norm", "concat": "none", "fusion": "concat", "fallback": None}
+        own = {"context": asked.context, "members": asked.members, "regions": 2 * self.regions, "training": training}
+        return replace(self, **alone, **own)
 
     @property
     def simulated(self) -> bool:
@@ -203,32 +207,29 @@ class Experiment:
 
 
 # The fields of an experiment that decide nothing of its training, at their defaults.
-RANKING = {
-    item.name: item.default for item in fields(Experiment) if item.name in ("members", "combine", "scale", "fallback")
-}
+RANKING = {name: getattr(Experiment, name) for name in ("members", "combine", "scale", "fallback")}
 
 
 def arm_key(experiment: Experiment | Mapping, *free: str) -> str:
     """Name what an experiment is, whatever world it ran in, as text: all that it says but its data, size and seed.
 
     experiment: one, or what a record says of one, where tuples are lists; what a record does not say was added to
-    experiments after it was made, and has its default.  free: more names that may differ, dotted within ``training`` and
-    ``fallback``.
+    experiments after it was made, and has its default.  free: more names that may differ, dotted within
+    ``training`` and ``fallback``.
 
     >>> arm_key(Experiment(seed=1)) == arm_key(Experiment(seed=2, training=Training(lr=1.0)), "training.lr")
     True
     """
     said = dict(experiment) if isinstance(experiment, Mapping) else asdict(experiment)
     whole = asdict(Experiment())
-    whole |= {name: value for name, value in said.items() if name in whole}
-    parts = {"": whole, "training": asdict(Training()) | dict(whole["training"])}
-    if whole["fallback"]:
-        parts["fallback"] = asdict(Fallback()) | dict(whole["fallback"])
-    whole |= {name: part for name, part in parts.items() if name}
+    whole |= {name: said[name] for name in whole.keys() & said.keys()}
+    whole["training"] = asdict(Training()) | dict(whole["training"])
+    whole["fallback"] = whole["fallback"] and asdict(Fallback()) | dict(whole["fallback"])
     for name in ("data", "profile", "settings", "seed", *free):
         group, _, last = name.rpartition(".")
-        if group in parts:
-            parts[group].pop(last, None)
+        part = whole.get(group) if group else whole
+        if part:
+            part.pop(last, None)
     return json.dumps(whole, sort_keys=True)
 
 

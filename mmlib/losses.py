@@ -1,4 +1,4 @@
-"""Losses of the study: additive angular margin, focal terms, and the quality scores beside the clip feature.
+"""Losses of the study: additive angular margin and focal terms.
 
 Angles are in radians. Every function returns new tensors, computes in float32 (or float64 if given) also
 under autocast, and has finite gradients for every finite input.
@@ -72,18 +72,3 @@ def _modulated(loss: Tensor, gamma: float) -> Tensor:
     # -expm1 keeps 1 - p exact where p is near 1; the clamp keeps the slope of its power finite for gamma < 1.
     easy = -torch.expm1(-loss)
     return easy.clamp_min(torch.finfo(loss.dtype).tiny).pow(gamma) * loss
-
-
-def concat_scores(feature: Tensor, scores: Tensor, *, normalise: bool = True) -> Tensor:
-    """Append the clip's scores (B, S) to its feature (B, D), (B, D + S).
-
-    Magnitude carries quality, and a cosine classifier divides it out; appended scores survive. normalise=True
-    divides the feature by its L2 norm first, as the One Name paper describes; False appends to the raw
-    feature, as its code does (there frame by frame, see `aggregate.frame_scores`). Scores should then be of
-    order 1, e.g. quality / 100.
-    """
-    feature = _full(feature)
-    if normalise:
-        norm = feature.norm(dim=-1, keepdim=True)
-        feature = feature / torch.where(norm > 0, norm, 1.0)  # F.normalize has a slope of 1e12 at a zero feature
-    return torch.cat([feature, scores.to(feature.dtype)], dim=-1)

@@ -6,20 +6,34 @@ optional branch a context (scene, head, body, audio), a residual MLP, and a cosi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmlib import aggregate
-from mmlib.losses import concat_scores
+from mmlib.aggregate import CONCATS, QUALITY_UNIT, Maybe, require_scores
+
+Contexts = dict[str, tuple[Tensor, Tensor]] | None  # by name the feature (B, D) and whether a clip has it (B,)
+
+
+@contextmanager
+def seeded(seed: int | list[int]) -> Iterator[None]:
+    """Draw the weights of new layers from ``seed``, and leave torch's own generator as it was."""
+    number = seed if isinstance(seed, int) else int(np.random.SeedSequence(seed).generate_state(1)[0])
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(number)
+        yield
 
 
 class Dropout(nn.Module):
     """Zero each of ``width`` inputs with probability p in training, and scale the others by 1 / (1 - p).
 
-    keep: what the inputs (B, width) are multiplied by. A training loop draws it with ``draw`` before every pass, so that
-    a model sees the same masks whether it is trained alone or beside others; left empty, every pass draws its own from
-    torch's generator.
+    keep: what the inputs (B, width) are multiplied by. A training loop draws it with ``draw`` before every pass, so
+    that a model sees the same masks whether it is trained alone or beside others; left empty, every pass draws its own
+    from torch's generator.
     """
 
     def __init__(self, width: int, p: float):
@@ -31,7 +45,7 @@ class Dropout(nn.Module):
         """Return a mask (clips, width)."""
         # Uniform numbers, because a CPU draws Bernoulli ones four times slower.
         mask = torch.rand(clips, self.width, generator=generator, device=self.keep.device)
-        return mask.ge_(self.p).div_(1 - self.p or 1)
+        return mask.ge_(self.p).div_(1 - self.p)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -40,10 +54,10 @@ class Dropout(nn.Module):
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):
-    """Normalise the rows of (B, D) that are ``present`` (B,) by their own statistics; what the others become is not meant.
+    """Normalise the rows of (B, D) that are ``present`` (B,) by their own statistics; the others become anything.
 
-    The same as ``BatchNorm1d`` of those rows alone, without any work that depends on how many there are.  Statistics need
-    two rows: with fewer, nothing is learned and the running ones stay.
+    The same as ``BatchNorm1d`` of those rows alone, without any work that depends on how many there are.  Statistics
+    need two rows: with fewer, nothing is learned and the running ones stay.
     """
 
     def forward(self, x: Tensor, present: Tensor) -> Tensor:
@@ -74,14 +88,8 @@ class ResidualMLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int, dropout: float):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(dim, hidden, bias=False),
-            nn.BatchNorm1d(hidden),
-            nn.PReLU(),
-            Dropout(hidden, dropout),
-            nn.Linear(hidden, dim, bias=False),
-            nn.BatchNorm1d(dim),
-        )
+        first = [nn.Linear(dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.PReLU(), Dropout(hidden, dropout)]
+        self.layers = nn.Sequential(*first, nn.Linear(hidden, dim, bias=False), nn.BatchNorm1d(dim))
         nn.init.zeros_(self.layers[-1].weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,17 +104,9 @@ class ContextBranch(nn.Module):
 
     def __init__(self, dim: int, out: int, dropout: float):
         super().__init__()
-        self.layers = nn.ModuleList(
-            [
-                nn.Linear(dim, dim // 4, bias=False),
-                MaskedBatchNorm(dim // 4),
-                nn.PReLU(),
-                Dropout(dim // 4, dropout),
-                nn.Linear(dim // 4, out, bias=False),
-                MaskedBatchNorm(out),
-                nn.PReLU(),
-            ]
-        )
+        width = max(1, dim // 4)
+        first = [nn.Linear(dim, width, bias=False), MaskedBatchNorm(width), nn.PReLU(), Dropout(width, dropout)]
+        self.layers = nn.ModuleList([*first, nn.Linear(width, out, bias=False), MaskedBatchNorm(out), nn.PReLU()])
         self.absent = nn.Parameter(torch.zeros(out))
         self.out_dim = out
 
@@ -125,21 +125,28 @@ def region(width: int, block: int, blocks: int) -> slice:
     return slice(block * width // blocks, (block + 1) * width // blocks)
 
 
-CONCATS = ("none", "normalised", "raw", "frames")
+def gap(width: int, discard: tuple[int, int] | None) -> slice:
+    """Return which of ``width`` dimensions a model does not see that discards a (block, blocks), or nothing."""
+    return region(width, *discard) if discard else slice(0, 0)
+
+
+def kept_width(width: int, discard: tuple[int, int] | None) -> int:
+    """Return how many of ``width`` dimensions are left without the discarded block."""
+    return width - len(range(width)[gap(width, discard)])
 
 
 class IdentityModel(nn.Module):
     """Score clips against identities by the cosine between a transformed clip feature and one vector an identity.
 
-    aggregator: a module of ``mmlib.aggregate`` or ``FixedPool``, or None for a model of contexts alone.  identities: C.
-    hidden: width of the residual MLP, 0 for none (a linear cosine classifier).  concat: ``"normalised"`` or ``"raw"``
-    appends the clip's mean quality / 100 and det score to its feature, normalised first or not
-    (``losses.concat_scores``); ``"frames"`` leaves the feature raw and appends nothing, for an aggregator that has
-    appended the scores to every raw frame, as the released code does; ``"none"`` normalises and appends nothing.
-    contexts: width by name of the context features that join through a ``ContextBranch``
-    of ``context_dim`` outputs each.  gated: multiply each by a gate in (0, 1) that sees it and the clip feature.
-    head: ``"cosine"``, or ``"dot"`` for the inner products of a plain softmax classifier.  discard: (block, blocks),
-    the region of the embeddings and of every context that the model does not see.
+    aggregator: a module of ``mmlib.aggregate``, or None for a model of contexts alone.  identities: C.  hidden: width
+    of the residual MLP, 0 for none (a linear cosine classifier).  concat: ``"normalised"`` or ``"raw"`` appends the
+    clip's mean quality / 100 and det score to its feature, normalised first, as the One Name paper describes, or not:
+    magnitude carries quality, and a cosine divides it out; ``"frames"`` leaves the feature raw and appends nothing, for
+    an aggregator that has appended the scores to every raw frame, as the released code does; ``"none"`` normalises and
+    appends nothing.  contexts: width by name of the context features that join through a ``ContextBranch`` of
+    ``context_dim`` outputs each.  gated: multiply each by a gate in (0, 1) that sees it and the clip feature.  head:
+    ``"cosine"``, or ``"dot"`` for the inner products of a plain softmax classifier.  discard: (block, blocks), the
+    block of the embeddings and of every context that the model does not see, as in ``gap``.
     """
 
     def __init__(
@@ -163,17 +170,11 @@ class IdentityModel(nn.Module):
             raise ValueError(f"head must be cosine or dot, got {head!r}")
         if aggregator is None and (gated or not contexts or concat != "none"):
             raise ValueError("a model without an aggregator has at least one context, no gates and no scores to append")
-        self.aggregator = aggregator
-        self.concat = concat
-        self.head = head
-        self.discard = discard
+        self.aggregator, self.concat, self.head, self.discard = aggregator, concat, head, discard
         own = 0 if aggregator is None else aggregator.out_dim + 2 * (concat in ("normalised", "raw"))
-        self.branches = nn.ModuleDict(
-            {
-                name: ContextBranch(kept_width(width, discard), context_dim, dropout)
-                for name, width in (contexts or {}).items()
-            }
-        )
+        widths = {name: kept_width(width, discard) for name, width in (contexts or {}).items()}
+        branches = {name: ContextBranch(width, context_dim, dropout) for name, width in widths.items()}
+        self.branches = nn.ModuleDict(branches)
         self.gates = nn.ModuleDict({name: nn.Linear(own + context_dim, 1) for name in self.branches} if gated else {})
         self.dim = own + context_dim * len(self.branches)
         self.mlp = ResidualMLP(self.dim, hidden, dropout) if hidden else nn.Identity()
@@ -183,17 +184,11 @@ class IdentityModel(nn.Module):
         self.register_buffer("whitening", None)
 
     def pool(
-        self,
-        x: Tensor | None,
-        mask: Tensor | None,
-        quality: Tensor | None,
-        det: Tensor | None,
-        contexts: dict[str, tuple[Tensor, Tensor]] | None = None,
+        self, x: Maybe = None, mask: Maybe = None, quality: Maybe = None, det: Maybe = None, contexts: Contexts = None
     ) -> Tensor:
         """Return what enters the MLP, (B, dim), entries of order 1.
 
-        x (B, T, D) and the contexts are without the region that the model discards, ``gap``.  contexts: by name the
-        feature (B, D) and whether a clip has it (B,).
+        x (B, T, D) and the contexts are without the block that the model discards, ``gap``.
         """
         parts = [] if self.aggregator is None else [self._clip_feature(x, mask, quality, det)]
         for name, branch in self.branches.items():
@@ -204,19 +199,18 @@ class IdentityModel(nn.Module):
             parts.append(reduced)
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
-    def gap(self, width: int) -> slice:
-        """Return the dimensions that the model discards of an embedding or a context of ``width`` dimensions."""
-        return slice(0, 0) if self.discard is None else region(width, *self.discard)
-
-    def _clip_feature(self, x: Tensor, mask: Tensor, quality: Tensor | None, det: Tensor | None) -> Tensor:
+    def _clip_feature(self, x: Tensor, mask: Tensor, quality: Maybe, det: Maybe) -> Tensor:
         feature = self.aggregator(x, mask, quality, det)
         if self.whitening is not None:
             feature = (F.normalize(feature, dim=1) - self.centre) @ self.whitening
+        if self.concat == "normalised":
+            norm = feature.norm(dim=1, keepdim=True)
+            feature = feature / torch.where(norm > 0, norm, 1.0)  # F.normalize has a slope of 1e12 at a zero feature
         if self.concat in ("normalised", "raw"):
-            aggregate._require("concat", quality=quality, det=det)
+            require_scores("concat", quality=quality, det=det)
             weight = mask / mask.sum(1, keepdim=True).clamp(min=1)
-            scores = torch.stack([(quality * weight).sum(1) / aggregate.QUALITY_UNIT, (det * weight).sum(1)], 1)
-            feature = concat_scores(feature, scores, normalise=self.concat == "normalised")
+            scores = torch.stack([(quality * weight).sum(1) / QUALITY_UNIT, (det * weight).sum(1)], 1)
+            feature = torch.cat([feature, scores.to(feature.dtype)], dim=1)
         return feature if self.concat in ("raw", "frames") else F.normalize(feature, dim=1) * feature.shape[1] ** 0.5
 
     def embed(self, pooled: Tensor) -> Tensor:
@@ -228,9 +222,9 @@ class IdentityModel(nn.Module):
         """Return cosines, or inner products under ``head="dot"``, with every identity, (B, C)."""
         return embedded @ (F.normalize(self.prototype, dim=1) if self.head == "cosine" else self.prototype).T
 
-    def forward(self, *inputs) -> Tensor:
+    def forward(self, *inputs, **named) -> Tensor:
         """Return cosines (B, C); arguments as for ``pool``."""
-        return self.compare(self.embed(self.pool(*inputs)))
+        return self.compare(self.embed(self.pool(*inputs, **named)))
 
     @torch.no_grad()
     def start_from_class_means(self, pooled: Tensor, label: Tensor) -> None:
@@ -241,14 +235,6 @@ class IdentityModel(nn.Module):
         mean = class_means(F.normalize(pooled, dim=1), label, len(self.prototype))
         seen = mean.norm(dim=1) > 0
         self.prototype[seen] = F.normalize(mean[seen], dim=1)
-
-
-def kept_width(width: int, discard: tuple[int, int] | None) -> int:
-    """Return how many of ``width`` dimensions are left without the discarded region."""
-    if discard is None:
-        return width
-    gap = region(width, *discard)
-    return width - (gap.stop - gap.start)
 
 
 def class_means(feature: Tensor, label: Tensor, identities: int) -> Tensor:

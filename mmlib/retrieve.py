@@ -16,9 +16,9 @@ from mmlib import ensemble, metrics, rank
 from mmlib.aggregate import NEEDS_SCORES, make_aggregator
 from mmlib.data.store import ClipStore
 from mmlib.experiment import TRAINED, Experiment, torch_device
-from mmlib.models import IdentityModel, kept_width, within_class_whitening
+from mmlib.models import IdentityModel, kept_width, seeded, within_class_whitening
 from mmlib.rank import combine_scores, fuse_ranks
-from mmlib.train import classes_of, pooled_features, seed_torch, train_together
+from mmlib.train import classes_of, pooled_features, train_together
 
 
 class Member:
@@ -349,22 +349,21 @@ def _start(e: Experiment, store: ClipStore, member: int, device: torch.device) -
 def make_model(experiment: Experiment, store: ClipStore, member: int = 0) -> IdentityModel:
     """Return a member's model before it has seen a clip."""
     e = experiment
-    seed_torch(ensemble.member_seed(e.seed, member))
     widths = {name: source.feature.shape[1] for name, source in store.modalities.items()}
     discard = (member, e.regions) if e.ensemble == "views" else None
-    aggregator = None if e.modality is None else make_aggregator(e.aggregator, kept_width(widths[e.modality], discard))
-    return IdentityModel(
-        aggregator,
-        len(store.identities) + (e.distractors == "class"),
-        dropout=e.dropout,
-        hidden=e.hidden if e.classifier == "mlp" else 0,
-        concat=e.concat,
-        head=e.head,
-        contexts={name: widths[name] for name in e.context},
-        context_dim=e.context_dim,
-        gated=e.fusion == "gated" and e.modality is not None,
-        discard=discard,
-    )
+    with seeded(ensemble.member_seed(e.seed, member)):
+        return IdentityModel(
+            None if e.modality is None else make_aggregator(e.aggregator, kept_width(widths[e.modality], discard)),
+            len(store.identities) + (e.distractors == "class"),
+            dropout=e.dropout,
+            hidden=e.hidden if e.classifier == "mlp" else 0,
+            concat=e.concat,
+            head=e.head,
+            contexts={name: widths[name] for name in e.context},
+            context_dim=e.context_dim,
+            gated=e.fusion == "gated" and e.modality is not None,
+            discard=discard,
+        )
 
 
 def training_clips(experiment: Experiment, store: ClipStore) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -13,21 +15,7 @@ from mmlib.aggregate import mean_pool
 from mmlib.data.store import ClipStore, sample_rows
 from mmlib.ensemble import Together
 from mmlib.experiment import Training
-from mmlib.models import IdentityModel
-
-
-def train(
-    model: IdentityModel,
-    store: ClipStore,
-    clips: np.ndarray,
-    training: Training,
-    *,
-    seed: int | list[int],
-    modality: str | None = "face",
-    progress: bool = False,
-) -> list[float]:
-    """Train on clips (n,) of a store; return the mean loss of every epoch.  See ``train_together``."""
-    return train_together([model], store, [clips], training, seeds=[seed], modality=modality, progress=progress)[0]
+from mmlib.models import IdentityModel, gap, kept_width
 
 
 def train_together(
@@ -50,41 +38,61 @@ def train_together(
     bfloat16, the loss in float32, and within an epoch nothing waits for the host.  The same seed gives the same clips,
     frames and order whatever the model, so that two arms see the same data.
     """
-    if len({len(chosen) for chosen in clips}) != 1 or not len(models) == len(clips) == len(seeds):
-        raise ValueError(
-            f"{len(models)} models trained together need as many seeds and lists of clips of one length, "
-            f"got {len(seeds)} seeds and lists of {', '.join(str(len(chosen)) for chosen in clips)} clips"
-        )
-    device, number = models[0].prototype.device, len(clips[0])
-    data, drops = ([_generator(seed, stream, device) for seed in seeds] for stream in (2, 5))
-    together = Together(models)
-    optimiser = _optimiser(together.parameters, training)
-    # A last batch of one clip would break batch norm, so the remainder is spread over the batches.
-    steps = max(1, round(number / training.batch))
+    device, number, sizes = models[0].prototype.device, len(clips[0]), [len(chosen) for chosen in clips]
+    if len(set(sizes)) != 1 or not len(models) == len(clips) == len(seeds):
+        needs = f"{len(models)} models trained together need as many seeds and lists of clips of one length"
+        raise ValueError(f"{needs}, got {len(seeds)} seeds and lists of {', '.join(map(str, sizes))} clips")
+    if number < 2:
+        raise ValueError(f"{store.path}: training needs two clips at least, got {number}")
+    # Batch norm needs two clips, so the remainder is spread over the batches.
+    steps = max(1, min(round(number / training.batch), number // 2))
     bounds = np.linspace(0, number, steps + 1).round().astype(int).tolist()
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, training.epochs * steps)
-    reader = Reader(models, store, clips, modality, training)
-    label = torch.from_numpy(np.stack([classes_of(store, chosen) for chosen in clips])).to(device)
-    history = []
-    bar = tqdm(range(training.epochs), desc="train", unit="epoch", disable=not progress, mininterval=1, leave=False)
-    for _ in bar:
-        total = torch.zeros(len(models), device=device)
-        order = torch.stack([torch.randperm(number, generator=generator, device=device) for generator in data])
-        reader.draw(data)
-        for low, high in zip(bounds, bounds[1:]):
-            places = order[:, low:high]
-            loss = together.loss(reader.read(places), label.gather(1, places), training.loss, drops)
-            optimiser.zero_grad(set_to_none=True)
-            loss.sum().backward()
-            optimiser.step()
-            schedule.step()
-            total += loss.detach() * (high - low)
-        history.append((total / number).tolist())
-        if not np.isfinite(history[-1]).all():
-            raise ValueError(f"training diverged: loss {max(history[-1])} in epoch {len(history)} of {training}")
-        bar.set_postfix(loss=f"{np.mean(history[-1]):.3f}")
-    together.finish()
+    most = f"{number // steps} clips of {training.frames} frames for {len(models)} models"
+    with _enough_memory(f"{store.path}: training steps of {most} on {device}: lower batch, frames or members"):
+        data, drops = ([_generator(seed, stream, device) for seed in seeds] for stream in (2, 5))
+        together = Together(models)
+        optimiser = _optimiser(together.parameters, training)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, training.epochs * steps)
+        reader = Reader(models, store, clips, modality, training)
+        label = torch.from_numpy(np.stack([classes_of(store, chosen) for chosen in clips])).to(device)
+        history = []
+        bar = tqdm(range(training.epochs), "train", unit="epoch", disable=not progress, mininterval=1, leave=False)
+        for epoch in bar:
+            total = torch.zeros(len(models), device=device)
+            order = torch.stack([torch.randperm(number, generator=generator, device=device) for generator in data])
+            reader.draw(data)
+            for low, high in zip(bounds, bounds[1:]):
+                places = order[:, low:high]
+                loss = together.loss(reader.read(places), label.gather(1, places), training.loss, drops)
+                optimiser.zero_grad(set_to_none=True)
+                loss.sum().backward()
+                optimiser.step()
+                schedule.step()
+                total += loss.detach() * (high - low)
+            history.append((total / number).tolist())
+            if not np.isfinite(history[-1]).all():
+                raise ValueError(f"training diverged: loss {max(history[-1])} in epoch {epoch + 1} of {training}")
+            bar.set_postfix(loss=f"{np.mean(history[-1]):.3f}")
+        together.finish()
     return [list(losses) for losses in zip(*history)]
+
+
+@contextmanager
+def _enough_memory(what: str) -> Iterator[None]:
+    """Turn the errors of a full memory, of a CPU or a GPU, into one: what did not fit, and what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(
+            "out of memory|allocate memory|ALLOC_FAILED", str(error)
+        ):
+            raise
+        raise ValueError(f"out of memory: {what}") from None
+
+
+def _longest(store: ClipStore, name: str, clip: int) -> str:
+    frames = store.modalities[name].count[clip]
+    return f"{store.path}: clip {store.clips['clip'].iloc[clip]!r} has {frames} frames of {name}: keep fewer of them"
 
 
 def _optimiser(parameters: dict[str, Tensor], training: Training) -> torch.optim.Optimizer:
@@ -106,11 +114,6 @@ def classes_of(store: ClipStore, clips: np.ndarray) -> np.ndarray:
     return np.where(identity < 0, len(store.identities), identity)
 
 
-def seed_torch(seed: int | list[int]) -> None:
-    """Seed torch's own generators, which new layers draw their weights from."""
-    torch.manual_seed(seed if isinstance(seed, int) else int(np.random.SeedSequence(seed).generate_state(1)[0]))
-
-
 class Reader:
     """Read the training batches of M models from a store, on the models' device.
 
@@ -126,58 +129,54 @@ class Reader:
         modality: str | None,
         training: Training,
     ):
-        device = models[0].prototype.device
-        self._sampling = _sampling(models[0], training.sample, training.frames)
+        device, first = models[0].prototype.device, models[0]
+        self._sampling = _sampling(first, training.sample, training.frames)
         self._frames = None if modality is None else store.on(modality, device)
         self._clips = torch.from_numpy(np.stack(clips)).to(device)
         self._buffer = torch.empty(0, device=device)
-        self._contexts = {}
-        if modality is not None:
-            self._gaps = [model.gap(self._frames.feature.shape[1]) for model in models]
-            if self._sampling[0] == "draw" and (self._frames.count[self._clips] == 0).any():
-                raise ValueError(f"{store.path}: a training clip has no {modality} to draw frames from")
+        self._discards = [model.discard for model in models]
+        if modality is not None and self._sampling[0] == "draw" and (self._frames.count[self._clips] == 0).any():
+            raise ValueError(f"{store.path}: a training clip has no {modality} to draw frames from")
         union = np.unique(np.concatenate(clips))
         self._place = torch.from_numpy(np.searchsorted(union, np.stack(clips))).to(device)
-        for name in models[0].branches:
-            width = store.on(name, device).feature.shape[1]
-            gaps = [(gap.start, gap.stop) for gap in (model.gap(width) for model in models)]
-            read = {gap: contexts(store, name, union, slice(*gap), device) for gap in dict.fromkeys(gaps)}
-            self._contexts[name] = [read[gap] for gap in gaps]
+        self._contexts = {}
+        for name in first.branches:
+            known = {
+                discard: contexts(store, name, union, discard, device) for discard in dict.fromkeys(self._discards)
+            }
+            self._contexts[name] = [known[discard] for discard in self._discards]
 
     def draw(self, generators: list[torch.Generator]) -> None:
         """Draw the frames of an epoch for every clip of every model."""
         if self._frames is not None:
-            source = self._frames
-            self._rows = torch.stack(
-                [
-                    sample_rows(source.start[clips], source.count[clips], *self._sampling, generator)
-                    for clips, generator in zip(self._clips, generators)
-                ]
-            )
+            start, count = self._frames.start[self._clips], self._frames.count[self._clips]
+            self._rows = [sample_rows(*span, *self._sampling, g) for *span, g in zip(start, count, generators)]
 
-    def read(self, places: Tensor) -> tuple:
-        """Return the inputs of ``IdentityModel`` with M in front, for the clips at ``places`` (M, B) of each model's.
+    def read(self, places: Tensor) -> dict:
+        """Return the inputs of ``IdentityModel`` for the clips at ``places`` (M, B), as ``Together`` takes them.
 
         They hold until the next call.
         """
-        inputs = [None] * 4
+        inputs = {}
         if self._frames is not None:
-            parts = [rows[place] for rows, place in zip(self._rows, places)]
-            dim = self._frames.feature.shape[1] - (self._gaps[0].stop - self._gaps[0].start)
-            out = self._buffer.resize_(len(parts), *parts[0].shape, dim)
-            parts = [self._frames.gather(rows, gap=gap, out=one)[1:4] for rows, gap, one in zip(parts, self._gaps, out)]
-            inputs = [out, *(None if part[0] is None else _stack(part) for part in zip(*parts))]
-        places = self._place.gather(1, places)
+            width, rows = self._frames.feature.shape[1], [rows[place] for rows, place in zip(self._rows, places)]
+            gaps = [gap(width, discard) for discard in self._discards]
+            out = self._buffer.resize_(len(rows), *rows[0].shape, width - len(range(width)[gaps[0]]))
+            batches = [self._frames.gather(r, gap=left, out=one)[1:4] for r, left, one in zip(rows, gaps, out)]
+            parts = dict(zip(("mask", "quality", "det"), zip(*batches)))
+            inputs = {name: _stack(part) for name, part in parts.items() if part[0] is not None}
+            inputs["x"] = out if len(rows) > 1 else out[0]
+        at = self._place.gather(1, places)
         context = {
-            name: tuple(_stack([value[place] for value, place in zip(values, places)]) for values in zip(*read))
+            name: tuple(_stack([value[place] for value, place in zip(values, at)]) for values in zip(*read))
             for name, read in self._contexts.items()
         }
-        return *inputs, context
+        return inputs | {"contexts": context}
 
 
 def _stack(parts: Sequence[Tensor]) -> Tensor:
-    """Stack tensors of one shape, a single one without a copy."""
-    return torch.stack(tuple(parts)) if len(parts) > 1 else parts[0][None]
+    """Stack tensors of one shape; a single one stays as it is."""
+    return torch.stack(tuple(parts)) if len(parts) > 1 else parts[0]
 
 
 def _sampling(model: IdentityModel, sample: str, frames: int | None) -> tuple[str, int | None]:
@@ -200,20 +199,27 @@ def _blocks(count: np.ndarray, block: int) -> Iterator[np.ndarray]:
 
 @torch.no_grad()
 def contexts(
-    store: ClipStore, name: str, clips: np.ndarray, gap: slice, device: torch.device, *, block: int = 2_048
+    store: ClipStore,
+    name: str,
+    clips: np.ndarray,
+    discard: tuple[int, int] | None,
+    device: torch.device,
+    *,
+    block: int = 2_048,
 ) -> tuple[Tensor, Tensor]:
-    """Return the context feature of clips, (n, D - gap), and whether they have it, (n,), on a device.
+    """Return the context feature of clips, (n, D) without the discarded block, and whether they have it, (n,).
 
-    It is the mean of the unit embeddings of all frames, scaled to entries of order 1; a model that discards a region does
-    not know even the length of what it discards.
+    It is the mean of the unit embeddings of all frames, scaled to entries of order 1; a model that discards a block
+    does not know even the length of what it discards.
     """
-    source = store.on(name, device)
-    count = store.modalities[name].count[clips]
-    feature = torch.zeros(len(clips), source.feature.shape[1] - (gap.stop - gap.start), device=device)
+    source, count = store.on(name, device), store.modalities[name].count[clips]
+    left = gap(source.feature.shape[1], discard)
+    feature = torch.zeros(len(clips), kept_width(source.feature.shape[1], discard), device=device)
     for places in _blocks(np.maximum(count, 1), block):
-        at = torch.from_numpy(clips[places]).to(device)
-        batch = source.gather(sample_rows(source.start[at], source.count[at]), gap=gap)
-        feature[torch.from_numpy(places).to(device)] = mean_pool(batch.feature, batch.mask) * feature.shape[1] ** 0.5
+        at, to = (torch.from_numpy(part).to(device) for part in (clips[places], places))
+        with _enough_memory(_longest(store, name, clips[places[-1]])):
+            batch = source.gather(sample_rows(source.start[at], source.count[at]), gap=left)
+            feature[to] = mean_pool(batch.feature, batch.mask) * feature.shape[1] ** 0.5
     return feature, torch.from_numpy(count > 0).to(device)
 
 
@@ -230,27 +236,24 @@ def pooled_features(
     """Return what enters the MLP, (n, dim), for clips that have the modality, from all of their frames.
 
     An aggregator with a fixed number of frames (``as coded``) gets that many drawn ones instead.  Clips are read in
-    order of their length, about ``block`` frames at a time, so that little of a batch is padding.
+    order of their length, about ``block`` frames at a time, so that little of a batch is padding; a longer one alone.
     """
     device = model.prototype.device
     sample, frames = _sampling(model, "all", None)
     generator = _generator(seed, 3, device)
-    if modality is None:
-        count = np.full(len(clips), 8)  # a context of 2048 dimensions weighs as much as a few faces
-    else:
+    count = np.full(len(clips), frames or 8)  # a context of 2048 dimensions weighs as much as a few faces
+    if modality is not None:
         source = store.on(modality, device)
-        count = np.full(len(clips), frames) if frames else store.modalities[modality].count[clips]
+        count = count if frames else store.modalities[modality].count[clips]
     out = torch.empty(len(clips), model.dim, device=device)
     model.eval()
     for places in _blocks(count, block):
-        inputs = [None] * 4
-        if modality is not None:
-            at = torch.from_numpy(clips[places]).to(device)
-            rows = sample_rows(source.start[at], source.count[at], sample, frames, generator)
-            inputs = source.gather(rows, gap=model.gap(source.feature.shape[1]))[:4]
-        context = {
-            name: contexts(store, name, clips[places], model.gap(store.on(name, device).feature.shape[1]), device)
-            for name in model.branches
-        }
-        out[torch.from_numpy(places).to(device)] = model.pool(*inputs, context)
+        at, to = (torch.from_numpy(part).to(device) for part in (clips[places], places))
+        with _enough_memory(_longest(store, modality or next(iter(model.branches)), clips[places[-1]])):
+            inputs = [None] * 4
+            if modality is not None:
+                rows = sample_rows(source.start[at], source.count[at], sample, frames, generator)
+                inputs = source.gather(rows, gap=gap(source.feature.shape[1], model.discard))[:4]
+            context = {name: contexts(store, name, clips[places], model.discard, device) for name in model.branches}
+            out[to] = model.pool(*inputs, context)
     return out
