@@ -94,7 +94,8 @@ def explained() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        together, text, module = torch.distributed.is_initialized(), str(error), type(error).__module__
+        text, module = str(error), type(error).__module__
+        together = torch.distributed.is_initialized() and not isinstance(error, GeneratorExit)
         if together:  # a launcher stops all processes as soon as one has failed: let this one clear away first
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         scarce = any(part in text for part in ("out of memory", "allocate memory", "ALLOC_FAILED"))
