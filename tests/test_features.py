@@ -291,6 +291,7 @@ def test_what_is_no_array_is_said_with_how_to_save_one(tmp_path, name, width):
         (ARRAY[:4], "array.npy: 4 rows, but .*table.csv has 5"),
         (ARRAY[0], r"float32 \(3,\), expected floats \(F, D\)"),
         (ARRAY.astype(np.int32), "int32"),
+        (np.array([*ARRAY, None], object)[:5], "array.npy: .*objects"),
     ],
 )
 def test_an_array_that_does_not_fit_is_refused(tmp_path, array, message):

@@ -43,10 +43,10 @@ class ArrayStream:
         wanted, got = (self.dtype, list(self.row_shape)), (block.dtype, list(block.shape[1:]))
         if got != wanted:
             raise ValueError("{}: expected rows of {}{}, got {}{}".format(self._file.name, *wanted, *got))
-        block = np.ascontiguousarray(block)
+        content = np.ascontiguousarray(block).data
         self._hashed.result()  # so that one block is held and no more
-        self._hashed = self._beside.submit(self._sha256.update, block)
-        self._file.write(block)
+        self._hashed = self._beside.submit(self._sha256.update, content)
+        self._file.write(content)
         self.rows += len(block)
 
     def finish(self) -> tuple[str, tuple[int, ...], str]:

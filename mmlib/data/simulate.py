@@ -8,6 +8,7 @@ no constant here was chosen by a comparison of methods (CHANGELOG, "freeze").
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -85,7 +86,7 @@ class Settings:
             raise ValueError(f"lookalike_weight must be at most 0.7, got {self.lookalike_weight}")
 
 
-def settings_for(profile: str, **overrides: float) -> Settings:
+def settings_for(profile: str, **overrides) -> Settings:
     """Return the settings of a profile (``tiny``, ``quick`` or ``full``) with some of them overridden."""
     if profile not in PROFILES:
         raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
@@ -310,7 +311,8 @@ class World:
         base = base + amplitude * rng.standard_normal((len(clips), DIM), dtype=np.float32) * self.other_sd
         # Frames of one clip differ little: nearly all of the noise belongs to the clip.
         feature = base[clip] + 0.3 * amplitude[clip] * rng.standard_normal((len(clip), DIM)) * self.other_sd
-        out = {"feature": (20 * unit(feature.astype(np.float32)) @ self.other_rotation).astype(np.float16)}
+        feature = 20 * unit(feature.astype(np.float32)) @ self.other_rotation
+        out: dict[str, np.ndarray] = {"feature": feature.astype(np.float16)}
         order = np.arange(len(clip)) - np.repeat(np.cumsum(count) - count, count)
         if "det" in columns:
             out["det"] = 1 - np.clip(0.02 * rng.exponential(size=len(clip)), 0, 0.5)
@@ -329,7 +331,7 @@ class World:
 
 
 def draw_clips(identities: int, rng: np.random.Generator) -> tuple[pd.DataFrame, np.ndarray]:
-    """Draw the clips of ``identities`` and of strangers, two fifths of val: clip, split, identity; and their persons (N,).
+    """Draw the clips of ``identities`` and of strangers: clip, split, identity, and beside them their persons (N,).
 
     Persons below ``identities`` are the listed ones.  Names are given in random order, so that a name tells nothing.
     """
@@ -361,7 +363,7 @@ def unit_draws(n: int, sd: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return unit(rng.standard_normal((n, len(sd)), dtype=np.float32) * sd)
 
 
-def quantile(knots: list[tuple[float, float]], z: np.ndarray) -> np.ndarray:
+def quantile(knots: Sequence[tuple[float, float]], z: np.ndarray) -> np.ndarray:
     """Map standard normal values to the distribution whose quantile function passes through the knots.
 
     Interpolated linearly between normal scores, constant beyond the first and the last knot.

@@ -83,8 +83,8 @@ class Resident:
         if out is None:
             out = torch.empty(*rows.shape, dim, device=rows.device)
         if not len(self.feature):  # then all is padding
-            scores = (None if c is None else out.new_zeros(rows.shape) for c in (self.quality, self.det))
-            return Batch(out.zero_(), mask, *scores, rows)
+            quality, det = (None if c is None else out.new_zeros(rows.shape) for c in (self.quality, self.det))
+            return Batch(out.zero_(), mask, quality, det, rows)
         target, place = out.view(-1, dim), flat.to(self.feature.device)
         # On a CPU little by little, so that the float16 numbers are still in its cache when they are converted.
         step = max(1, _PIECE // self.feature.shape[1]) if self.feature.device.type == "cpu" else max(1, len(flat))
@@ -94,8 +94,9 @@ class Resident:
                 piece = piece.pin_memory().to(rows.device, non_blocking=True)
             target[i : i + step, : gap.start] = piece[:, : gap.start]
             target[i : i + step, gap.start :] = piece[:, gap.stop :]
-        scores = (None if c is None else c.index_select(0, flat).view(rows.shape) for c in (self.quality, self.det))
-        return Batch(out, mask, *scores, rows=rows)
+        scores = (self.quality, self.det)
+        quality, det = (None if c is None else c.index_select(0, flat).view(rows.shape) for c in scores)
+        return Batch(out, mask, quality, det, rows)
 
 
 @dataclass(frozen=True)
@@ -170,16 +171,16 @@ class ClipStore:
             if device.type == "cuda" and feature.nbytes < _SHARE * torch.cuda.mem_get_info(device)[0]:
                 feature = feature.to(device)
             columns = (source.columns.get(column) for column in ("quality", "det"))
-            scores = (None if column is None else torch.from_numpy(column).to(device) for column in columns)
-            spans = (torch.tensor(span, device=device) for span in (source.start, source.count))
-            self._resident[name, device] = Resident(feature, *scores, *spans)
+            quality, det = (None if column is None else torch.from_numpy(column).to(device) for column in columns)
+            start, count = (torch.tensor(span, device=device) for span in (source.start, source.count))
+            self._resident[name, device] = Resident(feature, quality, det, start, count)
         return self._resident[name, device]
 
     def batch(self, clips: np.ndarray, modality: str = "face", **sampling) -> Batch:
         """Gather frames of `clips` (B,) as tensors: all, or what `sample_rows` draws, which has the same options."""
         source = self.on(modality)
-        clips = torch.from_numpy(np.asarray(clips, np.int64))
-        rows = sample_rows(source.start[clips], source.count[clips], **sampling)
+        chosen = torch.from_numpy(np.asarray(clips, np.int64))
+        rows = sample_rows(source.start[chosen], source.count[chosen], **sampling)
         batch = source.gather(rows)
         for value in (batch.feature, batch.quality, batch.det):
             if value is not None:
@@ -196,7 +197,9 @@ class ClipStore:
             step = max(1, _PIECE // source.feature.shape[1])
             pieces = (torch.from_numpy(source.feature[i : i + step]) for i in range(0, len(source.feature), step))
             value = np.concatenate([np.zeros(0, np.float32), *(piece.float().norm(dim=1).numpy() for piece in pieces)])
-        elif (value := source.columns.get(column)) is None:
+        elif column in source.columns:
+            value = source.columns[column]
+        else:
             raise ValueError(f"{self.path}: {modality} has no {column}, only {[*source.columns]}")
         total = np.concatenate([[0], np.cumsum(value, dtype=float)])
         with np.errstate(invalid="ignore"):
@@ -269,7 +272,7 @@ def sample_rows(
         raise ValueError(f"frames: {frames!r} with sample={sample!r}; 'all' takes none, others at least 1")
     if generator is None and sample not in ("all", "first"):
         raise ValueError(f"generator: None; sample={sample!r} needs one")
-    if sample == "all":
+    if frames is None:
         frames = max(1, int(count.max())) if len(count) else 1
     step = torch.arange(frames, device=start.device).expand(len(start), -1)
     start, count = start[:, None], count[:, None]
@@ -284,7 +287,7 @@ def sample_rows(
     return torch.where(there, start + within, -1)
 
 
-def _shuffled(count: Tensor, frames: int, generator: torch.Generator) -> Tensor:
+def _shuffled(count: Tensor, frames: int, generator: torch.Generator | None) -> Tensor:
     """Return the first ``frames`` of every clip's frames (B, 1) in random order; beyond its number, anything."""
     # One sort for all clips, by clip and a random key within it.
     owner = torch.repeat_interleave(count[:, 0])

@@ -139,18 +139,23 @@ def _describe(feature: ArrayStream, **others: ArrayStream) -> dict:
 
 
 def map_array(path: Path) -> np.ndarray:
-    """Memory-map a `.npy` file copy-on-write, refusing one that is missing, damaged or cut short."""
+    """Memory-map a `.npy` file copy-on-write, refusing one that is missing, damaged, cut short or no numbers."""
     try:
-        # copy-on-write rather than read-only, so that torch.from_numpy takes it without a warning
-        array = npy.open_memmap(path, "c")
+        with open(path, "rb") as file:
+            read_header = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
+            shape, fortran, dtype = read_header(file)
+            start, size = file.tell(), file.seek(0, 2)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects, not numbers")
     except FileNotFoundError:
         raise ValueError(f"{path}: missing") from None
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: not a readable array ({error})") from None
-    size, expected = path.stat().st_size, array.offset + array.nbytes
+    expected = start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if size != expected:
-        raise ValueError(f"{path}: {size} bytes where {array.dtype} {array.shape} takes {expected}")
-    return array
+        raise ValueError(f"{path}: {size} bytes where {dtype} {shape} takes {expected}")
+    # copy-on-write rather than read-only, so that torch.from_numpy takes it without a warning
+    return np.memmap(path, dtype, "c", start, shape, "F" if fortran else "C")
 
 
 def nonfinite_rows(block: np.ndarray) -> np.ndarray:
