@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,7 @@ from mmlib.records import Record
 # -- the runs -------------------------------------------------------------------------------------------------------
 
 MAIN, PLAIN = "softmax", "seeds, 1"
-RULES = {  # how the scores of members are averaged
+RULES: dict[str, dict[str, Any]] = {  # how the scores of members are averaged
     MAIN: {"combine": "softmax", "scale": 30.0},
     "softmax, temperature 1": {"combine": "softmax", "scale": 1.0},
     "cosine": {"combine": "cosine", "scale": 30.0},

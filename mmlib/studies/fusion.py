@@ -54,7 +54,7 @@ def weighted(face: Experiment, store: ClipStore) -> dict[str, Experiment]:
     The score of a clip is (1 - weight) times the softmax of the face arm plus weight times that of the scene model.
     All weights share both models, each trained at the rate that was chosen for its arm.
     """
-    by = "quality" if "quality" in store.modalities[face.modality].columns else "norm"
+    by = "quality" if "quality" in store.modalities["face"].columns else "norm"
     rule = Fallback(by=by, share=0.0, absent=None, lr=CHOSEN["scene"])
     shares = WEIGHTS.items() if "scene" in store.modalities else ()
     return {name: replace(face, combine="softmax", fallback=replace(rule, weight=share)) for name, share in shares}

@@ -51,10 +51,16 @@ class Scenes:
         """Whether the show and the set of every clip are known."""
         return {"show", "set"} <= set(self.store.clips)
 
+    def pictured(self) -> tuple[Images, SceneRun]:
+        """Return the pictures and the network; raise where there are none."""
+        if self.images is None or self.run is None:
+            raise ValueError(f"{self.store.path}: these clips have no pictures")
+        return self.images, self.run
+
     def pictures(self, clips: np.ndarray, size: int, resize: int) -> Iterator[ImageBatch]:
         """Draw a picture of each clip as in test; clips that have one."""
         groups = np.array_split(clips, -(-len(clips) // 256)) if len(clips) else []
-        return image_batches(self.images, groups, size=size, resize=resize, seed=self.seed, workers=0)
+        return image_batches(self.pictured()[0], groups, size=size, resize=resize, seed=self.seed, workers=0)
 
     def experiment(self, store: str | Path, classifier: str = "class means") -> Experiment:
         """Return the experiment on the scene features of a store alone."""
@@ -102,19 +108,17 @@ def settings_frame(scenes: Scenes) -> pd.DataFrame:
     """Set the network's settings and pictures beside those that are described: setting, as described, on this page."""
     if scenes.run is None:
         return pd.DataFrame(columns=["setting", "as described", "on this page"])
-    store, present, run = scenes.store, scenes.images.present, scenes.run
-    said, here = (
-        asdict(settings) | {"weights": Path(settings.weights).name or "from scratch"}
-        for settings in (SceneSettings(), run.settings)
-    )
+    store, (images, run) = scenes.store, scenes.pictured()
+    said, here = asdict(SceneSettings()), asdict(run.settings)
+    here["weights"] = Path(run.settings.weights).name or "from scratch"
     said |= {"features": 2048, "identities": 10034, "train clips": 60566}
     here |= {
         "features": run.model.prototype.shape[1],
         "identities": len(store.identities),
-        "train clips": len(np.intersect1d(store.select("train", labelled=True), present)),
+        "train clips": len(np.intersect1d(store.select("train", labelled=True), images.present)),
         "pictures": "rendered" if scenes.rendered else "given",
-        "clips with a picture": len(present),
-        "clips without one, left out": len(store) - len(present),
+        "clips with a picture": len(images.present),
+        "clips without one, left out": len(store) - len(images.present),
         "pictures converted to RGB": sum(number for mode, number in run.modes.items() if mode != "RGB"),
     }
     rows = [(name, str(said.get(name, "")), str(value)) for name, value in here.items()]
@@ -151,11 +155,12 @@ def _features(scenes: Scenes, name: str) -> Iterator[tuple[ImageBatch, np.ndarra
 
     Of show and set one coordinate a show and a smaller one a set of a show, as the simulator weighs them.
     """
+    images, run = scenes.pictured()
     if name == UNTRAINED:
-        model = scene.make_model(scenes.run.settings, len(scenes.store.identities), seed=scenes.seed)
-        yield from scene.extract(model, scenes.images, scenes.run.settings, seed=scenes.seed)
+        model = scene.make_model(run.settings, len(scenes.store.identities), seed=scenes.seed)
+        yield from scene.extract(model, images, run.settings, seed=scenes.seed)
         return
-    for batch in scenes.pictures(scenes.images.present, THUMBNAIL_SIDE, THUMBNAIL_SIDE):
+    for batch in scenes.pictures(images.present, THUMBNAIL_SIDE, THUMBNAIL_SIDE):
         feature = batch.pixels.flatten(1).numpy() / 255 - 0.5
         if name == TRUTH:
             show, stage = (scenes.store.clips[column].to_numpy(np.int64) for column in ("show", "set"))
@@ -192,17 +197,17 @@ def feature_table(scenes: Iterable[Scenes], device: str = "auto") -> pd.DataFram
 
 def _row(scenes: Scenes, label: str, clips: np.ndarray, marks: str | list[str]) -> pd.DataFrame:
     """Return pictures of clips as the network sees them, grey for a clip without one: a row of ``picture_rows``."""
-    settings = scenes.run.settings
-    seen = np.full((len(clips), settings.size, settings.size, 3), 128, np.uint8)
-    there = np.isin(clips, scenes.images.present)
-    for batch in scenes.pictures(clips[there], settings.size, settings.resize):
+    images, run = scenes.pictured()
+    seen = np.full((len(clips), run.settings.size, run.settings.size, 3), 128, np.uint8)
+    there = np.isin(clips, images.present)
+    for batch in scenes.pictures(clips[there], run.settings.size, run.settings.resize):
         seen[there] = batch.pixels.permute(0, 2, 3, 1).numpy()
     return pd.DataFrame({"row": label, "picture": list(seen), "mark": marks})
 
 
 def sample_pictures(scenes: Scenes, rows: int = 4, columns: int = 8) -> pd.DataFrame:
     """Return pictures of the shows with the most clips, else of identities: a row each."""
-    if scenes.run is None:
+    if scenes.images is None:
         return pd.DataFrame()
     by = "show" if scenes.shows else "identity"
     table = scenes.store.clips.loc[scenes.images.present]
@@ -227,9 +232,9 @@ def retrieved_pictures(
         return pd.DataFrame()
     clips = found.members[0].clips
     trained, parts = scenes.store.identity_of(clips), []
-    able = np.isin(found.queries, trained)
-    often = able & (found.relevant >= 3)
-    able = np.flatnonzero(often if often.any() else able)
+    seen_before = np.isin(found.queries, trained)
+    often = seen_before & (found.relevant >= 3)
+    able = np.flatnonzero(often if often.any() else seen_before)
     able = able[np.argsort(-found.ap[able], kind="stable")]
     for query in able[np.unique(np.linspace(0, len(able) - 1, min(rows, len(able))).astype(int))]:
         seen = clips[trained == found.queries[query]][:known]
@@ -245,7 +250,8 @@ def wrong_from_known_shows(scenes: Scenes, found: Retrieval | None, depth: int =
     """Return of the wrong clips among the first ``depth`` of each query the share from a show of its train clips, and
     the share of all wrong clips of the gallery that are: found, chance, clips; NaN where shows are not known.
     """
-    wrong, chance = [], []
+    wrong: list[bool] = []
+    chance: list[float] = []
     if found is not None and scenes.shows:
         show, clips = scenes.store.clips["show"].to_numpy(), found.members[0].clips
         trained, identity = scenes.store.identity_of(clips), scenes.store.identity_of(found.gallery)
@@ -255,8 +261,8 @@ def wrong_from_known_shows(scenes: Scenes, found: Retrieval | None, depth: int =
             if len(known) and len(missed):
                 wrong.extend(np.isin(show[missed], known))
                 chance.append(np.isin(show[found.gallery[identity != query]], known).mean())
-    shares = {name: float(np.mean(each)) if each else np.nan for name, each in (("found", wrong), ("chance", chance))}
-    return shares | {"clips": len(wrong)}
+    shares = [float(np.mean(each)) if each else np.nan for each in (wrong, chance)]
+    return {"found": shares[0], "chance": shares[1], "clips": len(wrong)}
 
 
 def nearest_shows(scenes: Scenes) -> pd.DataFrame:
@@ -328,10 +334,7 @@ def confusion_causes(nearest: pd.DataFrame) -> dict[str, float]:
 
 
 class Maps(NamedTuple):
-    """Occlusion maps of val clips that the network recognises.
-
-    pictures (n, S, S, 3); maps (n, S, S) in cosine; regions (n, S, S), positions in ``render.REGIONS``, or None.
-    """
+    """Pictures (n, S, S, 3), their maps (n, S, S) in cosine, and places in ``render.REGIONS``, None if unknown."""
 
     pictures: np.ndarray
     maps: np.ndarray
@@ -339,39 +342,36 @@ class Maps(NamedTuple):
 
 
 def occlusion_maps(scenes: Scenes, clips: int = 24) -> Maps:
-    """Cover every place of up to ``clips`` pictures in turn; of none, without pictures or a recognised clip.
+    """Cover every place of up to ``clips`` pictures of val clips that the network recognises, if there are any.
 
     The patch is a quarter of the picture's side, in steps of an eighth.
     """
-    kept, store = [], scenes.store
-    if scenes.run is not None:
-        size, model = scenes.run.settings.size, scenes.run.model
-        asked = np.intersect1d(store.select("val", labelled=True), scenes.images.present)
-        for batch in scenes.pictures(asked, size, scenes.run.settings.resize):
-            label = torch.from_numpy(store.identity_of(batch.clips))
-            with torch.inference_mode():
-                right = model(batch.pixels.to(model.prototype.device)).argmax(1).cpu() == label
-            every = zip(right, batch.clips, batch.number, batch.pixels, label)
-            kept += [each for known, *each in every if known]
-            if len(kept) >= clips:
-                break
+    if scenes.run is None:
+        return Maps(np.empty(0), np.empty(0), None)
+    store, (images, run), kept = scenes.store, scenes.pictured(), []
+    size, device = run.settings.size, run.model.prototype.device
+    asked = np.intersect1d(store.select("val", labelled=True), images.present)
+    for batch in scenes.pictures(asked, size, run.settings.resize):
+        label = torch.from_numpy(store.identity_of(batch.clips))
+        with torch.inference_mode():
+            right = run.model(batch.pixels.to(device)).argmax(1).cpu() == label
+        every = zip(right, batch.clips, batch.number, batch.pixels, label)
+        kept += [each for known, *each in every if known]
+        if len(kept) >= clips:
+            break
     if not kept:
-        return Maps([], [], None)
+        return Maps(np.empty(0), np.empty(0), None)
     clip, number, *parts = zip(*kept[:clips])
-    pixels, label = (torch.stack(part).to(model.prototype.device) for part in parts)
-    drop = scene.occlusion(model, pixels, label, patch=max(1, size // 4), stride=max(1, size // 8))
-    regions = _regions(scenes, np.array(clip), np.array(number)) if scenes.rendered else None
+    pixels, labels = (torch.stack(part).to(device) for part in parts)
+    drop = scene.occlusion(run.model, pixels, labels, patch=max(1, size // 4), stride=max(1, size // 8))
+    regions = None
+    if scenes.rendered:
+        regions = Studio(store).regions(np.array(clip), np.array(number), scenes.rendered)
+        # The nearest pixel of the crop that the network takes.
+        side = scenes.rendered * size / run.settings.resize
+        at = ((scenes.rendered - side) / 2 + (np.arange(size) + 0.5) * side / size).astype(int)
+        regions = regions[:, at][:, :, at]
     return Maps(pixels.permute(0, 2, 3, 1).cpu().numpy(), drop.cpu().numpy(), regions)
-
-
-def _regions(scenes: Scenes, clips: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Return what each pixel of the network's crop of rendered pictures belongs to, (n, S, S)."""
-    size = scenes.rendered
-    drawn, settings = Studio(scenes.store).regions(clips, numbers, size), scenes.run.settings
-    # The nearest pixel of the crop that ``images.crop_picture`` takes.
-    side = size * settings.size / settings.resize
-    at = ((size - side) / 2 + (np.arange(settings.size) + 0.5) * side / settings.size).astype(int)
-    return drawn[:, at][:, :, at]
 
 
 def region_effect(maps: Maps) -> pd.DataFrame:
