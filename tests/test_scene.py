@@ -5,18 +5,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import safetensors.torch
 import timm
 import torch
-from matplotlib.colors import to_rgb
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from mmlib import cli, figures, scene, scene_network, scene_training
+from mmlib import cli, scene, scene_network, scene_training
 from mmlib.data.images import index_images
 from mmlib.data.pictures import decode
 from mmlib.data.render import render_scenes
@@ -483,56 +481,3 @@ def test_the_command_line_renders_trains_and_writes(world, tmp_path):
     assert len(json.loads((tmp_path / "out" / "store.json").read_text())["provenance"]["scene"]["history"]) == 1
     again = run(*arguments)
     assert (again.exit_code, again.stdout) == (1, "") and "exists already" in again.stderr
-
-
-# -- drawings ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def ax():
-    plt.switch_backend("Agg")
-    yield plt.figure().gca()
-    plt.close("all")
-
-
-def test_pictures_are_framed_by_their_mark(ax):
-    picture = np.zeros((2, 2, 3), np.uint8)
-    frame = pd.DataFrame(
-        {"row": ["a", "a", "a", "b"], "picture": [picture] * 4, "mark": ["", "right", "wrong", "right"]}
-    )
-    figures.picture_rows(frame, ax)
-    assert len(ax.images) == 4 and [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
-    frames = [(patch.get_xy(), to_rgb(patch.get_edgecolor())) for patch in ax.patches]
-    assert [(int(x), int(y)) for (x, y), _ in frames] == [(1, 0), (2, 0), (0, 1)]
-    assert frames[0][1] == frames[2][1] != frames[1][1]
-
-
-def test_without_pictures_the_drawings_say_so(ax):
-    none = pd.DataFrame()
-    drawn = [
-        figures.picture_rows(none, ax),
-        figures.show_confusion(none, ax),
-        *figures.training_curves(none, [ax]),
-        figures.occlusion_maps(np.empty((0, 1, 1, 3)), np.empty((0, 1, 1))).axes[0],
-    ]
-    assert all("no pictures" in [text.get_text() for text in each.texts] for each in drawn)
-
-
-def test_training_curves_show_each_seed_and_name_each_line_once():
-    plt.switch_backend("Agg")
-    history = [{"epoch": epoch, "loss": 2.0 / epoch, "train": epoch / 4, "val": epoch / 5} for epoch in (1, 2)]
-    frame = pd.concat([pd.DataFrame(history).assign(seed=seed) for seed in (0, 1)])
-    axes = figures.training_curves(frame, plt.subplots(1, 2)[1])
-    assert [list(line.get_ydata()) for line in axes[0].get_lines()] == [[2.0, 1.0]] * 2
-    assert [text.get_text() for text in axes[1].get_legend().get_texts()] == ["train", "val"]
-    plt.close("all")
-
-
-def test_occlusion_maps_share_one_scale_about_zero():
-    plt.switch_backend("Agg")
-    figure = figures.occlusion_maps(
-        np.zeros((2, 4, 4, 3), np.uint8), np.array([np.full((4, 4), 0.1), np.full((4, 4), -0.3)])
-    )
-    limits = {ax.images[-1].get_clim() for ax in figure.axes if len(ax.images) == 2}
-    assert limits == {(-0.3, 0.3)}
-    plt.close("all")
