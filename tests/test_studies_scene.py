@@ -3,14 +3,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import made
+from matplotlib.colors import to_rgb
 from torch.nn import functional as F
 
-from mmlib import scene
+from mmlib import figures, scene
 from mmlib.data.images import index_images
 from mmlib.data.render import REGIONS, render_scenes
 from mmlib.data.simulate import settings_for as world_for
@@ -224,3 +226,56 @@ def test_without_pictures_the_page_has_the_store_alone(bare):
 def test_images_without_their_store_are_refused():
     with pytest.raises(ValueError, match="images belong to the clips of a store"):
         reading.open_scenes("simulated", "tiny", [0], "img/", SMALL, 60, "cpu")
+
+
+# -- drawings ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ax():
+    plt.switch_backend("Agg")
+    yield plt.figure().gca()
+    plt.close("all")
+
+
+def test_pictures_are_framed_by_their_mark(ax):
+    picture = np.zeros((2, 2, 3), np.uint8)
+    frame = pd.DataFrame(
+        {"row": ["a", "a", "a", "b"], "picture": [picture] * 4, "mark": ["", "right", "wrong", "right"]}
+    )
+    figures.picture_rows(frame, ax)
+    assert len(ax.images) == 4 and [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+    frames = [(patch.get_xy(), to_rgb(patch.get_edgecolor())) for patch in ax.patches]
+    assert [(int(x), int(y)) for (x, y), _ in frames] == [(1, 0), (2, 0), (0, 1)]
+    assert frames[0][1] == frames[2][1] != frames[1][1]
+
+
+def test_without_pictures_the_drawings_say_so(ax):
+    none = pd.DataFrame()
+    drawn = [
+        figures.picture_rows(none, ax),
+        figures.show_confusion(none, ax),
+        *figures.training_curves(none, [ax]),
+        figures.occlusion_maps(np.empty((0, 1, 1, 3)), np.empty((0, 1, 1))).axes[0],
+    ]
+    assert all("no pictures" in [text.get_text() for text in each.texts] for each in drawn)
+
+
+def test_training_curves_show_each_seed_and_name_each_line_once():
+    plt.switch_backend("Agg")
+    history = [{"epoch": epoch, "loss": 2.0 / epoch, "train": epoch / 4, "val": epoch / 5} for epoch in (1, 2)]
+    frame = pd.concat([pd.DataFrame(history).assign(seed=seed) for seed in (0, 1)])
+    axes = figures.training_curves(frame, plt.subplots(1, 2)[1])
+    assert [list(line.get_ydata()) for line in axes[0].get_lines()] == [[2.0, 1.0]] * 2
+    assert [text.get_text() for text in axes[1].get_legend().get_texts()] == ["train", "val"]
+    plt.close("all")
+
+
+def test_occlusion_maps_share_one_scale_about_zero():
+    plt.switch_backend("Agg")
+    figure = figures.occlusion_maps(
+        np.zeros((2, 4, 4, 3), np.uint8), np.array([np.full((4, 4), 0.1), np.full((4, 4), -0.3)])
+    )
+    limits = {ax.images[-1].get_clim() for ax in figure.axes if len(ax.images) == 2}
+    assert limits == {(-0.3, 0.3)}
+    plt.close("all")
