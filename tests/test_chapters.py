@@ -298,8 +298,8 @@ def test_chapter_runs_on_real_faces(name, real_store, tiny_cache, tmp_path):
 # What these chapters have to say of faces without scenes; committed records of simulated clips must not speak for them.
 SAID = [
     ("08_ensemble", "ens-source", "the run of this page"),
-    ("09_inference", "inf-answer", "no fallback can be run"),
-    ("10_ladder", "lad-source", "from this page's own run"),
+    ("09_inference", "inf-described-verdict", "cannot be tried"),
+    ("10_ladder", "lad-from", "of this page's own run"),
 ]
 
 

@@ -18,6 +18,7 @@ from sphinx.util.math import get_node_equation_number
 from sphinx.writers.html5 import HTML5Translator
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("mmlib", "benchmarks")  # what chapters compute with
 LOGGER = logging.getLogger(__name__)
 
 
@@ -34,18 +35,27 @@ def _files(folder: Path) -> list[Path]:
     return [file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
 
 
-def cache_key(root: Path, library: Path) -> str:
+def cache_key(root: Path, *packages: Path) -> str:
     """Name what a chapter's outputs depend on besides its own cells.
 
-    These are the library (all of it: a figure is an output too), the pins and the committed records.
+    These are the packages that it computes with (all of each: a figure is an output too), the pins and the committed
+    records.
     """
     pins = root / "constraints.txt"
     parts = [
-        content_key(_files(library), library),
+        *(content_key(_files(package), package) for package in packages),
         content_key([pins] if pins.is_file() else [], root),
         content_key(_files(root / "book" / "results"), root),
     ]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
+
+
+def package_folder(name: str) -> Path:
+    """Return where the package that a chapter would import lies."""
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:
+        raise ImportError(f"{name} is not installed here; `python3 tasks.py setup` installs it")
+    return Path(found.origin).parent
 
 
 def configure(app: Sphinx, config: Config) -> None:
@@ -55,10 +65,7 @@ def configure(app: Sphinx, config: Config) -> None:
     of a chapter and nothing else, so that after an edit of the library it would serve the old numbers.
     """
     config.external_toc_path = str(ROOT / "_toc.yml")
-    library = importlib.util.find_spec("mmlib")
-    if library is None or library.origin is None:
-        raise ImportError("mmlib is not installed here; `python3 tasks.py setup` installs it")
-    key = cache_key(ROOT, Path(library.origin).parent)
+    key = cache_key(ROOT, *map(package_folder, PACKAGES))
     config.nb_execution_cache_path = str(Path(app.outdir).parent / ".jupyter_cache" / key)
 
 
