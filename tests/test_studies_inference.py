@@ -7,7 +7,6 @@ import pytest
 from conftest import made, of
 
 from mmlib import retrieve
-from mmlib.compare import steps_frame
 from mmlib.data.store import ClipStore
 from mmlib.experiment import Experiment
 from mmlib.rank import Fallback
@@ -129,19 +128,10 @@ def test_each_rule_is_compared_with_the_same_scores_without_it(picked):
     assert frame["map_at_100"].is_monotonic_decreasing
 
 
-def test_steps_take_the_rules_apart(picked):
-    frame = steps_frame(inference.STEPS, *picked).set_index("step")
-    assert frame["difference"].to_dict() == pytest.approx(
-        {"described": 3, "faceless": 1, "low": 2, "coded": -10, "same": 0, "flat": -15}
-    )
-    assert set(frame["n"]) == {2}
-
-
 def test_without_a_scene_there_is_the_baseline_alone():
     named = inference.rules(replace(BASE, context=()))
     records, names = pick({BASE: record(BASE, [0.5, 0.7])}, {NONE: BASE})
     assert list(named) == rule_frame(records, names)["rule"].tolist() == [NONE]
-    assert steps_frame(inference.STEPS, records, names).empty
     curve = inference.sweep_frame({BASE: records[0]}, inference.sweeps(replace(BASE, context=())), BASE)
     assert curve.empty and inference.extremes(curve).empty
 

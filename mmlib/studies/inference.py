@@ -16,27 +16,14 @@ from mmlib.rank import Fallback
 from mmlib.records import Record
 from mmlib.retrieve import Retrieval
 
-# One model and one rate of training for all rules, so that nothing but the rule differs.
-DESCRIBED, CODED = (
-    replace(system.fallback, members=(0,), lr=None) for system in (systems.ONE_NAME, systems.ONE_NAME_AS_CODED)
-)
+ALONE = {"members": (0,), "lr": None}  # one model, trained alike, so that rules differ in nothing but the rule
+DESCRIBED = replace(systems.ONE_NAME.fallback, **ALONE)
+CODED = replace(systems.ONE_NAME_AS_CODED.fallback, **ALONE)
 NONE, NONE_FLAT = "no fallback", "no fallback, scale 1"
-# Comparisons that the chapter speaks of: what each is called, the rule, and what it is held against.
-STEPS = {
-    "described": ("described", NONE),
-    "faceless": ("clips without a face", NONE),
-    "low": ("described", "clips without a face"),
-    "coded": ("coded", NONE_FLAT),
-    "same": ("coded, scale 30", "described"),
-    "flat": (NONE_FLAT, NONE),
-}
 
 
 def base(store: ClipStore, **fields) -> Experiment:
-    """Return the system whose scores the rules mix: face by hand-made weights, and scene where the store has one.
-
-    fields: of the experiment, such as data, profile and seed.
-    """
+    """Return the system whose scores the rules mix: face by hand-made weights, scene if there is one; fields of it."""
     fused = systems.arms(systems.FUSIONS)["scene 128"]
     scores = {"quality", "det"} <= set(store.modalities["face"].columns)
     context = tuple(name for name in fused.context if name in store.modalities)
@@ -91,8 +78,7 @@ def pick(found: Mapping[Experiment, Record], named: Mapping[str, Experiment]) ->
     """Return the records of named experiments, one for every seed that was run, and the name of each."""
     seeds = dict.fromkeys(experiment.seed for experiment in found)
     pairs = [(found[replace(experiment, seed=seed)], name) for name, experiment in named.items() for seed in seeds]
-    records, names = zip(*pairs)
-    return list(records), list(names)
+    return [record for record, _ in pairs], [name for _, name in pairs]
 
 
 def baselines(records: Iterable[Record], names: Iterable[str]) -> pd.Series:
@@ -125,9 +111,9 @@ def extremes(curve: pd.DataFrame) -> pd.DataFrame:
 
 
 def breakdown_gain(records: Iterable[Record], names: Iterable[str]) -> pd.DataFrame:
-    """Return the gain of each rule over its baseline, by percentile of quality: rule, range, clips, gain.
+    """Return what each rule gains in the precision at which a clip is found, in points, the mean over seeds.
 
-    The gain is in points of the precision at which a clip is found, the mean over seeds.
+    Over its baseline, by percentile of quality: rule, range, clips, gain.
     """
     frame = breakdown_frame(records, "rule", names=names).query("group == 'quality'").reset_index(drop=True)
     precision = frame.set_index(["rule", "range"])["precision"]
@@ -179,7 +165,8 @@ def lost_points(found: Retrieval, store: ClipStore, group: pd.Categorical) -> pd
     precision[found.gallery] = metrics.clip_precision(found.ranking, found.hits, len(found.gallery))
     clips = store.select("val", labelled=True)
     identity = store.identity_of(clips)
-    missing = 100 * (1 - precision[clips]) / np.bincount(identity)[identity] / len(found.queries)
-    frame = pd.DataFrame({"group": group[clips], "clips": 1, "precision": precision[clips], "lost": missing})
+    weight = 1 / np.bincount(identity)[identity] / len(found.queries)
+    frame = pd.DataFrame({"group": group[clips], "clips": 1, "precision": precision[clips]})
+    frame["lost"] = 100 * weight * (1 - frame["precision"])
     out = frame.groupby("group", observed=True).agg({"clips": "sum", "precision": "mean", "lost": "sum"})
     return out.reset_index().astype({"group": str})
