@@ -13,19 +13,19 @@ import pandas as pd
 from scipy.stats import linregress
 from scipy.stats import t as student
 
-from benchmarks.lines import GROWTH, LINES
 from mmlib.compare import verdict
 from mmlib.records import RESULTS
 
 FILES = "benchmark_*.json"
 RELEASED, OTHER = "released code", "another way"
-KNOWN = {line.name for line in LINES + GROWTH}  # and those of scene networks, whose names say what they are
+# Beginnings of lines whose code is gone, by the commit of the file that still has them; measured again they count.
+GONE = {"bf2ba4a": ("rank", "growth, rank")}
 
 
 def read(folder: str | Path = RESULTS) -> list[dict]:
     """Read what ``python -m benchmarks --save`` wrote: all files ``benchmark_*.json`` of a folder, by name.
 
-    Lines that the command has no more are left out.
+    Lines of ``GONE`` are left out.
     """
     found = []
     for path in sorted(Path(folder).glob(FILES)):
@@ -33,8 +33,9 @@ def read(folder: str | Path = RESULTS) -> list[dict]:
             result = json.loads(path.read_text())
             if result["schema"] != 1:
                 raise ValueError(f"schema {result['schema']!r}, this version reads 1")
+            gone = GONE.get(result["machine"]["commit"], ())
             for part in ("lines", "growth"):
-                result[part] = [r for r in result[part] if r["name"] in KNOWN or r["name"].startswith("scene, ")]
+                result[part] = [row for row in result[part] if not row["name"].startswith(gone)]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a file of the benchmark command ({error!r})") from None
         found.append(result)
