@@ -48,7 +48,7 @@ def measure(*names: str) -> list[dict]:
     """Run the benchmark command here at its smallest scale, for lines that begin so, and read what it saves."""
     with tempfile.TemporaryDirectory() as folder:
         saved, root = Path(folder, "benchmark_here.json"), Path(__file__).parents[1]
-        command = [sys.executable, "-m", "benchmarks", "--scale", "tiny", "--save", saved, "--only", *names]
+        command = [sys.executable, "-m", "benchmarks", "--scale", "tiny", "--save", str(saved), "--only", *names]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"python -m benchmarks: {(done.stderr or done.stdout).strip().splitlines()[-1]}")

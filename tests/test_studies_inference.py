@@ -12,6 +12,7 @@ from mmlib.experiment import Experiment
 from mmlib.rank import Fallback
 from mmlib.studies import inference
 from mmlib.studies.inference import NONE, NONE_FLAT, pick, rule_frame, with_rule
+from mmlib.systems import ONE_NAME, ONE_NAME_AS_CODED
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,9 @@ def test_the_rules_have_the_constants_of_description_and_code():
     assert rules["described"].fallback == Fallback(by="quality", share=0.01, low=0.8, absent=1.0)
     coded = Fallback(by="norm", threshold=8.867, low=0.8, absent=0.95)
     assert rules["coded"].fallback == rules["coded, scale 30"].fallback == coded
+    alone = {"members": (0,), "lr": None}  # one model, trained alike, so that nothing but the rule differs
+    systems = ((rules["described"], ONE_NAME), (rules["coded"], ONE_NAME_AS_CODED))
+    assert all(replace(system.fallback, **alone) == rule.fallback for rule, system in systems)
     assert [rules[name].scale for name in ("described", "coded", "coded, scale 30", NONE_FLAT)] == [30, 1, 30, 1]
 
 

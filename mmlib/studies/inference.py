@@ -16,9 +16,9 @@ from mmlib.rank import Fallback
 from mmlib.records import Record
 from mmlib.retrieve import Retrieval
 
-ALONE = {"members": (0,), "lr": None}  # one model, trained alike, so that rules differ in nothing but the rule
-DESCRIBED = replace(systems.ONE_NAME.fallback, **ALONE)
-CODED = replace(systems.ONE_NAME_AS_CODED.fallback, **ALONE)
+THRESHOLD = 8.867  # mean raw norm of the face embeddings of a clip, in the released code
+DESCRIBED = Fallback(by="quality", share=0.01, low=0.8, absent=1.0)
+CODED = Fallback(by="norm", threshold=THRESHOLD, low=0.8, absent=0.95)
 NONE, NONE_FLAT = "no fallback", "no fallback, scale 1"
 
 
@@ -63,6 +63,7 @@ def with_rule(base: Experiment, **changed) -> Experiment:
 def sweeps(base: Experiment) -> pd.DataFrame:
     """List the points of the sweeps: sweep (``share``, ``low`` or ``absent``), line, x, experiment."""
     shares, weights = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1), (0.0, 0.2, 0.5, 0.8, 1.0)
+    lines: list[tuple[str, str, tuple[float, ...], dict]]
     lines = [("share", by, shares, {"by": by}) for by in dict.fromkeys([base.aggregator, "norm"])]
     lines += [("low", f"lowest {100 * share:g}%", weights, {"share": share}) for share in (0.01, 0.05)]
     lines += [("absent", "described", (0.5, 0.8, 0.95, 1.0, 1.2), {})]
@@ -74,8 +75,8 @@ def sweeps(base: Experiment) -> pd.DataFrame:
     return pd.DataFrame(points, columns=["sweep", "line", "x", "experiment"])
 
 
-def pick(found: Mapping[Experiment, Record], named: Mapping[str, Experiment]) -> tuple[list[Record], list[str]]:
-    """Return the records of named experiments, one for every seed that was run, and the name of each."""
+def pick(found: Mapping[Experiment, Record], named: Mapping) -> tuple[list[Record], list[str]]:
+    """Return the records of experiments by name, one for every seed that was run, and the name of each."""
     seeds = dict.fromkeys(experiment.seed for experiment in found)
     pairs = [(found[replace(experiment, seed=seed)], name) for name, experiment in named.items() for seed in seeds]
     return [record for record, _ in pairs], [name for _, name in pairs]
@@ -121,7 +122,7 @@ def breakdown_gain(records: Iterable[Record], names: Iterable[str]) -> pd.DataFr
     return frame[["rule", "range", "clips"]].assign(gain=100 * (frame["precision"] - before.to_numpy()))
 
 
-def ceiling(store: ClipStore, threshold: float = CODED.threshold) -> dict[str, float]:
+def ceiling(store: ClipStore, threshold: float = THRESHOLD) -> dict[str, float]:
     """Measure what a system of faces cannot find: relevant val clips, those without a face, the MAP@100 of a perfect
     ranking of the others, the ranked clips without a face, distractors included, and the share of those with a face
     whose mean norm lies below a threshold, that of the released code.

@@ -28,7 +28,7 @@ SIDES = {"faces alone": "baseline", "faces with scenes": "scene"}  # rung of the
 AGGREGATED = f"described: {STEPS[1]}"
 TRAINED_ON = {side: (f"{side}, {CLASS}", f"{side}, {HELD_OUT}") for side in SIDES}
 VIEWS = "views beat bagging"
-Pairs = Mapping[object, tuple[str, str]]  # what a comparison is called, and its arm and what that is held against
+Pairs = dict[str, tuple[str, str]]  # what a comparison is called: an arm, and what it is held against
 
 
 BUDGET = Training(lr=1e-3, aggregator_lr=1e-3)
@@ -149,14 +149,15 @@ def _within(arm: str, against: str, records: list[Record], names: list[str]) -> 
     return 100 * pair.low, 100 * pair.high
 
 
-def steps_of(names: Iterable[str]) -> dict[tuple[str, str], tuple[str, str]]:
-    """Pair every rung that was run with the one before, by ladder and step, and the last of a ladder with its first."""
-    names, pairs = set(names), {}
+def steps_of(names: Iterable[str]) -> Pairs:
+    """Pair every rung that was run with the one before, by its name, and the last of a ladder with its first."""
+    names = set(names)
+    pairs: Pairs = {}
     for ladder in LADDERS:
         rungs = [rung for step in STEPS if (rung := f"{ladder}: {step}") in names]
-        pairs |= {(ladder, rung.removeprefix(f"{ladder}: ")): (rung, before) for before, rung in pairwise(rungs)}
+        pairs |= {rung: (rung, before) for before, rung in pairwise(rungs)}
         if len(rungs) > 1:
-            pairs[ladder, ALL] = rungs[-1], rungs[0]
+            pairs[f"{ladder}: {ALL}"] = rungs[-1], rungs[0]
     return pairs
 
 
@@ -166,8 +167,9 @@ def step_frame(records: Iterable[Record], names: Iterable[str]) -> pd.DataFrame:
     The last in points.  A row ``all steps`` compares the last rung with the first.
     """
     frame = differences(steps_of(names), records, names)
-    frame.insert(0, "ladder", frame["step"].str[0])
-    frame["step"] = frame["step"].str[1]
+    parts = frame["step"].str.split(": ")
+    frame.insert(0, "ladder", parts.str[0])
+    frame["step"] = parts.str[1]
     frame.insert(frame.columns.get_loc("map_at_100"), "before", frame["map_at_100"] - frame["difference"] / 100)
     frame["published"] = frame["step"].map(PUBLISHED | {ALL: sum(PUBLISHED.values())})
     return frame
@@ -175,9 +177,8 @@ def step_frame(records: Iterable[Record], names: Iterable[str]) -> pd.DataFrame:
 
 def ends(records: Iterable[Record], names: Iterable[str]) -> pd.Series:
     """Compare the last rung of the coded ladder with that of the described one: a row of ``differences``."""
-    pairs = steps_of(names)
-    last = pairs["as coded", ALL][0], pairs["described", ALL][0]
-    return differences({"ends": last}, records, names).iloc[0]
+    coded, described = (steps_of(names)[f"{ladder}: {ALL}"][0] for ladder in ("as coded", "described"))
+    return differences({"ends": (coded, described)}, records, names).iloc[0]
 
 
 def heights(steps: pd.DataFrame) -> pd.DataFrame:
@@ -230,7 +231,7 @@ def claims(records: Iterable[Record], names: Iterable[str], ensembles: Iterable[
     holds 0 or there is none; ``not in these records`` where nobody ran it.  size: whether the interval lies below the
     published points (``smaller``), above (``larger``), or is ``compatible`` with them.
     """
-    adds = {step: steps_of(names).get(("described", step), ("", "")) for step in STEPS}
+    adds = {step: steps_of(names).get(f"described: {step}", ("", "")) for step in STEPS}
     asked = {  # the step whose size was published, and the two arms
         "attention beats quality weights": ("", (ATTENTION, "described: baseline")),
         "aggregation with the loss adds": (STEPS[1], adds[STEPS[1]]),
@@ -249,10 +250,9 @@ def claims(records: Iterable[Record], names: Iterable[str], ensembles: Iterable[
     frame = frame.join(found.set_index("step"), on="claim")
     rows = frame.to_dict("records")
     unknown = np.where(frame["difference"].isna(), "not in these records", "open")
-    words = "supported", "open", "contradicted"
-    frame["verdict"] = [compare.verdict(row, *words, str(other)) for row, other in zip(rows, unknown)]
-    words = "larger", "compatible", "smaller", ""
-    frame["size"] = [compare.verdict(row, *words, bound=row["published"]) for row in rows]
+    says, sizes = ("supported", "open", "contradicted"), ("larger", "compatible", "smaller", "")
+    frame["verdict"] = [compare.verdict(row, *says, str(other)) for row, other in zip(rows, unknown)]
+    frame["size"] = [compare.verdict(row, *sizes, bound=row["published"]) for row in rows]
     frame.loc[frame["published"].isna(), "size"] = ""
     return frame
 
