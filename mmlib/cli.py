@@ -318,7 +318,7 @@ def predict(
             report = train_and_rank(
                 store, out, labelled_only=labelled_only, keep_members=keep_members, shards=merge, **asked
             )
-    print(*report.lines(), sep="\n")
+    print(*report.lines, sep="\n")
 
 
 @app.command(
@@ -467,7 +467,7 @@ def keep(
 ) -> None:
     """Keep the records of reruns on whole worlds of one size, for the book to show beside its own.
 
-    They are those in the cache that this version of the code made. Of the average precisions the mean is kept.
+    They are those in the cache that this version of the code made. Average precisions are kept to four digits.
     """
     from mmlib.records import cache_folder, stored, write_results
 
@@ -477,7 +477,7 @@ def keep(
             f"{cache_folder()}: no records of simulated worlds of profile {profile!r} by this version of the code"
         )
     with _writing(out):
-        write_results(out, [replace(record, ap=[record.measures["map_at_100"]]) for record in records])
+        write_results(out, [replace(record, ap=[round(value, 4) for value in record.ap]) for record in records])
     seeds = sorted({record.experiment["seed"] for record in records})
     print(f"wrote {len(records)} records, seeds {', '.join(map(str, seeds))}: {out}")
 

@@ -650,7 +650,7 @@ def test_kept_records_are_those_of_whole_worlds_of_one_size_with_their_mean(tmp_
     monkeypatch.setenv("MMLIB_CACHE", str(tmp_path / "cache"))
     asked = Experiment(profile="tiny", classifier="class means", aggregator="mean")
     few = (("identities", 20),)
-    every = records.fetch_or_run([asked, replace(asked, seed=1), replace(asked, settings=few)])
+    every = records.fetch([asked, replace(asked, seed=1), replace(asked, settings=few)])
     (said,) = succeed("keep", tmp_path / "kept.jsonl.gz", "--profile", "tiny")
     assert said == f"wrote 2 records, seeds 0, 1: {tmp_path / 'kept.jsonl.gz'}"
     kept = {record.key: record for record in records.read_results(tmp_path / "kept.jsonl.gz")}

@@ -21,7 +21,7 @@ from mmlib.data.pictures import ImageBatch, image_batches
 from mmlib.data.render import ABOUT, REGIONS, Studio, picture_size, render_scenes
 from mmlib.data.store import ClipStore
 from mmlib.experiment import Experiment, fingerprint
-from mmlib.records import Record, cache_folder, claim, clear_partial, fetch_or_run, open_store
+from mmlib.records import Record, cache_folder, claim, clear_partial, fetch, open_store
 from mmlib.retrieve import Retrieval, retrieve
 from mmlib.scene import SceneRun, SceneSettings
 
@@ -174,7 +174,7 @@ def feature_records(
                     )
                 )
                 names.append((name, "simulated" if each.store.meta["simulated"] else str(each.store.path)))
-    records = fetch_or_run(asked, device=device)
+    records = fetch(asked, device=device)
     return [
         replace(record, experiment=record.experiment | {"feature": name, "data": data})
         for record, (name, data) in zip(records, names)
