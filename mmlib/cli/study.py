@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -74,7 +75,7 @@ def predict(
             )
         else:
             report = submit.predict_shard(store, out, *read_shard(shard), **asked)
-    print(*report.lines(), sep="\n")
+    print(*report.lines, sep="\n")
 
 
 @command("evaluate val_gt.txt result.txt", "evaluate val_gt.txt result.txt --json")
@@ -189,7 +190,7 @@ def keep(
 ) -> None:
     """Keep the records of reruns on whole worlds of one size, for the book to show beside its own.
 
-    They are those in the cache that this version of the code made.
+    They are those in the cache that this version of the code made. Average precisions are kept to four digits.
     """
     from mmlib.records import cache_folder, stored, write_results
 
@@ -197,7 +198,7 @@ def keep(
     if not records:
         raise ValueError(f"{cache_folder()}: no records of simulated {profile!r} worlds by this version of the code")
     with writing(out):
-        write_results(out, records)
+        write_results(out, [replace(record, ap=[round(value, 4) for value in record.ap]) for record in records])
     seeds = sorted({record.experiment["seed"] for record in records})
     print(f"wrote {len(records)} records, seeds {', '.join(map(str, seeds))}: {out}")
 

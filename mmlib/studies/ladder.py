@@ -12,9 +12,9 @@ from pandas.io.formats.style import Styler
 
 from mmlib import compare, metrics
 from mmlib.data.store import ClipStore
-from mmlib.experiment import Experiment, Training, arm_key
+from mmlib.experiment import Experiment, arm_key
 from mmlib.records import Record
-from mmlib.systems import CHOSEN, FACE_ONLY, ONE_NAME, ONE_NAME_AS_CODED, tuned, with_members
+from mmlib.systems import BUDGET, ONE_NAME, ONE_NAME_AS_CODED, climb, with_members
 
 STEPS = ("baseline", "aggregation and loss", "scene", "ensemble", "fallback")
 ALL = "all steps"
@@ -29,49 +29,6 @@ AGGREGATED = f"described: {STEPS[1]}"
 TRAINED_ON = {side: (f"{side}, {CLASS}", f"{side}, {HELD_OUT}") for side in SIDES}
 VIEWS = "views beat bagging"
 Pairs = dict[str, tuple[str, str]]  # what a comparison is called: an arm, and what it is held against
-
-
-BUDGET = Training(lr=1e-3, aggregator_lr=1e-3)
-
-
-def climb(system: Experiment, *, scene: bool = True, scores: bool = True) -> dict[str, Experiment]:
-    """Return the rungs from the baseline to a system, each with one part of it more than the one before.
-
-    All rungs have the same epochs, batches, start and rule of ranking; the rates are those that the searches of chapters
-    04 and 05 chose for the aggregator and for the loss with its scores, and that of chapter 07 for the fallback's model,
-    a scene alone, on worlds that no rung uses.  scene, scores: what the clips have.  Without a scene there is no such step
-    and no fallback; without scores attention and fallback do without, and the coded attention, which cannot, is left out.
-    """
-    start = replace(FACE_ONLY, aggregator="quality" if scores else "norm", scale=system.scale, training=BUDGET)
-    rungs = {"baseline": start}
-    if scores:
-        start = replace(start, aggregator=system.aggregator, concat=system.concat)
-    elif system.aggregator == "attention + scores":
-        start = replace(start, aggregator="attention")
-    if start != rungs["baseline"]:
-        loss = "margin + focal" if system.training.focal == "clip" else "margin + batch focal"
-        rate = CHOSEN[f"{loss}, scores" if start.concat == "normalised" else loss]
-        start = replace(
-            start,
-            training=replace(
-                BUDGET,
-                gamma=system.training.gamma,
-                focal=system.training.focal,
-                lr=rate,
-                aggregator_lr=tuned(start.aggregator).aggregator_lr,
-            ),
-        )
-        rungs["aggregation and loss"] = start
-    if scene:
-        start = rungs["scene"] = replace(
-            start, context=system.context, context_dim=system.context_dim, hidden=system.hidden
-        )
-    start = rungs["ensemble"] = replace(start, ensemble=system.ensemble, regions=system.regions, members=system.members)
-    if scene:
-        rungs["fallback"] = replace(
-            start, fallback=replace(system.fallback, by=system.fallback.by if scores else "norm", lr=CHOSEN["scene"])
-        )
-    return rungs
 
 
 def plan(
