@@ -34,7 +34,7 @@ from mmlib.experiment import Experiment, torch_device
 
 PACKAGE = Path(__file__).parent
 RESULTS = PACKAGE.parent / "book" / "results"  # committed records
-_DATA = ("clips_per_identity_joint.csv", "calibration.py", "simulate.py", "store.py", "writer.py")
+_DATA = ("clips_per_identity_joint.csv", "calibration.py", "content.py", "simulate.py", "store.py", "writer.py")
 _MODULES = ("aggregate", "losses", "models", "ensemble", "train", "rank", "metrics", "experiment", "retrieve")
 DECIDING = (*(f"data/{name}" for name in _DATA), *(f"{name}.py" for name in _MODULES))
 LENGTH_EDGES, PERCENTILE_EDGES, WRONG_EDGES = retrieve.LENGTH_EDGES, retrieve.PERCENTILE_EDGES, retrieve.WRONG_EDGES

@@ -24,7 +24,7 @@ from mmlib.studies.ladder import (
     plan,
     step_frame,
 )
-from mmlib.systems import CHOSEN, ONE_NAME, ONE_NAME_AS_CODED, tuned
+from mmlib.systems import CHOSEN, ONE_NAME, ONE_NAME_AS_CODED, SYSTEMS, tuned
 
 # -- the experiments -----------------------------------------------------------------------------------------
 
@@ -54,13 +54,16 @@ def test_coded_steps_change_what_they_name_and_nothing_else():
     ]
 
 
-@pytest.mark.parametrize("name", LADDERS)
-def test_the_last_rung_is_the_system_but_for_the_budget(name):
-    last = climb(LADDERS[name])["fallback"]
-    assert changed(last, LADDERS[name]) <= {"training", "start", "fallback"}
-    assert changed(last.fallback, LADDERS[name].fallback) == {"lr"}
+def test_the_last_rung_of_the_described_ladder_is_the_system():
+    assert climb(LADDERS["described"])["fallback"] == SYSTEMS["one-name"]
+
+
+def test_the_last_rung_of_the_coded_ladder_is_the_system_but_for_the_budget():
+    last, system = climb(LADDERS["as coded"])["fallback"], LADDERS["as coded"]
+    assert changed(last, system) <= {"training", "start", "fallback"}
+    assert changed(last.fallback, system.fallback) <= {"lr"}
     loss = ("margin", "scale", "gamma", "focal")
-    assert [getattr(last.training, f) for f in loss] == [getattr(LADDERS[name].training, f) for f in loss]
+    assert [getattr(last.training, f) for f in loss] == [getattr(system.training, f) for f in loss]
 
 
 def test_every_experiment_has_one_budget_start_and_rule_of_ranking():

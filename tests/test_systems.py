@@ -339,42 +339,9 @@ def test_record_of_no_arm_is_refused():
         rates.names_of(LOSSES, [made(replace(BASE, hidden=7))])
 
 
-def trial(name, lr, epochs, seed, value):
-    arm = LOSSES[name]
-    asked = replace(arm, seed=seed, training=replace(arm.training, lr=lr, epochs=epochs))
-    return made(asked, measures={"map_at_100": value})
-
-
-def test_best_trials_are_means_over_worlds_best_first_within_an_arm(monkeypatch):
-    monkeypatch.setattr(systems, "CHOSEN", {"margin": 1e-3})
-    records = [
-        trial("margin", 1e-3, 8, 100, 0.5),
-        trial("margin", 1e-3, 8, 101, 0.7),
-        trial("margin", 1e-3, 16, 100, 0.6),
-        trial("margin", 1e-3, 16, 101, 0.9),
-        trial("cosine softmax", 1e-2, 8, 100, 0.2),
-        trial("margin", 1e-2, 8, 100, 0.1),
-    ]
-    found = rates.best_trials(LOSSES, records)
-    assert found[["arm", "epochs", "lr"]].values.tolist() == [
-        ["cosine softmax", 8, 1e-2],
-        ["margin", 16, 1e-3],
-        ["margin", 8, 1e-3],
-        ["margin", 8, 1e-2],
-    ]
-    assert found["map_at_100"].tolist() == pytest.approx([0.2, 0.75, 0.6, 0.1])
-    assert found["chosen"].tolist() == [False, False, True, False]
-
-
-def test_no_trial_gives_an_empty_table():
-    found = rates.best_trials(LOSSES, [])
-    assert found.empty and list(found) == ["arm", "epochs", "lr", "map_at_100", "chosen"]
-
-
 @pytest.mark.parametrize(
     "group, name", [(LOSSES, "05_search.jsonl.gz"), (FUSIONS, "07_search.jsonl.gz")], ids=["losses", "fusions"]
 )
 def test_rates_are_the_best_short_ones_of_the_committed_searches(group, name):
-    found = rates.best_trials(group, read_results(name))
-    short = found[found["epochs"] == systems.EPOCHS[0]].groupby("arm").head(1)
-    assert set(short["arm"]) == set(group) and short["chosen"].all()
+    best = rates.search_frame(group, read_results(name)).set_index("arm")["lr"].to_dict()
+    assert best == {arm: systems.CHOSEN[arm] for arm in group}

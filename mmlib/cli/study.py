@@ -99,7 +99,7 @@ def evaluate(
     low, high = bootstrap_interval(score.ap)
     several = len(score.ap) > 1  # of one identity there is no interval
     unknown = count_unknown(wanted, ranked)
-    if not score.first_hit.any():
+    if not score.ap.any():
         alien = [f"{n} {kind}" for kind, (n, lacking) in unknown.items() if n == lacking]
         why = f"{truth} names none of its {' and '.join(alien)}" if alien else "no line names a clip of its identity"
         print(f"mmlib: warning: {result}: nothing was found: {why}; are names written alike?", file=sys.stderr)
