@@ -39,7 +39,6 @@ def pytest_terminal_summary(terminalreporter):
     """Say in one line what was left out and how to have it."""
     reasons = [str(report.longrepr) for report in terminalreporter.getreports("skipped")]
     missing = [how for word, how in WAITED_FOR.items() if any(word in reason for reason in reasons)]
-    missing += ["a GPU"] if DEVICES == ["cpu"] else []
     if missing:
         terminalreporter.write_line(
             f"Left out, {len(reasons)} skipped, for want of: {'; '.join(missing)} (CONTRIBUTING)"
