@@ -91,7 +91,7 @@ def test(*arguments: str) -> int:
 def check(*arguments: str) -> int:
     """Check format, lint and types; arguments go to the linter (`--fix`)."""
     python = ["mmlib", "benchmarks", "tests", "book/_ext", "tasks.py"]
-    commands = [["ruff", "format", "--check", *python], ["ruff", "check", *arguments, *python], ["mypy", "mmlib"]]
+    commands = [["ruff", "format", "--check", *python], ["ruff", "check", *arguments, *python], ["mypy"]]
     return setup() or max(run([PYTHON, "-m", *command]) for command in commands)
 
 

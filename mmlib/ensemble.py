@@ -75,7 +75,8 @@ class Together:
             {f"{name}.keep": layer for name, layer in model.named_modules() if isinstance(layer, Dropout)}
             for model in models
         ]
-        self.parameters, self._buffers = dict(models[0].named_parameters()), {}
+        self.parameters: dict[str, Tensor] = dict(models[0].named_parameters())
+        self._buffers: dict[str, Tensor] = {}
         if len(models) > 1:
             self.parameters, self._buffers = stack_module_state(models)
 

@@ -7,7 +7,7 @@ study does not is listed in chapter 10 with the reason.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mmlib.aggregate import LEARNED
 from mmlib.experiment import Experiment, Training
@@ -58,6 +58,7 @@ def tuning_grid(aggregator: str) -> list[Training]:
 
     One with parameters tries four rates of its own, the others four of the rest of the network.
     """
+    rates: list[dict[str, Any]]
     if aggregator not in LEARNED:
         rates = [{"lr": rate} for rate in (5e-4, 1e-3, 1e-2, 3e-2)]
     else:  # three weights of scores need longer steps than a query over hundreds of dimensions

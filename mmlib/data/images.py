@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import PIL
@@ -125,8 +125,8 @@ def read_image(path: Path, clip: str) -> tuple[Image.Image, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice that size is an error below
-            with Image.open(path) as image:
-                mode = image.mode
+            with Image.open(path) as file:
+                mode, image = file.mode, cast(Image.Image, file)
                 image.load()
                 if mode.startswith("I;16"):
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -116,7 +117,8 @@ SWEEPS = {"margin": (0.0, 0.1, 0.3, 0.5, 0.7), "gamma": (0.0, 0.5, 1.0, 2.0, 4.0
 
 def sweep(arm: Experiment, field: str, seeds: Iterable[int]) -> list[Experiment]:
     """List the experiments of a sweep: a field of the arm's training takes every value of ``SWEEPS``."""
-    points = [replace(arm, training=replace(arm.training, **{field: value})) for value in SWEEPS[field]]
+    changes: list[dict[str, Any]] = [{field: value} for value in SWEEPS[field]]
+    points = [replace(arm, training=replace(arm.training, **change)) for change in changes]
     return [replace(point, seed=seed) for point in points for seed in seeds]
 
 
