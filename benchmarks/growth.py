@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from benchmarks.data import SCENE, write_store
 from benchmarks.meter import measure
-from benchmarks.ranking import K, features, ranking_problem
+from benchmarks.ranking import embeddings, ranked, ranking_problem, scored
 from benchmarks.training import system
-from mmlib import metrics, rank
 from mmlib.data.iqiyi import export_folder, import_folder
 from mmlib.data.store import ClipStore
 from mmlib.ensemble import member_seed
@@ -150,14 +150,15 @@ def _epochs(folder: Path, device: str, axis: str, along: tuple[int, ...], fixed:
 def _ranks(folder: Path, device: str, axis: str, along: tuple[int, ...], fixed: dict) -> Calls:
     for size in along:
         said = fixed | {axis: size}
-        feature, prototype = features(said["clips"], said["identities"], device)
-        yield size, lambda: rank.rank_cosines(feature, prototype, k=K)
+        embedded, prototype = embeddings(said["clips"], said["identities"], device)
+        rows = torch.arange(said["clips"], device=device)
+        yield size, lambda: ranked(embedded, prototype, rows)
 
 
 def _metrics(folder: Path, device: str, axis: str, along: tuple[int, ...], fixed: dict) -> Calls:
     for queries in along:
         identity, ranking = ranking_problem(fixed["clips"], queries, min(fixed["clips"], 2 * queries))
-        yield queries, lambda: metrics.score_ranking(ranking, identity, np.arange(queries))
+        yield queries, lambda: scored(ranking, identity)
 
 
 COSTS = {"import": _imports, "open": _opens, "epoch": _epochs, "rank": _ranks, "metric": _metrics}

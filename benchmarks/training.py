@@ -17,7 +17,7 @@ from mmlib.experiment import Experiment, Training
 from mmlib.models import IdentityModel
 from mmlib.retrieve import make_model
 from mmlib.systems import ONE_NAME_AS_CODED
-from mmlib.train import train, train_together
+from mmlib.train import train_together
 
 
 def system(aggregator: str, scale: str) -> Experiment:
@@ -42,7 +42,7 @@ def epoch(folder: str, scale: str, device: str, aggregator: str, **_) -> dict:
     store, asked = ClipStore.open(Path(folder, "clips")), system(aggregator, scale)
     clips = store.select("train", labelled=True)
     model = make_model(asked, store).to(device)
-    found = measure(lambda: train(model, store, clips, asked.training, seed=0), warm=1, device=device)
+    found = measure(lambda: train(model, store, clips, asked.training), warm=1, device=device)
     return found | {
         "work": _size(store, clips, asked.training),
         "flops": step_flops(model, store, clips, asked.training) * steps(clips, asked.training),
@@ -50,17 +50,17 @@ def epoch(folder: str, scale: str, device: str, aggregator: str, **_) -> dict:
     }
 
 
+def train(model: IdentityModel, store: ClipStore, clips: np.ndarray, training: Training, member: int = 0) -> None:
+    """Train one model with the seed of a member."""
+    train_together([model], store, [clips], training, seeds=[member_seed(0, member)])
+
+
 def members_together(folder: str, scale: str, device: str, **_) -> dict:
     """Train the members of an ensemble of views together, an epoch each."""
 
     def call(models, store, clips, training):
-        train_together(
-            models,
-            store,
-            [clips] * len(models),
-            training,
-            seeds=[member_seed(0, member) for member in range(len(models))],
-        )
+        seeds = [member_seed(0, member) for member in range(len(models))]
+        train_together(models, store, [clips] * len(models), training, seeds=seeds)
 
     return _members(folder, scale, device, call, "together")
 
@@ -70,7 +70,7 @@ def members_apart(folder: str, scale: str, device: str, **_) -> dict:
 
     def call(models, store, clips, training):
         for member, model in enumerate(models):
-            train(model, store, clips, training, seed=member_seed(0, member))
+            train(model, store, clips, training, member)
 
     return _members(folder, scale, device, call, "one by one")
 
@@ -100,7 +100,7 @@ def challenge(folder: str, scale: str, device: str, **_) -> dict:
     training = replace(asked.training, batch=s.challenge_batch)
     clips = store.select("train")
     model = make_model(asked, store).to(device)
-    found = measure(lambda: train(model, store, clips, training, seed=0), repeats=2, warm=1, device=device)
+    found = measure(lambda: train(model, store, clips, training), repeats=2, warm=1, device=device)
     epochs = ONE_NAME_AS_CODED.training.epochs
     flops = step_flops(model, store, clips, training) * steps(clips, training)
     return found | {
@@ -121,16 +121,16 @@ def step_flops(model: IdentityModel, store: ClipStore, clips: np.ndarray, traini
     group = clips[: round(len(clips) / steps(clips, training))]
     counter = FlopCounterMode(display=False)
     with counter:
-        train(model, store, group, replace(training, batch=len(group)), seed=0)
+        train(model, store, group, replace(training, batch=len(group)))
     return counter.get_total_flops()
 
 
 def epoch_bytes(model: IdentityModel, store: ClipStore, clips: np.ndarray, training: Training) -> int:
     """Return the bytes that an epoch must move at least: frames, and parameters.
 
-    Every drawn number of a clip is read as float16 and written as float32: 6 bytes.  In every step each parameter is read
-    forward and backward, its gradient is written and read, each of its optimiser states (one for SGD with momentum, two
-    for AdamW) is read and written, and it is read and written by the update: 4 (6 + 2 states) bytes.
+    Every drawn number of a clip is read as float16 and written as float32: 6 bytes.  In every step each parameter is
+    read forward and backward, its gradient is written and read, each of its optimiser states (one for SGD with momentum,
+    two for AdamW) is read and written, and it is read and written by the update: 4 (6 + 2 states) bytes.
     """
     widths = {name: store.modalities[name].feature.shape[1] for name in ("face", *model.branches)}
     numbers = len(clips) * (training.frames * widths.pop("face") + sum(widths.values()))

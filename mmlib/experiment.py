@@ -218,8 +218,9 @@ def arm_key(experiment: Experiment | Mapping, *free: str) -> str:
     experiments after it was made, and has its default.  free: more names that may differ, dotted within
     ``training`` and ``fallback``.
 
-    >>> arm_key(Experiment(seed=1)) == arm_key(Experiment(seed=2, training=Training(lr=1.0)), "training.lr")
-    True
+    >>> one, two = Experiment(seed=1), Experiment(seed=2, training=Training(lr=1.0))
+    >>> arm_key(one) == arm_key(two), arm_key(one, "training.lr") == arm_key(two, "training.lr")
+    (False, True)
     """
     said = dict(experiment) if isinstance(experiment, Mapping) else asdict(experiment)
     whole = asdict(Experiment())

@@ -20,33 +20,16 @@ Lines = tuple[Sequence, Sequence[Sequence]]  # identities, and for each its clip
 
 @dataclass(frozen=True)
 class Score:
-    """Keep what a ranking scored, query by query.
+    """Keep what a submission scored: identities (Q,), the AP of each, and the share whose first clip is relevant."""
 
-    ap (Q,): average precision; first_hit (Q,): rank of the first relevant clip, from 1, 0 where the ranking
-    has none; identities (Q,): whose they are; k: the longest ranking allowed; left_out: queries without any
-    relevant clip, which are in none of the arrays (always 0 by the official rule, which keeps them).
-    """
-
-    ap: np.ndarray
-    first_hit: np.ndarray
     identities: np.ndarray
-    k: int = 100
-    left_out: int = 0
+    ap: np.ndarray
+    top1: float
 
     @property
     def map_at_k(self) -> float:
         """Mean of ap over the queries."""
         return float(self.ap.mean())
-
-    @property
-    def cmc(self) -> np.ndarray:
-        """Share of queries with a relevant clip among their first 1, 2, .., k, (k,)."""
-        return np.bincount(self.first_hit, minlength=self.k + 1)[1:].cumsum() / len(self.first_hit)
-
-    @property
-    def top1(self) -> float:
-        """Share of queries whose first clip is relevant, cmc[0]; not the share of clips recognised."""
-        return float(np.mean(self.first_hit == 1))
 
 
 def average_precision(hits: np.ndarray, relevant: np.ndarray, *, rule: str = "relevant") -> np.ndarray:
@@ -106,40 +89,27 @@ def official_score(truth: Lines, result: Lines, *, k: int = 100) -> Score:
     >>> official_score(truth, (["1"], [["a", "x", "b"]])).map_at_k == (1 + 2 / 3) / 2 / 2
     True
     """
-    (names, truth_lists), (submitted, result_lists) = _lines(truth, "truth"), _lines(result, "result")
+    (names, relevant), (submitted, length) = _lines(truth, "truth"), _lines(result, "result")
+    if not names:
+        raise ValueError("truth has no line, so there is nothing to score")
     if len(submitted) > len(names):
         raise ValueError(f"result has {len(submitted)} lines, more than the {len(names)} of the ground truth")
-    if len(set(submitted)) < len(submitted):
-        repeated = pd.Series(submitted, dtype=object)
-        raise ValueError(f"result names identity {repeated[repeated.duplicated()].iloc[0]} more than once")
-
-    holding = {name: line for line, name in enumerate(names)}  # the last line holds
-    line = np.array([holding.get(name, -1) for name in submitted], np.int64)
-    relevant = np.array([len(clips) for clips in truth_lists], np.int64)
-    length = np.array([len(clips) for clips in result_lists], np.int64)
-
-    flat = np.empty(relevant.sum() + length.sum(), object)
-    flat[:] = list(chain(*truth_lists, *result_lists))
-    clip = pd.factorize(flat)[0]
-    width = int(clip.max(initial=0)) + 1
-    truth_clip, result_clip = clip[: relevant.sum()], clip[relevant.sum() :]
-
-    row = np.repeat(np.arange(len(length)), length)
-    fresh = ~pd.Series(row * width + result_clip).duplicated().to_numpy(bool)
-    row, result_clip = row[fresh], result_clip[fresh]
-    length = np.bincount(row, minlength=len(length))
+    if (repeated := pd.Index(submitted).duplicated()).any():
+        raise ValueError(f"result names identity {submitted[repeated.argmax()]} more than once")
+    clip = np.fromiter(chain(*truth[1], *result[1]), object, relevant.sum() + length.sum())
+    line = np.concatenate([np.repeat(np.arange(len(part)), part) for part in (relevant, length)])
+    rows = pd.DataFrame({"line": line, "clip": pd.factorize(clip)[0]})
+    wanted, found = rows[: relevant.sum()].drop_duplicates(), rows[relevant.sum() :].drop_duplicates()
+    length = np.bincount(found["line"], minlength=len(submitted))
     if (length > k).any():
         worst = int(np.argmax(length > k))
         raise ValueError(f"result line of identity {submitted[worst]} has {length[worst]} clips, more than {k}")
-
-    truth_line = np.repeat(np.arange(len(relevant)), relevant)
-    wanted = pd.Series(truth_line * width + truth_clip)
-    # An identity that truth lacks has line -1, so its keys are negative and match nothing.
-    hit = pd.Series(line[row] * width + result_clip).isin(wanted).to_numpy(bool)
-    rank = np.arange(len(row)) - np.repeat(length.cumsum() - length, length)
+    holding = {name: number for number, name in enumerate(names)}  # the last line holds
+    known = np.array([holding.get(name, -1) for name in submitted], int)  # -1 is no line of truth
+    found = found.assign(line=known[found["line"]], rank=found.groupby("line").cumcount()).merge(wanted)
     hits = np.zeros((len(names), k), bool)
-    hits[line[row[hit]], rank[hit]] = True
-    return _score(hits, relevant, np.asarray(names), k)
+    hits[found["line"], found["rank"]] = True
+    return Score(np.asarray(names), average_precision(hits, relevant), float(hits[:, 0].mean()))
 
 
 def match_ranking(
@@ -165,22 +135,6 @@ def match_ranking(
     return (ranking >= 0) & (gallery_identity[ranking] == query_codes[:, None]), relevant
 
 
-def score_ranking(ranking: np.ndarray, gallery_identity: np.ndarray, query_codes: np.ndarray, *, k: int = 100) -> Score:
-    """Score a ranking held in arrays, as `match_ranking` takes it, by the same rule; at most k clips a query.
-
-    Queries without a relevant gallery clip are left out and counted in `Score.left_out`: they say nothing
-    about the ranking, and the ground truth of the challenge has none.
-
-    >>> score_ranking(np.array([[1, 2, 0], [2, -1, -1]]), np.array([7, 7, -1]), np.array([7, 8])).ap.round(3)
-    array([0.833])
-    """
-    if np.ndim(ranking) == 2 and np.shape(ranking)[1] > k:
-        raise ValueError(f"ranking has {np.shape(ranking)[1]} clips a query, more than {k}")
-    hits, relevant = match_ranking(ranking, gallery_identity, query_codes)
-    kept = relevant > 0
-    return _score(hits[kept], relevant[kept], np.asarray(query_codes)[kept], k, left_out=int((~kept).sum()))
-
-
 def clip_precision(ranking: np.ndarray, hits: np.ndarray, gallery: int) -> np.ndarray:
     """Return what each gallery clip adds to its identity's AP, before division by R: (gallery,), in [0, 1].
 
@@ -198,23 +152,29 @@ def clip_precision(ranking: np.ndarray, hits: np.ndarray, gallery: int) -> np.nd
 
 
 def standard_error(ap: np.ndarray) -> float:
-    """Standard error of a mean AP over identities: sd / sqrt(Q), with Q - 1 in the variance."""
-    return float(stats.sem(_finite(ap, "ap")))
+    """Standard error of a mean AP over identities: sd / sqrt(Q), with Q - 1 in the variance; NaN for one identity."""
+    ap = _finite(ap, "ap")
+    return float(stats.sem(ap)) if len(ap) > 1 else np.nan
 
 
 def bootstrap_interval(ap: np.ndarray, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Percentile interval of the mean of `ap` (Q,) under resampling of identities with replacement."""
-    ap = _finite(ap, "ap")
-    rng = np.random.default_rng(seed)
-    step = max(1, _CHUNK // len(ap))
-    means = np.concatenate(
-        [
-            ap[rng.integers(0, len(ap), (min(step, draws - done), len(ap)), dtype=np.int32)].mean(axis=1)
-            for done in range(0, draws, step)
-        ]
-    )
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    """Percentile interval of the mean of `ap` (Q,) under resampling of identities with replacement.
+
+    One identity says nothing of the spread: both ends are then NaN.
+    """
+    ap, rng = _finite(ap, "ap"), np.random.default_rng(seed)
+    if len(ap) == 1:
+        return np.nan, np.nan
+    sizes = _pieces(draws, len(ap))
+    means = [ap[rng.integers(0, len(ap), (size, len(ap)), dtype=np.int32)].mean(axis=1) for size in sizes]
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _pieces(draws: int, width: int) -> list[int]:
+    """Cut a number of draws of ``width`` numbers each into pieces of some million numbers."""
+    step = max(1, _CHUNK // max(width, 1))
+    return [min(step, draws - done) for done in range(0, draws, step)]
 
 
 @dataclass(frozen=True)
@@ -243,16 +203,11 @@ def paired_test(ap_a: np.ndarray, ap_b: np.ndarray, *, level: float = 0.95, draw
         raise ValueError(f"ap_a has {len(ap_a)} identities and ap_b {len(ap_b)}; a paired test needs the same ones")
     difference = ap_a - ap_b
     low, high = bootstrap_interval(difference, level=level, draws=draws, seed=seed)
-    moved = difference[difference != 0]
-    rng = np.random.default_rng([seed, 1])
-    step = max(1, _CHUNK // max(len(moved), 1))
+    moved, rng = difference[difference != 0], np.random.default_rng([seed, 1])
     # sum of signs * moved = 2 * (sum of those with a plus) - sum of all
-    plus = np.concatenate(
-        [
-            rng.integers(0, 2, (min(step, draws - done), len(moved)), dtype=np.uint8).astype(float) @ moved
-            for done in range(0, draws, step)
-        ]
-    )
+    sizes = _pieces(draws, len(moved))
+    signs = (rng.integers(0, 2, (size, len(moved)), dtype=np.uint8).astype(float) for size in sizes)
+    plus = np.concatenate([sign @ moved for sign in signs])
     # Rounding must not turn a flip that equals the observed sum into a smaller one.
     bar = abs(moved.sum()) - 1e-9 * np.abs(moved).sum()
     extreme = np.abs(2 * plus - moved.sum()) >= bar
@@ -278,28 +233,16 @@ def over_worlds(differences: np.ndarray, *, level: float = 0.95) -> OverWorlds:
     value = _finite(differences, "differences")
     if len(value) == 1:
         return OverWorlds(float(value[0]), np.nan, np.nan, np.nan, 1)
-    half = stats.t.ppf((1 + level) / 2, len(value) - 1) * stats.sem(value)
-    return OverWorlds(
-        float(value.mean()),
-        float(value.mean() - half),
-        float(value.mean() + half),
-        float(value.std(ddof=1)),
-        len(value),
-    )
+    mean, half = float(value.mean()), float(stats.t.ppf((1 + level) / 2, len(value) - 1) * stats.sem(value))
+    return OverWorlds(mean, mean - half, mean + half, float(value.std(ddof=1)), len(value))
 
 
-def _score(hits: np.ndarray, relevant: np.ndarray, identities: np.ndarray, k: int, left_out: int = 0) -> Score:
-    if len(hits) == 0:
-        raise ValueError(f"no query has a relevant clip, so there is nothing to score ({left_out} queries left out)")
-    first = np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, 0) if hits.shape[1] else np.zeros(len(hits), int)
-    return Score(average_precision(hits, relevant), first, identities, k, left_out)
-
-
-def _lines(lines: Lines, name: str) -> Lines:
-    identities, clips = lines
+def _lines(lines: Lines, name: str) -> tuple[list, np.ndarray]:
+    """Return the identities, and how many clips each has."""
+    identities, clips = list(lines[0]), lines[1]
     if len(identities) != len(clips):
         raise ValueError(f"{name} has {len(identities)} identities but {len(clips)} lists of clips")
-    return list(identities), list(clips)
+    return identities, np.array([len(part) for part in clips], int)
 
 
 def _refuse_rows(bad: np.ndarray, query_codes: np.ndarray, what: str) -> None:
@@ -313,7 +256,6 @@ def _finite(value: np.ndarray, name: str) -> np.ndarray:
     if value.ndim != 1 or len(value) == 0:
         raise ValueError(f"{name} must be one value a query or world, got shape {value.shape}")
     if not np.isfinite(value).all():
-        raise ValueError(
-            f"{name} must be finite, got {value[~np.isfinite(value)][0]} at {np.argmin(np.isfinite(value))}"
-        )
+        place = int(np.argmin(np.isfinite(value)))
+        raise ValueError(f"{name} must be finite, got {value[place]} at {place}")
     return value

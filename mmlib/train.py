@@ -48,7 +48,7 @@ def train_together(
     steps = max(1, min(round(number / training.batch), number // 2))
     bounds = np.linspace(0, number, steps + 1).round().astype(int).tolist()
     most = f"{number // steps} clips of {training.frames} frames for {len(models)} models"
-    with _enough_memory(f"{store.path}: training steps of {most} on {device}: lower batch, frames or members"):
+    with enough_memory(f"{store.path}: training steps of {most} on {device}: lower batch, frames or members"):
         data, drops = ([_generator(seed, stream, device) for seed in seeds] for stream in (2, 5))
         together = Together(models)
         optimiser = _optimiser(together.parameters, training)
@@ -78,7 +78,7 @@ def train_together(
 
 
 @contextmanager
-def _enough_memory(what: str) -> Iterator[None]:
+def enough_memory(what: str) -> Iterator[None]:
     """Turn the errors of a full memory, of a CPU or a GPU, into one: what did not fit, and what to lower."""
     try:
         yield
@@ -217,7 +217,7 @@ def contexts(
     feature = torch.zeros(len(clips), kept_width(source.feature.shape[1], discard), device=device)
     for places in _blocks(np.maximum(count, 1), block):
         at, to = (torch.from_numpy(part).to(device) for part in (clips[places], places))
-        with _enough_memory(_longest(store, name, clips[places[-1]])):
+        with enough_memory(_longest(store, name, clips[places[-1]])):
             batch = source.gather(sample_rows(source.start[at], source.count[at]), gap=left)
             feature[to] = mean_pool(batch.feature, batch.mask) * feature.shape[1] ** 0.5
     return feature, torch.from_numpy(count > 0).to(device)
@@ -249,7 +249,7 @@ def pooled_features(
     model.eval()
     for places in _blocks(count, block):
         at, to = (torch.from_numpy(part).to(device) for part in (clips[places], places))
-        with _enough_memory(_longest(store, modality or next(iter(model.branches)), clips[places[-1]])):
+        with enough_memory(_longest(store, modality or next(iter(model.branches)), clips[places[-1]])):
             inputs = [None] * 4
             if modality is not None:
                 rows = sample_rows(source.start[at], source.count[at], sample, frames, generator)

@@ -169,24 +169,3 @@ def test_half_precision_logits_give_a_float32_loss():
     logits, label = focal_case(torch.float16)
     for loss in (losses.cross_entropy(logits, label), losses.focal_loss(logits, label, gamma=2.0)):
         assert loss.dtype == torch.float32
-
-
-# Scores beside the feature
-
-
-def test_scores_are_appended_to_the_normalised_feature():
-    found = losses.concat_scores(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.7, 0.9]]))
-    torch.testing.assert_close(found, torch.tensor([[0.6, 0.8, 0.7, 0.9]]))
-
-
-def test_scores_are_appended_to_the_raw_feature_on_request():
-    found = losses.concat_scores(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.7, 0.9]]), normalise=False)
-    torch.testing.assert_close(found, torch.tensor([[3.0, 4.0, 0.7, 0.9]]))
-
-
-def test_feature_of_a_clip_without_frames_stays_zero_with_a_moderate_gradient():
-    feature = torch.zeros(1, 2, requires_grad=True)
-    found = losses.concat_scores(feature, torch.ones(1, 1))
-    found.sum().backward()
-    assert found.tolist() == [[0, 0, 1]]
-    assert (feature.grad.abs() <= 1).all()

@@ -1,4 +1,5 @@
 import copy
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from mmlib.models import (
     IdentityModel,
     ResidualMLP,
     class_means,
+    gap,
     kept_width,
     region,
+    seeded,
     within_class_whitening,
 )
 
@@ -45,7 +48,7 @@ def model(aggregator="mean", identities=3, dim=DIM, **options):
         ("mean", lambda x, mask, quality, det: aggregate.mean_pool(x, mask)),
         ("norm", lambda x, mask, quality, det: aggregate.norm_pool(x, mask)),
         ("quality", aggregate.quality_pool),
-        ("best half", lambda x, mask, quality, det: aggregate.best_k_pool(x, mask, quality, 0.5)),
+        ("best half", lambda x, mask, quality, det: aggregate.best_pool(x, mask, quality)),
     ],
 )
 def test_fixed_aggregator_is_its_function(name, expected):
@@ -120,6 +123,22 @@ def test_dropout_mask_keeps_the_mean(p):
     assert abs(mask.mean().item() - 1) < 0.02  # five standard errors
 
 
+def test_weights_follow_the_seed_and_leave_torchs_own_generator_alone():
+    before, drawn = torch.get_rng_state(), []
+    for seed in (3, 3, [3, 1], [3, 2]):
+        with seeded(seed):
+            drawn.append(torch.nn.Linear(4, 4).weight)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(drawn[0], drawn[1])
+    assert all(not torch.equal(one, other) for one, other in combinations(drawn[1:], 2))
+
+
+def test_weights_of_a_seed_are_those_that_torch_draws_from_it():
+    with seeded(7):
+        found = torch.randn(5)
+    assert torch.equal(found, torch.randn(5, generator=torch.Generator().manual_seed(7)))
+
+
 # -- the model -----------------------------------------------------------------------------------------------
 
 
@@ -142,6 +161,14 @@ def test_normalised_concatenation_scales_the_feature_to_the_order_of_the_scores(
     pooled = model("norm", concat="normalised").pool(x, mask, quality, det)[0]
     direction = torch.cat([F.normalize(x[0].mean(0), dim=0), torch.stack([quality[0].mean() / 100, det[0].mean()])])
     assert torch.allclose(F.normalize(pooled, dim=0), F.normalize(direction, dim=0), atol=1e-6)
+
+
+def test_clip_without_frames_and_with_scores_has_a_finite_gradient():
+    x, mask, quality, det = clips(lengths=(2, 0))
+    x.requires_grad_()
+    pooled = model("norm", concat="normalised").pool(x, mask, quality, det)
+    pooled.square().sum().backward()
+    assert torch.isfinite(x.grad).all() and not pooled[1].any()
 
 
 def test_scores_are_averaged_over_frames_not_over_padding():
@@ -364,10 +391,9 @@ def test_region_that_does_not_exist_is_refused(width, block, blocks):
         region(width, block, blocks)
 
 
-@pytest.mark.parametrize("discard, width, gap", [((1, 3), 6, (2, 4)), ((0, 4), 8, (0, 2)), (None, 8, (0, 0))])
-def test_gap_of_a_model_is_the_region_that_it_discards(discard, width, gap):
-    made = model("norm", dim=4, discard=discard)
-    assert (made.gap(width).start, made.gap(width).stop) == gap
+@pytest.mark.parametrize("discard, width, ends", [((1, 3), 6, (2, 4)), ((0, 4), 8, (0, 2)), (None, 8, (0, 0))])
+def test_gap_is_the_discarded_block(discard, width, ends):
+    assert (gap(width, discard).start, gap(width, discard).stop) == ends
 
 
 # -- contexts ------------------------------------------------------------------------------------------------
@@ -415,6 +441,11 @@ def test_clips_with_a_context_are_reduced_as_if_the_others_were_not_there(traini
         assert torch.allclose(one.grad, other.grad, atol=1e-5), name
     for one, other in zip(branch.layers.buffers(), alone.buffers(), strict=True):
         assert one.dtype == torch.long or torch.allclose(one, other, atol=1e-6)
+
+
+def test_context_of_few_dimensions_has_a_layer_of_one():
+    branch = ContextBranch(3, 2, dropout=0.0)
+    assert branch.layers[0].out_features == 1 and branch(torch.randn(4, 3), SOME[:4]).shape == (4, 2)
 
 
 @pytest.mark.parametrize("number", [0, 1])

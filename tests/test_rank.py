@@ -1,11 +1,14 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmlib import rank
-from mmlib.rank import Ranking
+from mmlib.rank import Fallback, Ranking, combine_scores, fuse_ranks
 
 
 def blocks(scores, sizes):
@@ -29,7 +32,7 @@ def test_top_k_by_hand(device):
     torch.testing.assert_close(found.score.cpu(), torch.tensor([[0.3, 0.2], [9.0, 8.0]]))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     clips=st.integers(1, 60),
@@ -125,239 +128,6 @@ def test_malformed_blocks_are_refused(given_blocks, k, message):
         rank.top_k(given_blocks, k=k)
 
 
-# Scores
-
-
-def test_cosines_by_hand_and_block_by_block(device):
-    feature = torch.tensor([[3.0, 4.0], [0.0, 0.0], [-2.0, 0.0]], device=device)
-    found = list(rank.cosine_scores(feature, torch.tensor([[5.0, 0.0], [0.0, 0.1]], device=device), block=2))
-    assert [row.tolist() for row, _ in found] == [[0, 1], [2]]
-    expected = torch.tensor([[0.6, 0.8], [0.0, 0.0], [-1.0, 0.0]])
-    torch.testing.assert_close(torch.cat([score for _, score in found]).cpu(), expected)
-
-
-def test_scale_gives_log_softmax_over_identities():
-    feature, prototype = torch.tensor([[1.0, 0.0]]), torch.eye(2)
-    ((_, score),) = rank.cosine_scores(feature, prototype, scale=np.log(3))
-    torch.testing.assert_close(score.exp(), torch.tensor([[0.75, 0.25]]))
-
-
-def test_scores_leave_their_input_alone_and_carry_no_graph():
-    feature = torch.ones(3, 2, requires_grad=True)
-    ((_, score),) = rank.cosine_scores(feature, torch.eye(2), scale=30.0)
-    assert not score.requires_grad
-    assert torch.equal(feature.detach(), torch.ones(3, 2))
-
-
-def test_block_size_does_not_change_the_ranking():
-    generator = torch.Generator().manual_seed(0)
-    # Small integers: every product is exact, so blocks of any size give the same floats and real ties.
-    feature = torch.randint(-1, 2, (300, 2), generator=generator).float()
-    found = [rank.top_k(rank.cosine_scores(feature, torch.eye(2), block=size), k=50).clip for size in (7, 300)]
-    assert torch.equal(*found)
-
-
-def test_blocks_must_hold_a_clip():
-    with pytest.raises(ValueError, match="block must be at least 1"):
-        next(rank.cosine_scores(torch.ones(1, 2), torch.eye(2), block=0))
-
-
-# Cosines in two stages
-
-
-@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)
-def product(request, monkeypatch):
-    """The number format of the first products."""
-    monkeypatch.setattr(rank, "_product_dtype", lambda device: request.param)
-    return request.param
-
-
-def unit(x):
-    x = np.asarray(x, np.float32)
-    length = np.sqrt((x.astype(np.float64) ** 2).sum(1)).astype(np.float32)
-    return x / np.where(length > 0, length, np.float32(1))[:, None]
-
-
-def halved(x):
-    """Add the later half of a list of float32 to the earlier, until one is left."""
-    while len(x) > 1:
-        half = (len(x) + 1) // 2
-        x = [x[i] + x[half + i] if half + i < len(x) else x[i] for i in range(half)]
-    return x[0]
-
-
-def slow_cosines(feature, prototype):
-    """Cosines (N, C), with the roundings that `rank_cosines` promises."""
-    feature, prototype = unit(feature), unit(prototype)
-    return halved(list((feature[:, None] * prototype).transpose(2, 0, 1)))
-
-
-def assert_is_best(found, scores, k, offset=0):
-    expected = slow_top_k(torch.tensor(scores), k)
-    np.testing.assert_array_equal(found.clip.cpu().numpy(), np.where(expected < 0, -1, expected + offset))
-    picked = np.take_along_axis(scores.T, np.maximum(expected, 0), 1)
-    np.testing.assert_array_equal(found.score.cpu().numpy(), np.where(expected < 0, -np.inf, picked))
-
-
-KINDS = ("normal", "ties", "close", "copies", "rising", "zeros", "tiny")
-
-
-def problem(kind, clips, identities, dim, seed=0):
-    """Features (N, D) and prototypes (C, D) that are ranked with more or less trouble."""
-    rng = np.random.default_rng(seed)
-    feature, prototype = rng.normal(size=(clips, dim)), rng.normal(size=(identities, dim))
-    if kind == "ties":
-        feature, prototype = np.sign(feature).round(), rng.integers(-1, 2, prototype.shape)
-    elif kind == "close":  # below the steps of bfloat16
-        feature = feature[:1] + 1e-3 * feature
-    elif kind == "copies":
-        feature[:] = feature[:1]
-    elif kind == "rising":
-        feature = feature[np.argsort(unit(feature) @ unit(prototype)[0])]
-    elif kind == "zeros":
-        feature[rng.random(clips) < 0.5] = 0
-        prototype[0] = 0
-    elif kind == "tiny":
-        feature, prototype = feature * 1e-30, prototype * 1e30
-    return torch.tensor(feature, dtype=torch.float32), torch.tensor(prototype, dtype=torch.float32)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    seed=st.integers(0, 10**6),
-    kind=st.sampled_from(KINDS),
-    clips=st.integers(1, 150),
-    identities=st.integers(1, 5),
-    dim=st.integers(1, 40),
-    k=st.integers(1, 12),
-    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
-    piece=st.sampled_from([50, 400, 10**6]),
-    crowd=st.sampled_from([8, 10**6]),
-)
-def test_two_stages_find_what_a_full_sort_finds_bit_for_bit(seed, kind, clips, identities, dim, k, dtype, piece, crowd):
-    feature, prototype = problem(kind, clips, identities, dim, seed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rank, "_PIECE", piece)
-        patch.setattr(rank, "_CROWD", crowd)
-        patch.setattr(rank, "_product_dtype", lambda device: dtype)
-        found = rank.rank_cosines(feature, prototype, k=k)
-    assert_is_best(found, slow_cosines(feature, prototype), k)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_stages_rank_more_clips_than_are_kept(kind, product, device, monkeypatch):
-    monkeypatch.setattr(rank, "_PIECE", 1000)
-    feature, prototype = problem(kind, 3000, 7, 33)
-    found = rank.rank_cosines(feature.to(device), prototype.to(device), k=5)
-    assert_is_best(found, slow_cosines(feature, prototype), 5)
-
-
-def test_few_pairs_get_an_exact_cosine(product, monkeypatch):
-    feature, prototype = problem("normal", 5000, 40, 64)
-    scored, plain = [], rank._sum
-
-    def counting(x):
-        if x.dtype == torch.float32:  # lengths are sums of float64
-            scored.append(len(x))
-        return plain(x)
-
-    monkeypatch.setattr(rank, "_sum", counting)
-    rank.rank_cosines(feature, prototype, k=20)
-    assert 20 * 40 <= sum(scored) < 2 * 20 * 40
-
-
-@pytest.mark.parametrize("kind", ["normal", "ties", "zeros"])
-def test_parts_of_any_size_in_any_order_merge_to_the_whole_bit_for_bit(kind, product):
-    feature, prototype = problem(kind, 700, 6, 24)
-    whole = rank.rank_cosines(feature, prototype, k=30)
-    for seed in range(5):
-        rng = np.random.default_rng(seed)
-        edges = [0, *sorted(rng.integers(0, 701, 7).tolist()), 700]
-        parts = [rank.rank_cosines(feature[a:b], prototype, k=30, offset=a) for a, b in zip(edges, edges[1:])]
-        rng.shuffle(order := list(range(len(parts))))
-        merged = rank.merge((parts[i] for i in order), k=30)
-        twice = rank.merge([rank.merge([parts[i] for i in order[:3]], k=30), *(parts[i] for i in order[3:])], k=30)
-        for found in (merged, twice):
-            assert torch.equal(found.clip, whole.clip) and torch.equal(found.score, whole.score)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_cosines_of_rounded_vectors_are_as_wrong_as_the_bound_at_most(kind, product):
-    feature, prototype = problem(kind, 200, 30, 50)
-    pool = rank._RoughPool(feature, prototype, 1, 0)
-    rough = pool.multiply(0, 200).double().numpy().T
-    exact = (unit(feature).astype(np.float64)) @ unit(prototype).astype(np.float64).T
-    pool.kth = rank._key(torch.from_numpy(exact.max(0)).float(), torch.zeros(30, dtype=torch.int64))
-    margin = exact.max(0) - pool.bar.double().numpy()
-    # The margin is for two cosines, and for the bar's own rounding.
-    assert (np.abs(rough - exact).max(0) <= margin / 2 + 1e-7).all()
-
-
-def test_offset_numbers_the_clips():
-    feature, prototype = problem("normal", 50, 3, 8)
-    found = rank.rank_cosines(feature, prototype, k=60, offset=2**32 - 51)
-    assert_is_best(found, slow_cosines(feature, prototype), 60, offset=2**32 - 51)
-
-
-def test_no_clips_give_an_empty_ranking():
-    found = rank.rank_cosines(torch.ones(0, 4), torch.ones(2, 4), k=3)
-    assert found.clip.tolist() == [[-1] * 3] * 2 and torch.isneginf(found.score).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_features_of_other_formats_and_layouts_rank_as_float32(dtype, product):
-    feature, prototype = problem("normal", 300, 4, 16)
-    feature = feature.to(dtype).T.contiguous().T
-    before = feature.clone()
-    assert_is_best(
-        rank.rank_cosines(feature, prototype.to(dtype), k=9),
-        slow_cosines(feature.double(), prototype.to(dtype).double()),
-        9,
-    )
-    assert torch.equal(feature, before)
-
-
-def test_lower_precision_of_products_does_not_change_the_ranking(product):
-    feature, prototype = problem("normal", 2000, 20, 64)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with torch.autocast("cpu", torch.bfloat16):
-            found = rank.rank_cosines(feature, prototype, k=50)
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert_is_best(found, slow_cosines(feature, prototype), 50)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
-def test_vectors_without_a_length_are_refused_by_clip_or_identity(value):
-    feature, prototype = problem("normal", 9, 4, 6)
-    bad = feature.clone()
-    bad[5, :3] = value
-    with pytest.raises(ValueError, match="clip 15 has a vector of length (nan|inf)"):
-        rank.rank_cosines(bad, prototype, offset=10)
-    with pytest.raises(ValueError, match="identity 5 has a vector of length (nan|inf)"):
-        rank.rank_cosines(feature, bad)
-    with pytest.raises(ValueError, match="clip 5 has a vector of length (nan|inf)"):
-        list(rank.cosine_scores(bad, prototype, block=2))
-
-
-@pytest.mark.parametrize(
-    "feature, prototype, options, message",
-    [
-        ((3, 4), (2, 5), {}, r"feature has shape \(3, 4\) and prototype \(2, 5\)"),
-        ((3,), (2, 3), {}, r"feature has shape \(3,\)"),
-        ((3, 0), (2, 0), {}, r"feature has shape \(3, 0\)"),
-        ((3, 4), (2, 4), {"k": 0}, "k must be at least 1, got 0"),
-        ((3, 4), (2, 4), {"offset": -1}, "offset must lie in .*, got -1"),
-        ((3, 4), (2, 4), {"offset": 2**32 - 3}, "offset must lie in .*, got 4294967293"),
-    ],
-)
-def test_malformed_galleries_are_refused(feature, prototype, options, message):
-    with pytest.raises(ValueError, match=message):
-        rank.rank_cosines(torch.ones(feature), torch.ones(prototype), **options)
-
-
 # Merging
 
 
@@ -379,7 +149,7 @@ def test_merging_pads_what_no_part_has():
     assert found.clip.tolist() == [[3, -1, -1, -1]] and torch.isneginf(found.score[0, 1:]).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     clips=st.integers(1, 80),
@@ -415,3 +185,250 @@ def test_merged_parts_of_scattered_clips_agree_with_a_full_sort(seed, clips, wor
 def test_rankings_that_cannot_be_merged_are_refused(rankings, k, message):
     with pytest.raises(ValueError, match=message):
         rank.merge(rankings, k=k)
+
+
+# Scores of an ensemble
+
+
+def said(members=3, clips=5, identities=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.rand(members, clips, identities, generator=generator) - 1
+
+
+def slow_combine(cosines, how, scale):
+    """Average clip by clip in float64."""
+    out = np.zeros(cosines.shape[1:])
+    for clip in range(len(out)):
+        for member in cosines.double().numpy():
+            score = member[clip]
+            if how != "cosine":
+                score = np.exp(scale * score) / sum(np.exp(scale * value) for value in score)
+            out[clip] += np.log(score) if how == "log softmax" else score
+    return out / len(cosines)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize("how", rank.COMBINE[:3])
+def test_combined_scores_agree_with_a_slow_average(how, members, scale, device):
+    cosines = said(members)
+    expected = slow_combine(cosines, how, scale)
+    found = combine_scores(iter(cosines.to(device)), how, scale=scale)
+    # Log softmax at scale 30 has values to -60, of seven digits.
+    np.testing.assert_allclose(found.cpu().numpy(), expected, rtol=2e-6, atol=2e-6)
+
+
+def test_softmax_averages_probabilities_and_log_softmax_their_logarithms():
+    cosines = [torch.tensor([[0.0, 0.0]]), torch.tensor([[np.log(3.0), 0.0]])]
+    expected = torch.tensor([[(1 / 2 + 3 / 4) / 2, (1 / 2 + 1 / 4) / 2]])
+    torch.testing.assert_close(combine_scores(cosines, "softmax", scale=1.0), expected, check_dtype=False)
+    expected = torch.tensor([[np.log(1 / 2 * 3 / 4) / 2, np.log(1 / 2 * 1 / 4) / 2]])
+    torch.testing.assert_close(combine_scores(cosines, "log softmax", scale=1.0), expected, check_dtype=False)
+
+
+@pytest.mark.parametrize("how", ["softmax", "log softmax", "cosine"])
+def test_combining_leaves_its_input_alone(how):
+    cosines = said()
+    before = cosines.clone()
+    combine_scores(list(cosines), how, scale=30.0)
+    assert torch.equal(cosines, before)
+
+
+def test_half_precision_cosines_are_combined_in_float32():
+    cosine = torch.tensor([[0.5, -0.25]], dtype=torch.bfloat16)
+    assert combine_scores([cosine, cosine], "cosine", scale=1.0).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "cosines, how, message",
+    [
+        ([], "softmax", "there is no member"),
+        ([torch.zeros(1, 2)], "ranks", "how must be one of log softmax, softmax, cosine, got 'ranks'"),
+        ([torch.zeros(1, 2)], "mean", "how must be one of .*, got 'mean'"),
+    ],
+)
+def test_scores_that_cannot_be_combined_are_refused(cosines, how, message):
+    with pytest.raises(ValueError, match=message):
+        combine_scores(cosines, how, scale=1.0)
+
+
+# Fusion of ranks
+
+
+def slow_fusion(rankings, k, constant=60):
+    """Add reciprocals of ranks in a dictionary, exactly: clips and scores of one identity, best first."""
+    score = {}
+    for clips in rankings:
+        for place, clip in enumerate(clips, 1):
+            score[clip] = score.get(clip, 0) + Fraction(1, constant + place)
+    order = sorted(score, key=lambda clip: (-score[clip], clip))[:k]
+    return order, [float(score[clip]) for clip in order]
+
+
+def ranking_of(lines, width):
+    clip = torch.tensor([line + [-1] * (width - len(line)) for line in lines])
+    return Ranking(clip, torch.zeros(clip.shape))
+
+
+some_lists = st.lists(
+    st.lists(
+        st.permutations(range(9)).flatmap(lambda p: st.integers(0, 9).map(lambda n: list(p[:n]))),
+        min_size=2,
+        max_size=2,
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(members=some_lists, extra=st.lists(st.integers(0, 3), min_size=4, max_size=4), k=st.integers(1, 12))
+def test_fusion_of_ranks_agrees_with_a_slow_dictionary(members, extra, k):
+    """Two identities; lists of different lengths, shorter ones padded with -1, and rankings of different widths.
+
+    To rank 12, sums of up to four reciprocals are equal only where the ranks are the same.
+    """
+    rankings = [ranking_of(lines, max(1, *map(len, lines)) + more) for lines, more in zip(members, extra, strict=False)]
+    found = fuse_ranks(rankings, k=k)
+    for identity in range(2):
+        clips, scores = slow_fusion([lines[identity] for lines in members], k)
+        row = found.clip[identity].tolist()
+        assert row == clips + [-1] * (len(row) - len(clips))
+        np.testing.assert_allclose(found.score[identity, : len(clips)], scores, rtol=1e-6)
+        assert torch.isneginf(found.score[identity, len(clips) :]).all()
+
+
+@pytest.mark.parametrize("constant", [1, 60])
+def test_fusion_of_ranks_by_hand(constant, device):
+    one, two = (
+        Ranking(clip.to(device), torch.zeros(1, 3)) for clip in (torch.tensor([[4, 2, 9]]), torch.tensor([[2, 7, -1]]))
+    )
+    found = fuse_ranks([one, two], constant=constant)
+    assert found.clip.tolist()[0][:4] == [2, 4, 7, 9]
+    expected = [1 / (constant + 2) + 1 / (constant + 1), 1 / (constant + 1), 1 / (constant + 2), 1 / (constant + 3)]
+    np.testing.assert_allclose(found.score[0, :4].cpu(), expected, rtol=1e-6)
+
+
+def test_fusion_holds_few_identities_at_a_time(monkeypatch):
+    """Of 8 rankings of 50 identities, 40 clips each, nothing that is made is as large as one ranking."""
+    generator, sizes = torch.Generator().manual_seed(0), []
+    rankings = [Ranking(torch.rand(50, 40, generator=generator).argsort(1), torch.zeros(50, 40)) for _ in range(8)]
+    whole = fuse_ranks(rankings, k=10)
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            made = function(*arguments, **(options or {}))
+            sizes.extend(part.nbytes for part in (made if isinstance(made, list | tuple) else (made,)))
+            return made
+
+    monkeypatch.setattr(rank, "_PIECE", 2 * 8 * 40)
+    with Watching():
+        found = fuse_ranks(rankings, k=10)
+    assert max(sizes) <= rankings[0].clip.nbytes
+    assert torch.equal(found.clip, whole.clip) and torch.equal(found.score, whole.score)
+
+
+def test_no_ranking_cannot_be_fused():
+    with pytest.raises(ValueError, match="rankings is empty"):
+        fuse_ranks([])
+
+
+def test_fusion_of_one_ranking_is_that_ranking():
+    generator = torch.Generator().manual_seed(0)
+    alone = rank.top_k([(torch.arange(1200), torch.rand(1200, 3, generator=generator))], k=1000)
+    fused = fuse_ranks([alone], k=1000)
+    assert torch.equal(fused.clip, alone.clip)
+    assert torch.equal(fuse_ranks([alone], k=100).clip, alone.clip[:, :100])
+
+
+def test_fusion_of_a_ranking_with_itself_is_that_ranking():
+    alone = ranking_of([[5, 3, 8], [2]], 4)
+    assert torch.equal(fuse_ranks([alone, alone, alone], k=4).clip, alone.clip)
+
+
+def test_order_of_rankings_does_not_change_their_fusion():
+    rankings = [ranking_of([line], 4) for line in ([5, 3, 8, 1], [8, 5], [1, 9, 5])]
+    one, two = (fuse_ranks(order, k=6).clip for order in (rankings, rankings[::-1]))
+    assert torch.equal(one, two)
+
+
+def test_equal_sums_of_different_ranks_tie():
+    """1 / 63 + 1 / 234 = 1 / 65 + 1 / 210, so the lower row comes first."""
+    one, two = torch.full((1, 180), -1), torch.full((1, 180), -1)
+    one[0, 2], two[0, 173] = 9, 9  # ranks 3 and 174
+    one[0, 4], two[0, 149] = 4, 4  # ranks 5 and 150
+    fused = fuse_ranks([Ranking(one, torch.zeros(1, 180)), Ranking(two, torch.zeros(1, 180))], k=2)
+    assert fused.clip.tolist() == [[4, 9]] and fused.score[0, 0] == fused.score[0, 1]
+
+
+# The fallback
+
+
+def slow_low(fallback, value):
+    """Pick the clips of low quality one at a time: those below the threshold, or the lowest again and again."""
+    if fallback.threshold is not None:
+        return {i for i, v in enumerate(value) if v < fallback.threshold}
+    left, low = list(range(len(value))), set()
+    while len(low) + 1 <= fallback.share * len(value) + 1e-6:
+        lowest = min(left, key=lambda i: (value[i], i))
+        left.remove(lowest)
+        low.add(lowest)
+    return low
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    value=st.lists(st.sampled_from([1.0, 2.0, 8.5, 8.867, 9.0, 40.0]) | st.floats(0, 50), min_size=1, max_size=60),
+    share=st.sampled_from([0.0, 0.01, 0.07, 0.25, 0.5, 1.0]),
+    threshold=st.sampled_from([None, 8.867, 2.0]),
+    weight=st.sampled_from([0.0, 0.3]),
+)
+def test_fallback_picks_the_clips_that_a_slow_loop_picks(value, share, threshold, weight):
+    fallback = Fallback(weight=weight, share=share, threshold=threshold, low=0.8)
+    low = slow_low(fallback, value)
+    assert fallback.weights(np.array(value)).tolist() == [0.8 if i in low else weight for i in range(len(value))]
+
+
+@pytest.mark.parametrize("clips, low", [(100, 1), (199, 1), (200, 2), (99, 0), (700, 7), (2900, 29)])
+def test_one_percent_of_clips_is_rounded_down_and_not_by_float_noise(clips, low):
+    assert np.sum(Fallback(share=0.01).weights(np.arange(clips) + 0.5) > 0) == low
+
+
+def test_clip_at_the_threshold_is_not_of_low_quality():
+    weight = Fallback(by="norm", threshold=8.867, low=0.8).weights(np.array([8.866, 8.867, 8.868]))
+    assert weight.tolist() == [0.8, 0, 0]
+
+
+def test_threshold_takes_the_place_of_the_share():
+    assert Fallback(share=1.0, threshold=2.0).weights(np.array([1.0, 3.0])).tolist() == [0.8, 0]
+
+
+def test_neutral_fallback_gives_the_second_model_no_weight():
+    assert not Fallback(share=0, weight=0).weights(np.arange(500.0)).any()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"by": "det"},
+        {"weight": 1.2},
+        {"share": -0.1},
+        {"low": 2},
+        {"low": float("nan")},
+        {"low": True},
+        {"absent": 0.0},
+        {"absent": -1.0},
+        {"lr": 0.0},
+        {"lr": float("inf")},
+        {"lr": "0.1"},
+        {"threshold": float("nan")},
+    ],
+)
+def test_meaningless_fallback_is_refused_by_name_and_value(bad):
+    ((name, value),) = bad.items()
+    with pytest.raises(ValueError, match=f"^{name} must be .*, got {value!r}$"):
+        Fallback(**bad)
+
+
+def test_threshold_may_be_negative_as_a_quality_may():
+    assert Fallback(threshold=-3.0).weights(np.array([-4.0, -2.0])).tolist() == [0.8, 0]

@@ -13,7 +13,7 @@ from mmlib.ensemble import Together
 from mmlib.experiment import Experiment, Training
 from mmlib.models import IdentityModel
 from mmlib.retrieve import fit, fit_together, make_model, training_clips
-from mmlib.train import train, train_together
+from mmlib.train import train_together
 
 BRIEF = Training(epochs=3, batch=32, frames=8, lr=3e-3, aggregator_lr=3e-3)
 MEMBERS = (0, 1, 2, 7)
@@ -122,7 +122,7 @@ def test_dropout_masks_are_the_members_own(patchy):
         drop.draw = lambda clips, generator, plain=drop.draw: seen.append(plain(clips, generator)) or seen[-1]
     x, mask = torch.randn(2, 5, 3, 16), torch.ones(2, 5, 3, dtype=torch.bool)
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-    together.loss((x, mask, None, None, {}), torch.zeros(2, 5, dtype=torch.long), BRIEF.loss, generators)
+    together.loss({"x": x, "mask": mask}, torch.zeros(2, 5, dtype=torch.long), BRIEF.loss, generators)
     assert len(seen) == 2 and not torch.equal(*seen)
 
 
@@ -146,10 +146,10 @@ def test_first_member_is_the_plain_model(patchy):
     plain = make_model(e, patchy)
     plain.prototype.data.copy_(
         fit(
-            replace(e, training=replace(BRIEF, epochs=1, lr=0.0, weight_decay=0.0, aggregator_lr=0.0)),
+            replace(e, training=replace(BRIEF, epochs=1, lr=1e-30, weight_decay=0.0, aggregator_lr=0.0)),
             patchy,
             device=torch.device("cpu"),
         )[0].prototype
     )
-    assert train(plain, patchy, clips, BRIEF, seed=0) == losses
+    assert train_together([plain], patchy, [clips], BRIEF, seeds=[0]) == [losses]
     assert ensemble.member_seed(0, 0) == 0 and torch.equal(plain.prototype, model.prototype)
