@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,7 @@ POSITIVE, FROM_ZERO, FROM_ONE = (Interval(low, np.inf, end) for low, end in ((0,
 class Training:
     """What decides a training run.
 
-    epochs; batch: clips; frames: frames drawn a clip and step, by ``sample`` of ``ClipStore.batch``; lr of the MLP
+    epochs; batch: clips, two at least; frames: frames drawn a clip and step, by ``sample`` of ``ClipStore.batch``; lr of the MLP
     and classifier, and of the aggregator (whose gradients are some orders smaller), both falling to 0 along a cosine;
     weight_decay; margin in radians, 0 for a plain (cosine) softmax; scale of the cosines; gamma of the focal term,
     ``focal`` "clip" or "batch"; optimiser "adamw", or "sgd" with momentum .9 as in the released code.
