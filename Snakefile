@@ -11,19 +11,28 @@ the top of the file; a relative path starts from here, wherever the command is g
 from pathlib import Path
 
 ROOT = Path(workflow.basedir)
-COMMANDS = ROOT / config.get("bin", ".venv/bin")  # where mmlib and jupyter-book are
-OUT = ROOT / config.get("out", "_build/sweep")
+COMMANDS = ROOT / str(config.get("bin", ".venv/bin"))  # where mmlib and jupyter-book are
+OUT = ROOT / str(config.get("out", "_build/sweep"))
 PROFILE, DEVICE = config.get("profile", "quick"), config.get("device", "auto")
 DATA = config.get("data", "simulated")  # of the chapters: simulated, or a clip store
-DATA = DATA if DATA == "simulated" else ROOT / DATA
-STORE, SHARDS = ROOT / config["store"] if "store" in config else None, int(config.get("shards", 4))  # to rank, if any
+DATA = DATA if DATA == "simulated" else ROOT / str(DATA)  # a folder named by digits is a number there
+STORE, SHARDS = ROOT / str(config["store"]) if "store" in config else None, int(config.get("shards", 4))  # to rank, if any
 PREDICT = str(config.get("predict", ""))  # further options of mmlib predict, such as "--members 4 --epochs 2"
 EVERY = sorted(path.stem for path in (ROOT / "book" / "chapters").glob("*.ipynb"))
 
 
 def listed(name, default):
-    """Read a list from the command line: 0,1 is text there, and 0 a number."""
-    return [part for part in str(config.get(name, default)).split(",") if part]
+    """Read a list from the command line, where 0,1 is text, 0 a number and [0,1] a list."""
+    value = config.get(name, default)
+    parts = value if isinstance(value, list) else str(value).strip("[] ").split(",")
+    return list(dict.fromkeys(part for part in (str(part).strip(" '\"") for part in parts) if part))
+
+
+def number(text):
+    """Write a seed as the chapter reads it: 010 is ten."""
+    if not text.isdecimal():
+        raise WorkflowError(f"seeds={text}: not a whole number >= 0")
+    return str(int(text))
 
 
 def find(asked):
@@ -35,7 +44,7 @@ def find(asked):
 
 
 CHAPTERS = [find(name) for name in listed("chapters", ",".join(EVERY))]
-SEEDS = listed("seeds", "0,1")
+SEEDS = list(dict.fromkeys(map(number, listed("seeds", "0,1"))))
 RUNS = OUT / Path(DATA).name / PROFILE
 NOTEBOOKS = [RUNS / f"{chapter}-seed{seed}.ipynb" for chapter in CHAPTERS for seed in SEEDS]
 RESULT = OUT / "predict" / (STORE.name if STORE else "none") / "result.txt"

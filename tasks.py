@@ -1,9 +1,11 @@
-"""Run the project's tasks with nothing but Python: `python3 tasks.py setup|book|test|clean [arguments]`.
+"""Run the project's tasks with nothing but Python: `python3 tasks.py TASK [arguments]`.
 
-setup   make .venv and install what the other tasks need, if that has changed
-book    build the report into _build/html; arguments go to jupyter-book (`--all -W -n --keep-going`)
-test    run the tests; arguments go to pytest (`-k store`, `-m "not chapters"`)
-clean   remove _build, the built report and the cache of executed chapters
+setup      make .venv and install what the other tasks need, if that has changed
+book       build the report into _build/html; arguments go to jupyter-book (`--all -W -n --keep-going`)
+test       run the tests; arguments go to pytest (`-k store`, `-m "not chapters"`)
+check      format and lint: ruff, and mypy on the library
+notebooks  write the notebook of every chapter from its text, never the other way
+clean      remove _build, the built report and the cache of executed chapters
 """
 
 import sys
@@ -22,6 +24,8 @@ VENV = ROOT / ".venv"
 SCRIPTS = VENV / ("Scripts" if sys.platform == "win32" else "bin")
 PYTHON = SCRIPTS / ("python.exe" if sys.platform == "win32" else "python")
 STAMP = VENV / "installed-for"
+# Not the script beside Python: that names the folder in which it was installed.
+JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
 REPORT = ROOT / "_build" / "html" / "index.html"
 
 
@@ -31,11 +35,15 @@ def run(command: list[object]) -> int:
 
 
 def wanted() -> str:
-    """Name what an installation depends on: the Python version and the two files that list the packages."""
+    """Name what an installation depends on: the Python version, its place, and the two files that list the packages.
+
+    Scripts and the installed library point to the folder that they were made in, so that a copy would run the original.
+    """
     digest = hashlib.sha256()
     for name in ("pyproject.toml", "constraints.txt"):
         digest.update((ROOT / name).read_bytes().replace(b"\r\n", b"\n") + b"\0")
-    return "{}.{} {}".format(*sys.version_info[:2], digest.hexdigest())
+    place = hashlib.sha256(str(VENV).encode()).hexdigest()[:16]
+    return "{}.{} {} {}".format(*sys.version_info[:2], place, digest.hexdigest())
 
 
 def installed() -> str:
@@ -55,9 +63,9 @@ def setup() -> int:
                 file=sys.stderr,
             )
             return 1
-        other_python = installed().split(" ")[0] not in ("", wanted().split(" ")[0])
+        anew = installed().split(" ")[:2] not in ([""], wanted().split(" ")[:2])  # another Python, or another place
         print("Making {} (several gigabytes, some minutes)".format(VENV), flush=True)
-        if status := run([sys.executable, "-m", "venv", *(["--clear"] if other_python else []), VENV]):
+        if status := run([sys.executable, "-m", "venv", *(["--clear"] if anew else []), VENV]):
             return status
     STAMP.unlink(missing_ok=True)
     if status := run([PYTHON, "-m", "pip", "install", "-c", "constraints.txt", "-e", ".[book,test]"]):
@@ -68,15 +76,29 @@ def setup() -> int:
 
 def book(*arguments: str) -> int:
     """Build the report and say where it opens."""
-    status = setup() or run([SCRIPTS / "jupyter-book", "build", "book/", *arguments])
+    status = setup() or run([PYTHON, "-c", JUPYTER_BOOK, "build", "book/", *arguments])
     if status == 0:
         print("The report: {}\n{}".format(REPORT.relative_to(ROOT).as_posix(), REPORT.as_uri()))
     return status
 
 
 def test(*arguments: str) -> int:
-    """Run the tests."""
-    return setup() or run([PYTHON, "-m", "pytest", *arguments])
+    """Run the tests, with a process a core unless the arguments say how many (`-n 0`)."""
+    workers = [] if "-n" in arguments else ["-n", "auto"]
+    return setup() or run([PYTHON, "-m", "pytest", *workers, *arguments])
+
+
+def check(*arguments: str) -> int:
+    """Check format, lint and types; arguments go to the linter (`--fix`)."""
+    python = ["mmlib", "benchmarks", "tests", "book/_ext", "tasks.py"]
+    commands = [["ruff", "format", "--check", *python], ["ruff", "check", *arguments, *python], ["mypy", "mmlib"]]
+    return setup() or max(run([PYTHON, "-m", *command]) for command in commands)
+
+
+def notebooks() -> int:
+    """Write every chapter's notebook from its text, whichever was edited last; ids of unchanged cells stay."""
+    texts = sorted((ROOT / "book" / "chapters").glob("*.md"))
+    return setup() or run([PYTHON, "-m", "jupytext", "--quiet", "--update", "--to", "ipynb", *texts])
 
 
 def clean() -> int:
@@ -85,7 +107,7 @@ def clean() -> int:
     return 0
 
 
-TASKS = {"setup": setup, "book": book, "test": test, "clean": clean}
+TASKS = {"setup": setup, "book": book, "test": test, "check": check, "notebooks": notebooks, "clean": clean}
 
 
 def main(arguments: list[str]) -> int:
@@ -94,7 +116,7 @@ def main(arguments: list[str]) -> int:
     if name in ("-h", "--help"):
         print(__doc__)
         return 0
-    if name not in TASKS or (rest and name in ("setup", "clean")):
+    if name not in TASKS or (rest and name in ("setup", "notebooks", "clean")):
         print(__doc__, file=sys.stderr)
         return 2
     return TASKS[name](*rest)

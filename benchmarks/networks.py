@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.data import SCALES
 from benchmarks.meter import measure, peak_memory, reset_peak
-from mmlib.scene_network import make_backbone
+from mmlib.scene import make_model, settings_for
 
 
 def forward(folder: str, scale: str, device: str, architecture: str, size: int, **_) -> dict:
@@ -16,7 +16,8 @@ def forward(folder: str, scale: str, device: str, architecture: str, size: int, 
     Bytes: pixels, features and every parameter once; what lies between the layers is left out.
     """
     images = SCALES[scale].images * (16 if device == "cuda" else 1)
-    network = make_backbone(architecture).eval().to(device, memory_format=torch.channels_last)
+    network = make_model(settings_for(architecture), 1, seed=0).backbone.eval()
+    network = network.to(device, memory_format=torch.channels_last)
     pixels = torch.randn(images, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
 
     @torch.inference_mode()

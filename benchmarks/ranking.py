@@ -10,8 +10,7 @@ import torch
 from benchmarks.data import FACE, SCALES
 from benchmarks.meter import measure
 from mmlib import metrics, rank
-from mmlib.data.iqiyi import read_result, read_val_truth, write_result
-from mmlib.data.submission import write_val_truth
+from mmlib.data.submission import read_result, read_val_truth, write_result, write_val_truth
 from mmlib.retrieve import BLOCK
 
 K, SCALE, SHARDS = 100, 30.0, 8  # clips ranked, scale of the cosines, parts of a gallery that are merged

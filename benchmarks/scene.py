@@ -1,8 +1,8 @@
 """Time fine-tuning and extraction of the scene network on random pictures that are decoded already.
 
-    python -m benchmarks.scene [--architecture seresnext50_32x4d] [--batch 40 256] [--images 8192] [--compile-mode default]
+    python -m benchmarks.scene [--architecture NAME] [--batch 40 256] [--images 8192] [--compile-mode default]
 
-Pictures take the way of any others: from a memory map, cut by loading processes, bytes to the device, resampled there.
+Pictures take the way of any others: files without compression, cut by loading processes, bytes to the device.
 """
 
 from __future__ import annotations
@@ -11,20 +11,19 @@ import argparse
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmlib.data.images import Images
-from mmlib.data.pictures import Decoded
 from mmlib.data.store import ClipStore
-from mmlib.data.writer import ArrayStream, map_array
-from mmlib.scene import extract, fine_tune, make_model, settings_for
-from mmlib.scene_network import ARCHITECTURES, DEEP, SceneModel
-from mmlib.scene_training import compile_features
+from mmlib.scene import ARCHITECTURES, DEEP, SceneModel, extract, make_model, settings_for
+from mmlib.scene_training import fine_tune, launched
 
 EPOCHS = 2  # timed, of training
 
@@ -40,42 +39,35 @@ def measure(
 ) -> list[dict]:
     """Return rows of what, seconds, images, images_per_s, flops and bytes: training by size of batch, and extraction.
 
-    Unless given: on a GPU an SE-ResNeXt-50 at 224 pixels, 8,192 pictures, batches of 40 as described and of 256; without
-    one the narrow network of 26 layers at its 56 pixels, 192 pictures.  flops: counted, two a multiplication with its
-    addition.  bytes: those of pixels, parameters (in training with gradients and momentum, at every step) and features,
-    each as often as it must be read or written; what lies between the layers is left out.
+    Unless given: on a GPU an SE-ResNeXt-50 at 224 pixels, 8,192 pictures, batches of 40 as described and of 256;
+    without one the narrow network of 26 layers at its 56 pixels, 192 pictures.  flops: counted, two a multiplication
+    with its addition.  bytes: those of pixels, parameters (in training with gradients and momentum, at every step) and
+    features, each as often as it must be read or written; what lies between the layers is left out.
     """
-    gpu = torch.device(device).type == "cuda" if device != "auto" else torch.cuda.is_available()
-    device = "cuda" if gpu else "cpu"
+    run = launched(device, compile_mode=compile_mode)
+    gpu = run.device.type == "cuda"
     settings = settings_for(architecture or (DEEP[0] if gpu else "narrow_seresnext26"))
     if size:
         settings = replace(settings, size=size, resize=round(size * settings.resize / settings.size))
     images = images or (8192 if gpu else 192)
     identities = 10_034 if settings.architecture in DEEP else 60
     with tempfile.TemporaryDirectory() as folder:
-        store, listed, decoded = random_pictures(Path(folder), images, identities, settings.resize)
-        options = {"decoded": decoded, "seed": 0}
+        store, listed = random_pictures(Path(folder), images, identities, settings.resize)
 
         def train(batch: int, epochs: int) -> SceneModel:
-            return fine_tune(
-                store,
-                listed,
-                replace(settings, batch=batch, epochs=epochs),
-                device=device,
-                watch=0,
-                compile_mode=compile_mode,
-                **options,
-            )[0]
+            model = make_model(settings, identities, seed=0)
+            fine_tune(model, store, listed, replace(settings, batch=batch, epochs=epochs), run, seed=0, watch=0)
+            return model
 
         rows = []
-        model = make_model(settings, identities, seed=0).to(device, memory_format=torch.channels_last)
+        model = make_model(settings, identities, seed=0).to(run.device, memory_format=torch.channels_last)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         pixels = 3 * settings.size**2
         forward, both = flops(model, settings.size)
         for batch in batches or ((settings.batch, 256) if gpu else (settings.batch,)):
             train(batch, 1)  # what is done once: kernels chosen, pages read
-            once = _seconds(lambda: train(batch, 1))
-            seconds = _seconds(lambda: train(batch, 1 + EPOCHS)) - once  # without the making of the network
+            once, more = (_seconds(partial(train, batch, epochs)) for epochs in (1, 1 + EPOCHS))
+            seconds = more - once  # without the making of the network
             steps = EPOCHS * max(1, round(images / batch))
             # Weights twice, gradients twice, momentum twice, the new weights.
             rows.append(
@@ -88,10 +80,10 @@ def measure(
                 )
             )
         if compile_mode:
-            compile_features(model, compile_mode)
+            model.features = torch.compile(model.features, mode=compile_mode, dynamic=False)
 
         def extract_all() -> int:
-            return sum(len(feature) for _, feature in extract(model, listed, settings, **options))
+            return sum(len(feature) for _, feature in extract(model, listed, settings, seed=0, run=run))
 
         extract_all()
         rows.append(
@@ -106,26 +98,17 @@ def measure(
     return rows
 
 
-def random_pictures(folder: Path, images: int, identities: int, side: int) -> tuple[ClipStore, Images, Decoded]:
-    """Write a store of train clips and a memory map of one picture each, square and of random bytes."""
+def random_pictures(folder: Path, images: int, identities: int, side: int) -> tuple[ClipStore, Images]:
+    """Write a store of train clips, and one picture each as ``images.decode`` leaves it, square and of random bytes."""
     rng = np.random.default_rng(0)
     names = tuple(f"{number:06d}" for number in range(images))
     with ClipStore.create(folder / "store", simulated=True, provenance={"by": "benchmarks.scene"}) as writer:
         table = pd.DataFrame({"clip": names, "split": "train", "identity": rng.integers(0, identities, images)})
         writer.finish(table, [str(identity) for identity in range(identities)], {})
-    pixels = ArrayStream(folder / "pixels.npy", np.uint8, (3,))
-    for _ in range(images):
-        pixels.append(rng.integers(0, 256, (side * side, 3), dtype=np.uint8))
-    pixels.finish()
-    decoded = Decoded(
-        side,
-        np.arange(images),
-        np.arange(images) * side * side,
-        np.full((images, 2), side),
-        np.full(images, "RGB"),
-        map_array(folder / "pixels.npy"),
-    )
-    return ClipStore.open(folder / "store"), Images(folder, names, (("1.jpg",),) * images, 0, 0), decoded
+    for name in names:
+        (folder / name).mkdir()
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(folder / name / "1.ppm")
+    return ClipStore.open(folder / "store"), Images(folder, names, (("1.ppm",),) * images, 0, 0)
 
 
 def flops(model: SceneModel, size: int) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -41,9 +41,9 @@ POSITIVE, FROM_ZERO, FROM_ONE = (Interval(low, np.inf, end) for low, end in ((0,
 class Training:
     """What decides a training run.
 
-    epochs; batch: clips, two at least; frames: frames drawn a clip and step, by ``sample`` of ``ClipStore.batch``; lr of the MLP
-    and classifier, and of the aggregator (whose gradients are some orders smaller), both falling to 0 along a cosine;
-    weight_decay; margin in radians, 0 for a plain (cosine) softmax; scale of the cosines; gamma of the focal term,
+    epochs; batch: clips, two at least; frames: frames drawn a clip and step, by ``sample`` of ``ClipStore.batch``; lr of
+    the MLP and classifier, and of the aggregator (whose gradients are some orders smaller), both falling to 0 along a
+    cosine; weight_decay; margin in radians, 0 for a plain (cosine) softmax; scale of the cosines; gamma of the focal term,
     ``focal`` "clip" or "batch"; optimiser "adamw", or "sgd" with momentum .9 as in the released code.
     """
 
@@ -174,10 +174,16 @@ class Experiment:
 
     def second(self) -> Experiment:
         """Return the experiment of the fallback's model."""
-        asked, training = self.fallback, replace(self.training, lr=self.fallback.lr or self.training.lr)
-        alone = {"modality": None, "aggregator": "norm", "concat": "none", "fusion": "concat", "fallback": None}
-        own = {"context": asked.context, "members": asked.members, "regions": 2 * self.regions, "training": training}
-        return replace(self, **alone, **own)
+        asked = self.fallback or Fallback()
+        alone = replace(
+            self, modality=None, context=asked.context, aggregator="norm", concat="none", fusion="concat", fallback=None
+        )
+        return replace(
+            alone,
+            members=asked.members,
+            regions=2 * self.regions,
+            training=replace(self.training, lr=asked.lr or self.training.lr),
+        )
 
     @property
     def simulated(self) -> bool:
@@ -235,34 +241,23 @@ def arm_key(experiment: Experiment | Mapping, *free: str) -> str:
     return json.dumps(whole, sort_keys=True)
 
 
+def smaller(experiment: Experiment, identities: int) -> Experiment:
+    """Return the experiment in worlds of so few identities where its own, simulated, have more; 0 for its own."""
+    if not experiment.simulated or not identities or identities >= experiment.world()[0].identities:
+        return experiment
+    settings = dict(experiment.settings) | {"identities": identities}
+    return replace(experiment, settings=tuple(settings.items()))
+
+
 def fingerprint(path: str | Path) -> str:
-    """Hash a store: its description, its tables and a sample of the rows of every array."""
-    path = Path(path)
-    store = ClipStore.open(path)
-    digest = hashlib.sha256()
-    for name in ("store.json", "clips.parquet", "identities.parquet"):
-        digest.update((path / name).read_bytes())
-    for modality in store.modalities.values():
-        for array in (modality.feature, *modality.columns.values()):
-            digest.update(np.ascontiguousarray(array[:: max(1, len(array) // 1000)]).tobytes())
-    return digest.hexdigest()[:20]
-
-
-def as_seeds(seeds: str | int | Iterable[int]) -> list[int]:
-    """Read the ``seeds`` parameter of a chapter; papermill's command line hands a list over as text."""
-    if isinstance(seeds, str):
-        try:
-            seeds = json.loads(seeds)
-        except ValueError:
-            raise ValueError(f"seeds must be a list of integers such as [0, 1], got {seeds!r}") from None
-    seeds = list(seeds) if isinstance(seeds, Iterable) else [seeds]
-    if not seeds or not all(type(s) is int and s >= 0 for s in seeds) or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds must be different integers >= 0, at least one, got {seeds!r}")
-    return seeds
+    """Name what the store at a path holds; see ``ClipStore.fingerprint``."""
+    return ClipStore.open(path).fingerprint
 
 
 def torch_device(name: str) -> torch.device:
-    """Return the device of a chapter's ``device`` parameter: ``auto`` is a GPU where there is one."""
+    """Return the device of that name: ``auto`` is a GPU where there is one; ``cuda`` without one raises."""
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: there is no GPU here")
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)

@@ -1,18 +1,20 @@
 """How the book looks: one palette, one function per kind of figure, numbers and notices for the prose.
 
 A drawing function takes a tidy frame and an optional ``ax`` and returns the ``ax``.  Nothing here computes a result.
+``axis``: further options of ``Axes.set``, such as ``xlabel`` and ``ylabel``.
 """
 
 from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, product
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython import get_ipython
 from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,112 +23,42 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFor
 from mmlib import compare
 
 # Okabe and Ito's colours: told apart by colour-blind readers, in grey by the markers beside them.
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-    "#777777",
-)
-COLOURS = {
-    "mean": GREY,
-    "norm": SKY,
-    "quality": BLUE,
-    "best half": PURPLE,
-    "learned scores": "#000000",
-    "NAN": ORANGE,
-    "NAN, two blocks": ORANGE,
-    "NAN + scores": ORANGE,
-    "attention": GREEN,
-    "attention + scores": GREEN,
-    "DANet + scores": GREEN,
-    "as coded": RED,
-    "nearest": GREY,
-    "class means": SKY,
-    "whitened means": PURPLE,
-    "linear": ORANGE,
-    "mlp": BLUE,
-    "one identity": BLUE,
-    "two identities": ORANGE,
-    "labelled person": BLUE,
-    "another person": RED,
-    "paired": BLUE,
-    "unpaired": ORANGE,
-    "no fallback": GREY,
-    "clips without a face": SKY,
-    "described": BLUE,
-    "coded": RED,
-    "coded, scale 30": ORANGE,
-    "lowest 1%": BLUE,
-    "lowest 5%": ORANGE,
-    "published": "#000000",
-    "seeds": "#000000",
-    "views": BLUE,
-    "bagging": RED,
-    "stratified": ORANGE,
-    "as stored": BLUE,
-    "principal axes": ORANGE,
-    "softmax": GREY,
-    "cosine softmax": SKY,
-    "margin": BLUE,
-    "margin + focal": ORANGE,
-    "margin + batch focal": RED,
-    "margin, scores": GREEN,
-    "margin + focal, scores": PURPLE,
-    "margin + focal, raw scores": "#000000",
-    "margin 0": SKY,
-    "margin 0.3": GREEN,
-    "margin 0.5": BLUE,
-    "margin 0.7": "#000000",
-    "margin 0.5, gamma 2": ORANGE,
-    "gamma 0": BLUE,
-    "gamma 0.5": SKY,
-    "gamma 1": GREEN,
-    "gamma 2": ORANGE,
-    "gamma 4": RED,
-    "cross-entropy": BLUE,
-    "focal, clip by clip": ORANGE,
-    "focal, over the batch": RED,
-    "face": BLUE,
-    "scene": GREY,
-    "scene 32": GREEN,
-    "scene 64": GREEN,
-    "scene 128": GREEN,
-    "scene 256": GREEN,
-    "scene 128, gated": PURPLE,
-    "score fusion": ORANGE,
-    "head": SKY,
-    "body": SKY,
-    "audio": SKY,
-    "all": RED,
+BLACK, BLUE, ORANGE, GREEN, RED = "#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#777777"
+# One colour a method for the whole book; the names are those of arms and groups.
+_METHODS = {
+    BLACK: "learned scores | published | seeds | margin + focal, raw scores | margin 0.7 | show and set",
+    BLUE: "quality | mlp | one identity | labelled person | paired | described | lowest 1% | views | as stored | margin"
+    " | margin 0.5 | gamma 0 | cross-entropy | face | fine-tuned network | val | this store",
+    ORANGE: "NAN | NAN, two blocks | NAN + scores | linear | two identities | unpaired | coded, scale 30 | lowest 5%"
+    " | stratified | principal axes | margin + focal | margin 0.5, gamma 2 | gamma 2 | focal, clip by clip"
+    " | score fusion | simulated vectors | own vectors",
+    GREEN: "attention | attention + scores | DANet + scores | margin, scores | margin 0.3 | gamma 1 | scene 32"
+    " | scene 64 | scene 128 | scene 256",
+    RED: "as coded | another person | coded | bagging | margin + batch focal | gamma 4 | focal, over the batch | all",
+    PURPLE: "best half | whitened means | margin + focal, scores | scene 128, gated",
+    SKY: "norm | class means | clips without a face | cosine softmax | margin 0 | gamma 0.5 | head | body | audio"
+    " | thumbnail | train",
+    GREY: "mean | nearest | no fallback | softmax | scene | untrained network",
 }
+COLOURS = {name: colour for colour, names in _METHODS.items() for name in names.split(" | ")}
 MARKERS = "osD^vP*X<>"
+DASHES = ("-", "--", "-.", ":")
 
 
 def set_style() -> None:
-    """Set the style of every figure: quiet axes, no titles, a white ground that also stands on a dark page."""
-    sns.set_theme(
-        context="notebook",
-        style="whitegrid",
-        rc={
-            "figure.figsize": (7, 4),
-            "figure.dpi": 110,
-            "savefig.bbox": "tight",
-            "axes.edgecolor": "0.4",
-            "grid.color": "0.9",
-            "legend.frameon": False,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "font.size": 10,
-            "axes.labelsize": 10,
-            "legend.fontsize": 9,
-            "xtick.labelsize": 9,
-            "ytick.labelsize": 9,
-            "legend.title_fontsize": 9,
-        },
-    )
+    """Set the style of every figure: quiet axes, no titles, a white ground that also stands on a dark page.
+
+    In a notebook pictures go into it, whatever backend the environment asks for (``MPLBACKEND``).
+    """
+    if getattr(get_ipython(), "kernel", None):
+        get_ipython().enable_matplotlib("inline")
+    shape = {"figure.figsize": (7, 4), "figure.dpi": 110, "savefig.bbox": "tight"}
+    quiet = {"axes.edgecolor": "0.4", "grid.color": "0.9", "legend.frameon": False}
+    open_ = {"axes.spines.top": False, "axes.spines.right": False}
+    large, small = ("font.size", "axes.labelsize"), ("legend.fontsize", "legend.title_fontsize")
+    text = dict.fromkeys(large, 10) | dict.fromkeys((*small, "xtick.labelsize", "ytick.labelsize"), 9)
+    sns.set_theme(context="notebook", style="whitegrid", rc=shape | quiet | open_ | text)
 
 
 def panels(columns: int, *, width: float = 3.6, height: float = 3.4, **options) -> tuple[Figure, Sequence[Axes]]:
@@ -146,7 +78,7 @@ def glue(name: str, value: float | int | str) -> None:
 
 
 def glue_difference(name: str, row: Mapping, **words: str) -> None:
-    """Paste a row of a comparison into prose: ``name`` (the difference, signed), ``name-interval`` and ``name-verdict``.
+    """Paste a row of a comparison: ``name`` (the difference, signed), ``name-interval`` and ``name-verdict``.
 
     words: as of ``compare.verdict``.
     """
@@ -180,67 +112,101 @@ def _record(name: str, data: dict[str, str]) -> None:
     )
 
 
-def signed(low: float, high: float, gain: str, loss: str, open_: str) -> str:
-    """Choose the verdict that an interval supports: above 0, below 0, or neither (also for NaN)."""
-    return gain if low > 0 else loss if high < 0 else open_
-
-
 # -- drawings -------------------------------------------------------------------------------------------------------
 
 
-def forest(
-    frame: pd.DataFrame,
-    *,
-    label: str,
-    value: str,
-    xlabel: str,
-    low: str = "low",
-    high: str = "high",
-    reference: float | None = 0.0,
-    ax: Axes | None = None,
-) -> Axes:
-    """Draw one row a method, best on top: ``value`` with its interval, and a line at ``reference``."""
+def forest(frame: pd.DataFrame, *, label: str, value: str, by: str = "", ax: Axes | None = None, **axis) -> Axes:
+    """Draw one row a ``label``: ``value`` with its interval low to high, and a line at 0.
+
+    by: in every row a mark for each value of it, rows in the order of the frame; without it one mark, best on top.
+    """
     ax = ax or plt.gca()
-    frame = frame.sort_values(value)
-    for place, row in enumerate(frame.to_dict("records")):
-        error = [[max(0, row[value] - row[low])], [max(0, row[high] - row[value])]] if np.isfinite(row[low]) else None
-        ax.errorbar(row[value], place, xerr=error, fmt="o", capsize=3, color=COLOURS.get(row[label], "0.2"))
-    if reference is not None:
-        ax.axvline(reference, color="0.5", linewidth=0.8)
-    ax.set(yticks=range(len(frame)), yticklabels=frame[label], xlabel=xlabel, ylim=(-0.6, len(frame) - 0.4))
+    frame = frame if by else frame.sort_values(value, ascending=False)
+    rows, kinds = list(frame[label].unique()), list(frame[by or label].unique())
+    for shift, (kind, marker) in enumerate(zip(kinds, cycle(MARKERS if by else "o"))):
+        part = frame[frame[by or label] == kind]
+        aside = 0.5 * (shift / max(1, len(kinds) - 1) - 0.5) if by else 0.0
+        place = [-rows.index(name) - aside for name in part[label]]
+        colour = COLOURS.get(kind, "0.2")
+        ax.errorbar(part[value], place, xerr=_error(part, value), fmt=marker, capsize=3, label=kind, color=colour)
+    ax.axvline(0, color="0.5", linewidth=0.8)
+    ax.set(yticks=[-i for i in range(len(rows))], yticklabels=rows, ylim=(-len(rows) + 0.4, 0.6), **axis)
     ax.grid(axis="y", visible=False)
+    if by and kinds:
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(kinds))
     return ax
 
 
-def lines(
+def _error(frame: pd.DataFrame, value: str, low: str = "low", high: str = "high") -> np.ndarray:
+    """Return the lengths of bars below and above, (2, n); 0 where there is no interval, and so no bar."""
+    return np.nan_to_num([frame[value] - frame[low], frame[high] - frame[value]]).clip(min=0)
+
+
+def traces(
     frame: pd.DataFrame,
     *,
     x: str,
     y: str,
-    by: str,
-    xlabel: str,
-    ylabel: str,
-    ax: Axes | None = None,
+    by: str = "",
+    scale: str = "linear",
+    bars: bool = False,
+    markers: bool = True,
     connect: bool = True,
-    legend: bool = True,
+    dodge: float = 0.0,
+    reference: float | None = None,
+    faint: bool = False,
+    legend: str = "best",
+    ax: Axes | None = None,
+    **axis,
 ) -> Axes:
-    """Draw markers for every value of ``by``, over categories in the order of the frame, joined if that has a sense."""
+    """Draw ``y`` over ``x``, one line a value of ``by``, or a single one.
+
+    scale: of ``x``: ``linear``, ``log``, ``doubling`` (ticks at its values) or ``categories``, evenly spaced in the
+    order of the frame.  bars: from columns low to high.  connect: join the marks, where that has a sense.  dodge: how
+    far apart marks of different lines stand, in units of ``x`` or doublings.  reference: a level to draw.  faint: thin
+    and grey, as a ground for another line.  legend: where it stands, also ``outside`` (to the right) or ``none``; a
+    single line has none.
+    """
     ax = ax or plt.gca()
-    places = {name: i for i, name in enumerate(frame[x].unique())}
-    for marker, (name, part) in zip(cycle(MARKERS), frame.groupby(by, sort=False)):
-        ax.plot(
-            part[x].map(places),
-            part[y],
-            marker=marker,
-            markersize=5,
-            label=name,
-            color=COLOURS.get(name),
-            linestyle="-" if connect else "none",
-        )
-    ax.set(xticks=range(len(places)), xlabel=xlabel, ylabel=ylabel)
-    ax.set_xticklabels(places, rotation=60 if len(places) > 5 else 0)
-    if legend:
-        ax.legend()
+    ticks = {value: i if scale == "categories" else value for i, value in enumerate(dict.fromkeys(frame[x]))}
+    groups = list(frame.groupby(by, sort=False)) if by else [("", frame)]
+    for place, ((name, part), marker, dash) in enumerate(zip(groups, cycle(MARKERS), cycle(DASHES))):
+        at, shift = part[x].map(ticks).astype(float), dodge * (place - (len(groups) - 1) / 2)
+        at = at * 2**shift if scale == "doubling" else at + shift
+        style = {"linestyle": dash if connect else "none", "marker": marker if markers else None, "markersize": 5}
+        style["color"] = COLOURS.get(name, BLUE if len(groups) == 1 else None)
+        style |= {"color": "0.6", "linewidth": 1, "marker": None} if faint else {}
+        (line,) = ax.plot(at, part[y], label=name, **style)
+        if bars:
+            kept = np.isfinite(part["low"])
+            error = _error(part[kept], y)
+            ax.errorbar(at[kept], part.loc[kept, y], yerr=error, fmt="none", capsize=3, ecolor=line.get_color())
+    if scale in ("categories", "doubling"):
+        if scale == "doubling":
+            ax.set_xscale("log", base=2)
+            ax.minorticks_off()
+        names = [value if isinstance(value, str) else f"{value:g}" for value in ticks]
+        turned = 60 if scale == "categories" and len(names) > 5 else 0
+        ax.set_xticks(list(ticks.values()), names, rotation=turned)
+    elif scale == "log":
+        ax.set_xscale("log")
+    if reference is not None:
+        ax.axhline(reference, color="0.5", linewidth=0.8)
+    ax.set(**axis)
+    if len(groups) > 1 and legend != "none":
+        ax.legend(**{"loc": "upper left", "bbox_to_anchor": (1, 1)} if legend == "outside" else {"loc": legend})
+    return ax
+
+
+def plain_log(ax: Axes, *axes: str) -> Axes:
+    """Make axes (``x``, ``y``) logarithmic, in plain numbers that do not touch, where they have a positive value."""
+    for name in axes:
+        if getattr(ax.dataLim, f"{name}1") > 0:
+            ax.set(**{f"{name}scale": "log"})
+            axis = getattr(ax, f"{name}axis")
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(ScalarFormatter())
+            axis.set_minor_formatter(NullFormatter())
     return ax
 
 
@@ -250,56 +216,40 @@ def against_target(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     place = np.arange(len(frame))[::-1]
     ax.axvspan(-1, 1, color="0.93")
     ax.axvline(0, color="0.5", linewidth=0.8)
-    for within, marker, colour in ((True, "o", BLUE), (False, "X", RED)):
+    for within, marker, colour, label in ((True, "o", BLUE, "within"), (False, "X", RED, "missed")):
         chosen = (frame["within"] == within).to_numpy()
-        ax.plot(
-            frame["deviation"].clip(-3, 3)[chosen],
-            place[chosen],
-            marker,
-            color=colour,
-            label="within" if within else "missed",
-        )
+        ax.plot(frame["deviation"].clip(-3, 3)[chosen], place[chosen], marker, color=colour, label=label)
     ax.set(yticks=place, yticklabels=frame["fact"], xlim=(-3.1, 3.1), xlabel="achieved − target (tolerances)")
     ax.legend()
     return ax
 
 
 def curves(
-    drawn: pd.DataFrame,
+    line: pd.DataFrame,
     points: pd.DataFrame,
     *,
     x: str,
     y: str,
-    xlabel: str,
-    ylabel: str,
+    labels: tuple[str, str] = ("this store", "published"),
     ax: Axes | None = None,
-    log: bool = False,
+    **axis,
 ) -> Axes:
-    """Draw a distribution of the store as a line and the published points on it."""
+    """Draw a line, such as a distribution of the store, and points on it, such as the published ones."""
     ax = ax or plt.gca()
-    ax.plot(drawn[x], drawn[y], color=BLUE, label="this store")
-    ax.plot(points[x], points[y], "o", color=ORANGE, markersize=5, label="published")
-    ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log else "linear")
+    ax.plot(line[x], line[y], color=BLUE, label=labels[0])
+    ax.plot(points[x], points[y], "o", color=ORANGE, markersize=5, label=labels[1])
+    ax.set(**axis)
     ax.legend()
     return ax
 
 
-def densities(frame: pd.DataFrame, *, value: str, by: str, xlabel: str, ax: Axes | None = None) -> Axes:
+def densities(frame: pd.DataFrame, *, value: str, by: str, ax: Axes | None = None, **axis) -> Axes:
     """Draw one outlined histogram, of area 1, a value of ``by``."""
     ax = ax or plt.gca()
     bins = np.linspace(frame[value].min(), frame[value].max(), 60)
-    for style, (name, part) in zip(cycle(("-", "--", ":")), frame.groupby(by, sort=False)):
-        ax.hist(
-            part[value],
-            bins,
-            density=True,
-            histtype="step",
-            linewidth=1.6,
-            linestyle=style,
-            label=name,
-            color=COLOURS.get(name),
-        )
-    ax.set(xlabel=xlabel, ylabel="density")
+    for dash, (name, part) in zip(cycle(DASHES), frame.groupby(by, sort=False)):
+        ax.hist(part[value], bins, density=True, histtype="step", linestyle=dash, label=name, color=COLOURS.get(name))
+    ax.set(ylabel="density", **axis)
     ax.legend()
     return ax
 
@@ -309,327 +259,58 @@ def frame_weights(frame: pd.DataFrame, axes: Sequence[Axes]) -> Sequence[Axes]:
 
     frame: columns clip, frame (position), method, weight (share of the clip), wrong (bool).
     """
-    for ax, (clip, part) in zip(axes, frame.groupby("clip", sort=False)):
-        for marker, (method, line) in zip(cycle(MARKERS), part.groupby("method", sort=False)):
-            ax.plot(
-                line["frame"],
-                line["weight"],
-                marker=marker,
-                markersize=3,
-                linewidth=1,
-                label=method,
-                color=COLOURS.get(method),
-            )
+    for ax, (_, part) in zip(axes, frame.groupby("clip", sort=False)):
+        label = "weight (share of the clip)" if ax is axes[0] else ""
+        place = "best" if ax is axes[0] else "none"
+        traces(part, x="frame", y="weight", by="method", legend=place, xlabel="frame", ylabel=label, ax=ax)
         for position in part.loc[part["wrong"], "frame"].unique():
             ax.axvspan(position - 0.5, position + 0.5, color=RED, alpha=0.12, linewidth=0)
-        ax.set(xlabel="frame", ylabel="weight (share of the clip)" if ax is axes[0] else "")
-    axes[0].legend()
     return axes
 
 
-def verdict_grid(
-    frame: pd.DataFrame,
-    *,
-    x: str,
-    y: str,
-    xlabel: str,
-    ylabel: str,
-    limit: float,
-    columns: Sequence[float],
-    rows: Sequence[float],
-    ax: Axes | None = None,
-) -> Axes:
-    """Draw differences (points) on a grid: colour is the sign, a dot says that the interval excludes 0.
-
-    frame: columns ``x``, ``y``, difference, low, high; at most one row a cell.  columns, rows: the values of ``x`` and
-    ``y`` to draw; a cell without a row of the frame stays empty.
-    """
-    ax = ax or plt.gca()
-    table = frame.pivot(index=y, columns=x, values="difference")
-    table = table.reindex(index=sorted(rows, reverse=True), columns=sorted(columns))
-    sns.heatmap(
-        table,
-        ax=ax,
-        cmap="RdBu",
-        center=0,
-        vmin=-limit,
-        vmax=limit,
-        annot=True,
-        fmt="+.1f",
-        cbar=False,
-        linewidths=1,
-        annot_kws={"fontsize": 9},
-    )
-    sure = frame[(frame["low"] > 0) | (frame["high"] < 0)]
-    for _, row in sure.iterrows():
-        ax.plot(list(table.columns).index(row[x]) + 0.88, list(table.index).index(row[y]) + 0.16, "k.", markersize=5)
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    return ax
-
-
 def verdict_grids(frame: pd.DataFrame) -> Figure:
-    """Draw ``verdict_grid`` for every learned arm (rows) and reliability (columns) of ``aggregation.grid_frame``."""
+    """Draw the differences (points) of a sensitivity grid, a panel a learned arm (rows) and a reliability (columns).
+
+    Colour is the sign, a dot says that the interval excludes 0; a cell without a row stays empty.  frame: columns
+    aggregator, reliability, share, wrong quality, difference, low, high, at most one row a cell.
+    """
     arms, reliabilities = frame["aggregator"].unique(), sorted(frame["reliability"].unique())
-    figure, axes = plt.subplots(
-        max(1, len(arms)),
-        max(1, len(reliabilities)),
-        squeeze=False,
-        layout="constrained",
-        figsize=(3.0 * max(1, len(reliabilities)), 2.3 * max(1, len(arms))),
-    )
+    size = max(1, len(arms)), max(1, len(reliabilities))
+    options = {"layout": "constrained", "figsize": (3.0 * size[1], 2.3 * size[0])}
+    figure, axes = plt.subplots(*size, squeeze=False, **options)
     limit = max(0.5, frame["difference"].abs().max()) if len(frame) else 1.0
-    for line, (row, arm) in enumerate(zip(axes, arms)):
-        for ax, reliability in zip(row, reliabilities):
-            part = frame[(frame["aggregator"] == arm) & (frame["reliability"] == reliability)]
-            verdict_grid(
-                part,
-                x="share",
-                y="wrong quality",
-                limit=limit,
-                ax=ax,
-                columns=frame["share"].unique(),
-                rows=frame["wrong quality"].unique(),
-                xlabel="share of wrong frames (factor)",
-                ylabel=f"{arm}:\nquality of wrong faces" if ax is row[0] else "",
-            )
-            if line == 0:
-                ax.text(0, 1.03, f"reliability {reliability:g}", transform=ax.transAxes, fontsize=9)
+    rows, columns = sorted(frame["wrong quality"].unique(), reverse=True), sorted(frame["share"].unique())
+    style = {"cmap": "RdBu", "center": 0, "vmin": -limit, "vmax": limit, "annot": True, "fmt": "+.1f", "cbar": False}
+    for (line, arm), (column, reliability) in product(enumerate(arms), enumerate(reliabilities)):
+        ax, part = axes[line, column], frame[(frame["aggregator"] == arm) & (frame["reliability"] == reliability)]
+        table = part.pivot(index="wrong quality", columns="share", values="difference")
+        sns.heatmap(table.reindex(index=rows, columns=columns), ax=ax, linewidths=1, annot_kws={"fontsize": 9}, **style)
+        for row in part.to_dict("records"):
+            if compare.sign(row):
+                ax.plot(columns.index(row["share"]) + 0.88, rows.index(row["wrong quality"]) + 0.16, "k.", markersize=5)
+        ax.set(xlabel="share of wrong frames (factor)", ylabel="" if column else f"{arm}:\nquality of wrong faces")
+        if line == 0:
+            ax.text(0, 1.03, f"reliability {reliability:g}", transform=ax.transAxes, fontsize=9)
     return figure
 
 
-def late_hits(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw the AP that one irrelevant clip costs, by the rank where it stands.
-
-    frame: columns relevant (clips of the identity), rank (from 1), loss (AP, a fraction).
-    """
-    ax = ax or plt.gca()
-    for marker, (relevant, part) in zip(cycle(MARKERS), frame.groupby("relevant")):
-        ax.plot(part["rank"], part["loss"], marker=marker, markersize=4, label=f"{relevant}")
-    ax.set(xscale="log", xlabel="rank of the irrelevant clip", ylabel="AP lost (fraction)")
-    ax.legend(title="relevant clips")
-    return ax
-
-
-def interval_width(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw the width of a bootstrap interval against the number of identities, with its normal approximation.
-
-    frame: columns identities, width, normal (both MAP@100, a fraction); one row a draw of identities.
-    """
-    ax = ax or plt.gca()
-    ax.plot(frame["identities"], frame["width"], "o", color=BLUE, label="bootstrap")
-    line = frame.sort_values("identities")
-    ax.plot(line["identities"], line["normal"], color=ORANGE, label="normal approximation")
-    scale = "log" if frame["width"].gt(0).any() else "linear"  # where every identity is found, no interval has a width
-    ax.set(xscale="log", yscale=scale, xlabel="identities", ylabel="width of the interval (MAP@100)")
-    for axis in (ax.xaxis, ax.yaxis) if scale == "log" else (ax.xaxis,):  # plain numbers that do not touch
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(ScalarFormatter())
-        axis.set_minor_formatter(NullFormatter())
-    ax.legend()
-    return ax
-
-
-def paired_intervals(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw the difference of two runs seed by seed, with a paired and an unpaired interval.
-
-    frame: columns seed, kind ("paired" or "unpaired"), difference, low, high (MAP@100, fractions).
-    """
-    ax = ax or plt.gca()
-    places = {seed: place for place, seed in enumerate(sorted(frame["seed"].unique()))}
-    for shift, marker, (kind, part) in zip((-0.12, 0.12), MARKERS, frame.groupby("kind"), strict=False):
-        error = [part["difference"] - part["low"], part["high"] - part["difference"]]
-        ax.errorbar(
-            part["seed"].map(places) + shift,
-            part["difference"],
-            yerr=error,
-            fmt=marker,
-            capsize=3,
-            label=kind,
-            color=COLOURS[kind],
-        )
-    ax.axhline(0, color="0.5", linewidth=0.8)
-    ax.set(xlabel="seed", ylabel="difference in MAP@100", xticks=list(places.values()), xlim=(-0.5, len(places) - 0.5))
-    ax.set_xticklabels([str(seed) for seed in places])
-    ax.legend()
-    return ax
-
-
-def dodged(
-    frame: pd.DataFrame,
-    *,
-    label: str,
-    value: str,
-    by: str,
-    xlabel: str,
-    low: str = "low",
-    high: str = "high",
-    ax: Axes | None = None,
-) -> Axes:
-    """Draw one row a ``label``, in the order of the frame from the top, and in it one mark a ``by`` with its interval."""
-    ax = ax or plt.gca()
-    rows, kinds = list(frame[label].unique()), list(frame[by].unique())
-    for marker, (shift, kind) in zip(cycle(MARKERS), enumerate(kinds)):
-        part = frame[frame[by] == kind]
-        place = [
-            -rows.index(name) - 0.5 * (shift - (len(kinds) - 1) / 2) / max(1, len(kinds) - 1) for name in part[label]
-        ]
-        error = [(part[value] - part[low]).clip(lower=0).fillna(0), (part[high] - part[value]).clip(lower=0).fillna(0)]
-        ax.errorbar(
-            part[value], place, xerr=error, fmt=marker, capsize=3, markersize=5, label=kind, color=COLOURS.get(kind)
-        )
-    ax.axvline(0, color="0.5", linewidth=0.8)
-    ax.set(yticks=[-i for i in range(len(rows))], yticklabels=rows, xlabel=xlabel, ylim=(-len(rows) + 0.5, 0.5))
-    ax.grid(axis="y", visible=False)
-    if kinds:
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(kinds))
-    return ax
-
-
-def partition(frame: pd.DataFrame, *, xlabel: str, ylabel: str = "member", ax: Axes | None = None) -> Axes:
+def partition(frame: pd.DataFrame, *, ax: Axes | None = None, **axis) -> Axes:
     """Draw one row a member, first on top: the dimensions that it keeps, pale, and those that it discards.
 
     frame: columns member, start, stop (exclusive), width, all but the first in dimensions.
     """
     ax = ax or plt.gca()
     ax.barh(frame["member"], frame["width"], height=0.7, color="0.88", label="kept")
-    ax.barh(
-        frame["member"], frame["stop"] - frame["start"], left=frame["start"], height=0.7, color=RED, label="discarded"
-    )
-    ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(frame["member"].max() + 0.6, -0.6), xlim=(0, frame["width"].max()))
+    gap = frame["stop"] - frame["start"]
+    ax.barh(frame["member"], gap, left=frame["start"], height=0.7, color=RED, label="discarded")
+    ax.set(ylim=(frame["member"].max() + 0.6, -0.6), xlim=(0, frame["width"].max()), **axis)
     ax.grid(visible=False)
-    return ax
-
-
-def gains(
-    frame: pd.DataFrame, *, x: str, by: str, xlabel: str, ylabel: str, ax: Axes | None = None, legend: bool = True
-) -> Axes:
-    """Draw differences with their intervals over numbers that double, a line for every value of ``by``.
-
-    frame: columns ``x`` (positive), ``by``, difference, low, high (points; NaN where there is no interval).
-    """
-    ax = ax or plt.gca()
-    names = list(frame[by].unique())
-    for place, (marker, name) in enumerate(zip(cycle(MARKERS), names)):
-        part = frame[frame[by] == name]
-        error = [(part["difference"] - part["low"]).clip(lower=0), (part["high"] - part["difference"]).clip(lower=0)]
-        shift = 2 ** (0.1 * (place - (len(names) - 1) / 2))  # beside each other, so that no bar hides another
-        ax.errorbar(
-            part[x] * shift,
-            part["difference"],
-            yerr=error,
-            marker=marker,
-            markersize=5,
-            capsize=3,
-            linewidth=1.2,
-            label=name,
-            color=COLOURS.get(name),
-        )
-    ax.axhline(0, color="0.5", linewidth=0.8)
-    ax.set_xscale("log", base=2)
-    ax.set(xticks=sorted(frame[x].unique()), xlabel=xlabel, ylabel=ylabel)
-    ax.set_xticklabels([f"{value:g}" for value in sorted(frame[x].unique())])
-    if legend:
-        ax.legend()
-    return ax
-
-
-def traces(
-    frame: pd.DataFrame,
-    *,
-    x: str,
-    y: str,
-    by: str,
-    xlabel: str,
-    ylabel: str,
-    low: str | None = None,
-    high: str | None = None,
-    markers: bool = False,
-    dodge: float = 0.0,
-    legend: str = "best",
-    ax: Axes | None = None,
-) -> Axes:
-    """Draw ``y`` over a quantity ``x``, one line a value of ``by``, with bars from ``low`` to ``high`` if they are given.
-
-    dodge: how far apart, in units of ``x``, the points of different lines stand; bars that are not finite are left out.
-    legend: where it stands, also ``outside`` (to the right) or ``none``; a single line has none.
-    """
-    ax = ax or plt.gca()
-    names = list(frame[by].unique())
-    for place, (name, marker, dash) in enumerate(zip(names, cycle(MARKERS), cycle(("-", "--", "-.", ":")))):
-        part = frame[frame[by] == name]
-        at = part[x] + dodge * (place - (len(names) - 1) / 2)
-        colour = COLOURS.get(name, "0.2" if len(names) == 1 else None)
-        (line,) = ax.plot(
-            at, part[y], linestyle=dash, marker=marker if markers else None, markersize=5, label=name, color=colour
-        )
-        if low is not None:
-            error = np.abs([part[y] - part[low], part[high] - part[y]])
-            finite = np.isfinite(error).all(0)
-            ax.errorbar(
-                at[finite],
-                part.loc[finite, y],
-                yerr=error[:, finite],
-                fmt="none",
-                capsize=3,
-                ecolor=line.get_color(),
-                elinewidth=1,
-            )
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    if len(names) > 1 and legend != "none":
-        ax.legend(**{"loc": "upper left", "bbox_to_anchor": (1, 1)} if legend == "outside" else {"loc": legend})
-    return ax
-
-
-def sweep(
-    frame: pd.DataFrame,
-    *,
-    x: str,
-    y: str,
-    xlabel: str,
-    ylabel: str,
-    low: str = "low",
-    high: str = "high",
-    each: pd.DataFrame | None = None,
-    reference: float | None = 0.0,
-    colour: str = BLUE,
-    ax: Axes | None = None,
-) -> Axes:
-    """Draw ``y`` with its interval over the values of a setting, evenly spaced in the order of the frame and joined.
-
-    each: columns seed, ``x`` and ``y``, drawn as a thin line a seed behind the mean.
-    """
-    ax = ax or plt.gca()
-    places = {value: i for i, value in enumerate(frame[x])}
-    for style, (_, part) in zip(cycle((":", "--", "-.")), [] if each is None else each.groupby("seed")):
-        part = part[part[x].isin(places)]
-        ax.plot(part[x].map(places), part[y], linestyle=style, linewidth=1, color="0.6")
-    error = np.nan_to_num([frame[y] - frame[low], frame[high] - frame[y]]).clip(min=0)
-    ax.errorbar(range(len(frame)), frame[y], yerr=error, fmt="o-", capsize=3, markersize=5, color=colour)
-    if reference is not None:
-        ax.axhline(reference, color="0.5", linewidth=0.8)
-    ax.set(
-        xticks=range(len(frame)),
-        xticklabels=[value if isinstance(value, str) else f"{value:g}" for value in places],
-        xlabel=xlabel,
-        ylabel=ylabel,
-        xlim=(-0.5, len(frame) - 0.5),
-    )
     return ax
 
 
 # -- scenes ---------------------------------------------------------------------------------------------------------
 
-COLOURS |= {
-    "fine-tuned network": BLUE,
-    "untrained network": GREY,
-    "thumbnail": SKY,
-    "show and set": "#000000",
-    "simulated vectors": ORANGE,
-    "own vectors": ORANGE,
-    "train": SKY,
-    "val": BLUE,
-}
-RIGHT, WRONG = {"edgecolor": GREEN, "linestyle": "-"}, {"edgecolor": RED, "linestyle": (0, (2, 1.5))}
+_MARKS = {"right": {"edgecolor": GREEN, "linestyle": "-"}, "wrong": {"edgecolor": RED, "linestyle": (0, (2, 1.5))}}
 
 
 def _without_pictures(ax: Axes) -> Axes:
@@ -653,8 +334,8 @@ def picture_rows(frame: pd.DataFrame, ax: Axes | None = None, *, inch: float = 0
         for place, cell in enumerate(frame[frame["row"] == label].to_dict("records")):
             ax.imshow(cell["picture"], extent=(place + 0.06, place + 0.94, line + 0.94, line + 0.06))
             if cell["mark"]:
-                style = RIGHT if cell["mark"] == "right" else WRONG
-                ax.add_patch(plt.Rectangle((place + 0.05, line + 0.05), 0.9, 0.9, fill=False, linewidth=2.4, **style))
+                style = {"fill": False, "linewidth": 2.4} | _MARKS[cell["mark"]]
+                ax.add_patch(plt.Rectangle((place + 0.05, line + 0.05), 0.9, 0.9, **style))
     ax.set(xlim=(0, longest), ylim=(len(labels), 0), xticks=[], aspect="equal")
     ax.set_yticks([line + 0.5 for line in range(len(labels))], labels)
     ax.tick_params(length=0)
@@ -688,29 +369,18 @@ def show_confusion(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     if table.empty:
         return _without_pictures(ax)
     text = table.map(lambda share: f"{100 * share:.0f}" if share > 0 else "").to_numpy()
-    sns.heatmap(
-        table,
-        ax=ax,
-        cmap="Blues",
-        vmin=0,
-        vmax=1,
-        annot=text,
-        fmt="",
-        linewidths=0.5,
-        cbar=False,
-        annot_kws={"fontsize": 8},
-    )
+    style = {"cmap": "Blues", "vmin": 0, "vmax": 1, "linewidths": 0.5, "cbar": False, "annot_kws": {"fontsize": 8}}
+    sns.heatmap(table, ax=ax, annot=text, fmt="", **style)
     ax.set(xlabel="show of the nearest train clip", ylabel="show of the val clip")
     ax.tick_params(axis="y", rotation=0)
     return ax
 
 
 def occlusion_maps(pictures: np.ndarray, maps: np.ndarray) -> Figure:
-    """Draw pictures (n, S, S, 3), n at least 1, and under each its occlusion map (n, S, S), on one scale of cosine."""
+    """Draw pictures (n, S, S, 3) and under each its occlusion map (n, S, S), on one scale of cosine."""
     n = len(pictures)
-    figure, axes = plt.subplots(
-        2, max(n, 1), squeeze=False, figsize=(1.25 * max(n, 1) + 0.9, 2.7), layout="constrained"
-    )
+    options = {"figsize": (1.25 * max(n, 1) + 0.9, 2.7), "layout": "constrained"}
+    figure, axes = plt.subplots(2, max(n, 1), squeeze=False, **options)
     if not n:
         figure.delaxes(axes[1, 0])
         _without_pictures(axes[0, 0])
@@ -729,14 +399,14 @@ def occlusion_maps(pictures: np.ndarray, maps: np.ndarray) -> Figure:
 
 # -- cost -----------------------------------------------------------------------------------------------------------
 
-PRECISIONS = {"fp32": "-", "bf16": "--"}
+_PRECISIONS = {"fp32": "-", "bf16": "--"}
 
 
 def roofline(lines: pd.DataFrame, ceilings: pd.DataFrame) -> Figure:
     """Draw measured lines under the roof of their processor, a panel each, numbered by a legend.
 
-    lines: columns mark (lines of one name share it), where, intensity (FLOP a byte), reached (FLOP/s); ceilings: columns
-    where, precision, compute (FLOP/s), copy (bytes/s).
+    lines: columns mark (lines of one name share it), where, intensity (FLOP a byte), reached (FLOP/s); ceilings:
+    columns where, precision, compute (FLOP/s), copy (bytes/s).
     """
     places = list(ceilings["where"].unique())
     figure, axes = plt.subplots(len(places), squeeze=False, figsize=(7.4, 4.2 * len(places)), layout="constrained")
@@ -744,22 +414,13 @@ def roofline(lines: pd.DataFrame, ceilings: pd.DataFrame) -> Figure:
         part = lines[lines["where"] == place]
         over = np.geomspace(min([1, *part["intensity"] / 2]), max([1_000, *part["intensity"] * 2]), 200)
         for roof in ceilings[ceilings["where"] == place].to_dict("records"):
-            ax.plot(
-                over,
-                np.minimum(roof["compute"], over * roof["copy"]) / 1e9,
-                PRECISIONS[roof["precision"]],
-                color="0.4",
-                linewidth=1.2,
-                label=roof["precision"],
-            )
-        for (name, row), marker, colour in zip(
-            part.groupby("mark", sort=False), cycle(MARKERS), cycle((BLUE, ORANGE, GREEN, RED, PURPLE, SKY, "#000000"))
-        ):
+            attainable, dash = np.minimum(roof["compute"], over * roof["copy"]) / 1e9, _PRECISIONS[roof["precision"]]
+            ax.plot(over, attainable, dash, color="0.4", linewidth=1.2, label=roof["precision"])
+        marks = zip(cycle(MARKERS), cycle((BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK)))
+        for (name, row), (marker, colour) in zip(part.groupby("mark", sort=False), marks):
             ax.plot(row["intensity"], row["reached"] / 1e9, marker, color=colour, markersize=6, label=name)
         ax.set(xscale="log", yscale="log", xlabel="operations a byte (FLOP/B)", ylabel="operations (GFLOP/s)")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        plain_log(ax, "y")
         ax.text(0.01, 1.02, place, transform=ax.transAxes, fontsize=9)
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     return figure
@@ -768,31 +429,24 @@ def roofline(lines: pd.DataFrame, ceilings: pd.DataFrame) -> Figure:
 def growth(points: pd.DataFrame, fits: pd.DataFrame) -> Figure:
     """Draw seconds over size, a panel for every cost and axis, and the fitted power laws.
 
-    points: columns cost, axis, where, size, seconds; fits: columns cost, axis, where, exponent, middle (size) and centre
-    (seconds on the fitted line there).
+    points: columns cost, axis, where, size, seconds; fits: columns cost, axis, where, exponent, middle (size) and
+    centre (seconds on the fitted line there).
     """
     series = list(points.groupby(["cost", "axis"], sort=False))
     rows = max(1, -(-len(series) // 3))
     figure, axes = plt.subplots(rows, 3, squeeze=False, figsize=(9, 2.7 * rows), layout="constrained")
-    places = {
-        place: style for place, style in zip(points["where"].unique(), cycle(zip(MARKERS, (BLUE, ORANGE, GREEN, RED))))
-    }
+    styles = dict(zip(points["where"].unique(), cycle(zip(MARKERS, (BLUE, ORANGE, GREEN, RED)))))
     for ax, ((cost, axis), part) in zip(axes.flat, series):
-        for place, rows_there in part.groupby("where", sort=False):
-            marker, colour = places[place]
-            ax.plot(rows_there["size"], rows_there["seconds"], marker, color=colour, markersize=5, label=place)
+        for place, there in part.groupby("where", sort=False):
+            marker, colour = styles[place]
+            ax.plot(there["size"], there["seconds"], marker, color=colour, markersize=5, label=place)
             fit = fits[(fits["cost"] == cost) & (fits["axis"] == axis) & (fits["where"] == place)]
             for row in fit.to_dict("records"):
-                ax.plot(
-                    rows_there["size"],
-                    row["centre"] * (rows_there["size"] / row["middle"]) ** row["exponent"],
-                    color=colour,
-                    linewidth=1,
-                )
+                line = row["centre"] * (there["size"] / row["middle"]) ** row["exponent"]
+                ax.plot(there["size"], line, color=colour, linewidth=1)
         ax.set(xscale="log", yscale="log", xlabel=axis, ylabel=cost, xticks=sorted(part["size"].unique()))
-        ax.yaxis.set_major_locator(
-            LogLocator(subs=(1,) if part["seconds"].max() > 30 * part["seconds"].min() else (1, 2, 5))
-        )
+        wide = part["seconds"].max() > 30 * part["seconds"].min()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
         for direction, unit in ((ax.xaxis, ""), (ax.yaxis, "s")):
             direction.set_major_formatter(EngFormatter(unit, sep=""))
             direction.set_minor_formatter(NullFormatter())

@@ -1,7 +1,7 @@
-"""The record of every number: make it, say which library made it, read and write committed ones.
+"""The record of every number: make it, claim it, say which library made it, read and write committed ones.
 
-Records live under ``MMLIB_CACHE`` (else the user's cache folder), in a folder named after :func:`library_hash`: an edit
-of code that decides numbers starts an empty one, an edit of prose or figures does not.  ``mmlib.records`` fills it.
+Records lie under ``MMLIB_CACHE`` (else the user's cache folder), in a folder named after ``library_hash``: an edit of
+code that decides numbers starts an empty one, an edit of prose, of figures or of this module does not.
 """
 
 from __future__ import annotations
@@ -10,55 +10,34 @@ import ast
 import gzip
 import hashlib
 import json
-import multiprocessing
-import os
 import platform
 import shutil
 import subprocess
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
-from platformdirs import user_cache_dir
 from tqdm.auto import tqdm
 
-from mmlib import ensemble, metrics
-from mmlib.data.calibration import QUALITY_EDGES
+from mmlib import retrieve
+from mmlib.claims import cache_folder, claim, clear_partial, helped, is_helper, share, write_whole
 from mmlib.data.simulate import settings_for, simulate
 from mmlib.data.store import ClipStore
 from mmlib.experiment import Experiment, torch_device
-from mmlib.retrieve import TOGETHER, Retrieval, add_members, retrieve, training_clips
 
 PACKAGE = Path(__file__).parent
 RESULTS = PACKAGE.parent / "book" / "results"  # committed records
-DECIDING = (
-    "data/store.py",
-    "data/writer.py",
-    "data/calibration.py",
-    "data/simulate.py",
-    "aggregate.py",
-    "losses.py",
-    "models.py",
-    "ensemble.py",
-    "train.py",
-    "rank.py",
-    "metrics.py",
-    "experiment.py",
-    "retrieve.py",
-    "records.py",
-)
-LENGTH_EDGES = [1, 5, 10, 15, 20, 30, 40, 241]  # frames
-PERCENTILE_EDGES = [*QUALITY_EDGES, 40, 60, 80, 100]
-WRONG_EDGES = [0, 1e-9, 0.1, 0.25, 0.5, 0.8, 1.001]  # share of frames
+_DATA = ("clips_per_identity_joint.csv", "calibration.py", "content.py", "simulate.py", "store.py", "writer.py")
+_MODULES = ("aggregate", "losses", "models", "ensemble", "train", "rank", "metrics", "experiment", "retrieve")
+DECIDING = (*(f"data/{name}" for name in _DATA), *(f"{name}.py" for name in _MODULES))
+LENGTH_EDGES, PERCENTILE_EDGES, WRONG_EDGES = retrieve.LENGTH_EDGES, retrieve.PERCENTILE_EDGES, retrieve.WRONG_EDGES
 
 
 @dataclass(frozen=True)
@@ -90,90 +69,26 @@ class Record:
     def row(self) -> dict:
         """Return the experiment's fields and the measures as one flat row."""
         training = {f"training.{name}": value for name, value in self.experiment["training"].items()}
-        settings = {name: value for name, value in self.experiment["settings"]}
+        settings = dict(self.experiment["settings"])
         return {**self.experiment, **training, **settings, **self.measures, "simulated": self.simulated}
 
 
-def cache_folder() -> Path:
-    """Return the folder of simulated worlds and records: ``MMLIB_CACHE``, else the user's cache folder."""
-    return Path(os.environ.get("MMLIB_CACHE") or user_cache_dir("mmlib", appauthor=False))
+def run(experiment: Experiment, store: ClipStore, *, device: str = "auto", **options) -> Record:
+    """Retrieve, and make the record; options as for ``retrieve.retrieve``."""
+    return record_of(experiment, store, retrieve.retrieve(experiment, store, device=device, **options), device)
 
 
-@cache
-def library_hash() -> str:
-    """Hash what stands in the modules that decide numbers, 12 hexadecimal digits.
-
-    As syntax trees without docstrings, sorted, and without the imports of the library's own modules: in which of them
-    a function stands, and in which place, decides nothing.
-    """
-    digest = hashlib.sha256()
-    parts = [repr(part) for name in DECIDING for part in _tree(ast.parse((PACKAGE / name).read_text()).body)]
-    for part in sorted(part for part in parts if not part.startswith(_OWN_IMPORT)):
-        digest.update(part.encode() + b"\0")
-    digest.update((PACKAGE / "data" / "clips_per_identity_joint.csv").read_bytes())
-    return digest.hexdigest()[:12]
-
-
-_OWN_IMPORT = "('ImportFrom', [('module', \"'mmlib"
-
-
-def _tree(node):
-    """Reduce a syntax tree to what every supported Python version agrees on: names and non-empty fields."""
-    if isinstance(node, list):
-        # A string that stands alone is a docstring or does nothing.
-        return [
-            _tree(item)
-            for item in node
-            if not (
-                isinstance(item, ast.Expr)
-                and isinstance(item.value, ast.Constant)
-                and isinstance(item.value.value, str)
-            )
-        ]
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    fields = [(name, _tree(value)) for name, value in ast.iter_fields(node) if value not in (None, [])]
-    return type(node).__name__, fields
-
-
-# -- running --------------------------------------------------------------------------------------------------------
-
-
-def run(
-    experiment: Experiment,
-    store: ClipStore,
-    *,
-    device: str = "auto",
-    progress: bool = False,
-    trained: dict | None = None,
-) -> Record:
-    """Retrieve, score, and make the record; ``trained`` as for ``retrieve``."""
-    found = retrieve(experiment, store, device=device, progress=progress, trained=trained)
-    model = found.members[0].model
-    identity, ap = store.identity_of(found.gallery), found.ap
-    labelled = identity >= 0
-    right = found.predicted == identity
-    precision = metrics.clip_precision(found.ranking, found.hits, len(found.gallery))
-    measures = {
-        "map_at_100": float(ap.mean()),
-        "top1": float(found.hits[:, 0].mean()),
-        "clip_top1": float(right[labelled].mean()),
-        "train_clips": len(found.members[0].clips),
-        "gallery_clips": len(found.gallery),
-        "queries": len(found.queries),
-        "identities": len(store.identities),
-        "parameters": sum(p.numel() for p in model.parameters()) if found.members[0].losses else 0,
-    }
-    measures |= _of_members(experiment, store, found)
-    clips = found.gallery[labelled]
+def record_of(experiment: Experiment, store: ClipStore, found: retrieve.Retrieval, device: str = "auto") -> Record:
+    """Make the record of what was retrieved."""
+    measures, breakdown = retrieve.measure(experiment, store, found)
     return Record(
         key=experiment.key(),
         library=library_hash(),
         experiment=asdict(experiment),
         simulated=store.meta["simulated"],
         measures=measures,
-        ap=[round(float(a), 6) for a in ap],
-        breakdown=_breakdown(store, experiment.modality, clips, right[labelled], precision[labelled]),
+        ap=[round(float(a), 6) for a in found.ap],
+        breakdown=breakdown,
         losses=[round(x, 5) for x in found.members[0].losses],
         seconds=found.seconds,
         versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
@@ -183,64 +98,77 @@ def run(
     )
 
 
-def _of_members(experiment: Experiment, store: ClipStore, found: Retrieval) -> dict[str, float]:
-    """Measure an ensemble and what its members lack; empty for one model without contexts."""
-    out = {
-        f"train_without_{name}": int((store.modalities[name].count[found.members[0].clips] == 0).sum())
-        for name in experiment.context
-    }
-    out |= {
-        f"gallery_without_{name}": int((store.modalities[name].count[found.gallery] == 0).sum())
-        for name in experiment.context
-    }
-    scored = (found.by_member >= 0).all(0) & (store.identity_of(found.gallery) >= 0)
-    if len(found.members) > 1 and scored.any():
-        trained = store.identity_of(training_clips(experiment, store))
-        lost = [ensemble.lost_identities(trained, store.identity_of(member.clips)) for member in found.members]
-        right = found.by_member[:, scored] == store.identity_of(found.gallery[scored])
-        out |= {
-            "lost_identities": float(np.mean(lost)),
-            "member_clip_top1": float(right.mean()),
-            "disagreement": ensemble.disagreement(found.by_member[:, scored]),
-        }
-    return out
+# -- what made them -------------------------------------------------------------------------------------------------
 
 
-def _breakdown(
-    store: ClipStore, modality: str | None, clips: np.ndarray, right: np.ndarray, precision: np.ndarray
-) -> dict[str, list[list[float]]]:
-    """Group labelled gallery clips by length, quality and share of wrong frames; see ``Record``."""
-    modality = modality or "face"
-    if modality not in store.modalities:
-        return {}
-    source = store.modalities[modality]
-    has = source.count[clips] > 0
-    clips, right, precision = clips[has], right[has], precision[has]
-    known = {"frames": (source.count[clips], LENGTH_EDGES)}
-    if "quality" in source.columns and len(clips):
-        mean = store.clip_means(modality, "quality")[clips]
-        known["quality"] = (mean.argsort().argsort() / len(clips) * 100, PERCENTILE_EDGES)
-    if "wrong" in source.columns:
-        known["wrong"] = (store.clip_means(modality, "wrong")[clips], WRONG_EDGES)
-    out = {}
-    for name, (value, edges) in known.items():
-        group = np.digitize(value, edges) - 1
-        rows = [(low, high, group == i) for i, (low, high) in enumerate(zip(edges, edges[1:]))]
-        out[name] = [
-            [
-                low,
-                high,
-                int(chosen.sum()),
-                round(float(right[chosen].mean()), 5),
-                round(float(precision[chosen].mean()), 5),
-            ]
-            for low, high, chosen in rows
-            if chosen.any()
-        ]
-    return out
+@cache
+def library_hash() -> str:
+    """Hash the modules that decide numbers, 12 hexadecimal digits."""
+    return code_hash(DECIDING)
 
 
-# -- records --------------------------------------------------------------------------------------------------------
+def code_hash(names: tuple[str, ...]) -> str:
+    """Hash files of the package, 12 hexadecimal digits: modules by what they do, others by their bytes.
+
+    A module counts as its syntax tree without docstrings.  In which module a definition stands, where there, and behind
+    which imports decides nothing.  What a name means does: what its import is of, and, where the modules mean several
+    things by one name, which of them means which.
+    """
+    trees = {name: ast.parse((PACKAGE / name).read_text()) for name in names if name.endswith(".py")}
+    parts = {(PACKAGE / name).read_bytes().hex() for name in names if name not in trees}
+    parts |= {repr(part) for tree in trees.values() for part in _tree(tree.body)}
+    bound = [(word, target, module) for module, tree in trees.items() for word, target in _bound(tree)]
+    homes = Counter(word for word, target, _ in bound if word == target)
+    meant: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for word, target, module in bound:
+        home, _, name = target.rpartition(".")
+        meant[word].append((name if home.startswith("mmlib") and homes[name] == 1 else target, module))
+    for word, found in meant.items():
+        several = len({target for target, _ in found}) > 1
+        parts |= {f"{word} is {target}" + f" in {module}" * several for target, module in found}
+    return hashlib.sha256("\0".join(sorted(parts)).encode()).hexdigest()[:12]
+
+
+def _tree(node):
+    """Reduce a syntax tree to what every supported Python version agrees on: names and non-empty fields."""
+    if isinstance(node, list):
+        return [_tree(part) for part in node if not (_is_text(part) or isinstance(part, ast.Import | ast.ImportFrom))]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [(name, _tree(value)) for name, value in ast.iter_fields(node) if value not in (None, [])]
+    return type(node).__name__, fields
+
+
+def _is_text(node) -> bool:
+    """A string that stands alone is a docstring or does nothing."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def _bound(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Yield the names that a module defines, twice, and those that it imports, with the module and the name there."""
+    for node in tree.body:
+        targets = getattr(node, "targets", [getattr(node, "target", node)])
+        names = [getattr(target, "id", getattr(target, "name", None)) for target in targets]
+        yield from ((name, name) for name in names if name)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            home = f"mmlib.{node.module}" if node.level else node.module
+            yield from ((alias.asname or alias.name, f"{home}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.asname or alias.name, f".{alias.name}") for alias in node.names)
+
+
+@cache
+def commit() -> str:
+    """Return the short commit of the repository the library lies in, with + if files differ; else ``none``."""
+    try:
+        git = ["git", "-C", str(PACKAGE), "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+
+
+# -- files ----------------------------------------------------------------------------------------------------------
 
 
 def write_results(path: str | Path, records: Iterable[Record]) -> None:
@@ -263,84 +191,18 @@ def read_results(name: str) -> list[Record]:
         raise ValueError(f"{path}: not a file of records ({error})") from None
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+def stored(profile: str) -> list[Record]:
+    """Return the cached records of a profile's whole, calibrated worlds, made by this library, in order of keys."""
+    found = [Record(**json.loads(path.read_text())) for path in sorted(_records().glob("*.json"))]
+    return [r for r in found if r.simulated and r.experiment["profile"] == profile and not r.experiment["settings"]]
 
 
-@cache
-def commit() -> str:
-    """Return the short commit of the repository the library lies in, with + if files differ; else ``none``."""
-    try:
-        git = ["git", "-C", str(PACKAGE), "describe", "--always", "--dirty=+", "--exclude=*"]
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "none"
+def _records() -> Path:
+    return cache_folder() / "records" / library_hash()
 
 
-PATIENCE = 1.0  # seconds to wait for a claim, once every task that is left is claimed by others
-Task = TypeVar("Task")
-Tasks = dict[str, dict[str, Experiment]]  # experiments by the name of their claim, then by the key of their record
-
-
-# -- claims ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def claim(path: Path, wait: float = -1) -> Iterator[bool]:
-    """Hold the lock file ``path`` for a block, and yield whether it is held.
-
-    wait: seconds to wait for another process to let go of it; below 0 without end.  The file stays.  On a shared folder
-    the file system must carry ``flock`` from machine to machine.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=wait)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
-
-
-def share(tasks: Iterable[Task], attempt: Callable[[list[Task], float], Iterable[bool]]) -> None:
-    """Do tasks that other processes may be doing too: those that are free first, the others when they become free.
-
-    attempt: from tasks and the seconds to wait for the claim of each, to whether each is done.  A task that another
-    process had claimed is attempted again, as that process may have died.
-    """
-    tasks, wait = list(tasks), 0.0
-    while tasks:
-        left = [task for task, done in zip(tasks, attempt(tasks, wait)) if not done]
-        wait = PATIENCE if len(left) == len(tasks) else 0.0
-        tasks = left
-
-
-def remove_locks(folder: Path) -> None:
-    """Remove the lock files in a folder that nobody holds; a process that has just opened one notices that it is gone."""
-    for path in folder.glob("*.lock"):
-        with claim(path, 0) as held, suppress(OSError):  # not every system removes a file that is open
-            if held:
-                path.unlink()
-
-
-def clear_partial(path: Path) -> None:
-    """Remove what killed processes left of ``path`` half written; only for a process that has claimed it."""
-    for left in path.parent.glob(f".{path.name}.partial-*"):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+def _path(key: str) -> Path:
+    return _records() / f"{key}.json"
 
 
 # -- worlds ---------------------------------------------------------------------------------------------------------
@@ -385,79 +247,42 @@ def _world_name(experiment: Experiment) -> str:
     return hashlib.sha256(said.encode()).hexdigest()[:20]
 
 
-# -- records --------------------------------------------------------------------------------------------------------
+# -- fetching -------------------------------------------------------------------------------------------------------
+
+Tasks = dict[str, dict[str, Experiment]]  # experiments by the name of their claim, then by the key of their record
 
 
-def fetch_or_run(experiments: Iterable[Experiment], *, device: str = "auto", progress: bool = False) -> list[Record]:
-    """Return the records of experiments in their order, running those that are not stored.
+def fetch(experiments: Iterable[Experiment], device: str = "auto", *, progress: bool = False) -> list[Record]:
+    """Return the records of experiments in their order, making those that are not stored.
 
-    Worlds whose settings differ from the calibrated ones are deleted after use; the others stay in the cache.  What
-    another process is making is waited for.
+    On a CPU processes share many trainings (``workers``).  Worlds whose settings are not the calibrated ones are
+    deleted after use; the others stay in the cache.  What another process is making is waited for.
     """
     experiments = list(experiments)
-    tasks = _missing(experiments)
-    with tqdm(total=sum(map(len, tasks.values())), desc="run", unit="arm", disable=not progress, mininterval=1) as bar:
+    keys = {experiment: experiment.key() for experiment in dict.fromkeys(experiments)}
+    batches = _batches(_missing(keys), device)
+    batches.sort(key=_trainings, reverse=True)  # no process is left with a long one at the end
+    number = min(workers(sum(map(_trainings, batches)), device), max(1, len(batches)))
+    total = sum(len(task) for batch in batches for task in batch.values())
+    make = partial(_make, device=device, progress=progress)
+    with tqdm(total=total, desc="run", unit="arm", disable=not progress) as bar:
+        with helped(number - 1, fetch, experiments, device):
+            for made in share(batches, make):
+                bar.update(made)
+    return [Record(**json.loads(_path(keys[experiment]).read_text())) for experiment in experiments]
 
-        def attempt(batches: list[Tasks], wait: float) -> Iterator[bool]:
-            for batch in batches:
-                done = _make(batch, device=device, wait=wait, progress=progress)
-                bar.update(done * sum(map(len, batch.values())))
-                yield done
 
-        share(_batches(tasks, device), attempt)
-    return [Record(**json.loads(_path(experiment.key()).read_text())) for experiment in experiments]
+def workers(trainings: int, device: str) -> int:
+    """Return how many processes pay for so many trainings: one on a GPU, which it fills, else one for four of them.
 
-
-def fetch(experiments: Iterable[Experiment], *, device: str = "auto") -> list[Record]:
-    """Do what ``fetch_or_run`` does, with a process in the place of a thread where that pays: many trainings on a CPU.
-
-    Small matrices leave a second thread idle, a second process not.  The threads are those that torch would take, at most
-    eight; ``OMP_NUM_THREADS`` sets them.  The processes end with the one that started them.
+    At most as many as torch would take threads, which ``OMP_NUM_THREADS`` sets, and eight: small matrices leave a second
+    thread idle, a second process not.
     """
-    experiments = list(experiments)
-    workers = min(torch.get_num_threads(), 8)
-    tasks = _missing(experiments)
-    trainings = {name: _trainings(task.values()) for name, task in tasks.items()}
-    pays = sum(trainings.values()) >= 4 * workers and len(tasks) >= workers
-    if workers > 1 and pays and torch_device(device).type == "cpu":
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, initializer=_begin_worker) as pool:
-            # The longest first, so that no process is left with a long one at the end.
-            share(
-                sorted(tasks, key=trainings.get, reverse=True),
-                lambda names, wait: pool.map(
-                    partial(_make, device=device, wait=wait), [{name: tasks[name]} for name in names]
-                ),
-            )
-    return fetch_or_run(experiments, device=device)
+    threads = 1 if is_helper() or torch_device(device).type != "cpu" else torch.get_num_threads()
+    return max(1, min(threads, 8, trainings // 4))
 
 
-def is_stored(experiment: Experiment) -> bool:
-    """Say whether the cache holds the experiment's record, made by this library."""
-    return _path(experiment.key()).exists()
-
-
-def stored(profile: str) -> list[Record]:
-    """Return the records in the cache of a profile's whole, calibrated worlds, made by this library, in order of keys."""
-    found = (Record(**json.loads(path.read_text())) for path in sorted(_records().glob("*.json")))
-    return [
-        record
-        for record in found
-        if record.experiment["data"] == "simulated"
-        and record.experiment["profile"] == profile
-        and not record.experiment["settings"]
-    ]
-
-
-def _records() -> Path:
-    return cache_folder() / "records" / library_hash()
-
-
-def _path(key: str) -> Path:
-    return _records() / f"{key}.json"
-
-
-def _missing(experiments: Iterable[Experiment]) -> Tasks:
+def _missing(keys: dict[Experiment, str]) -> Tasks:
     """Sort experiments without a record into what one process makes, by the name of its claim, then by key.
 
     That is a passing world, or else a branch: experiments that share their trained members.  The claim follows from the
@@ -465,8 +290,7 @@ def _missing(experiments: Iterable[Experiment]) -> Tasks:
     """
     names: dict[object, str] = {}
     tasks: Tasks = {}
-    for experiment in dict.fromkeys(experiments):
-        key = experiment.key()
+    for experiment, key in keys.items():
         if _path(key).exists():
             continue
         unit = experiment.world() if _is_passing(experiment) else experiment.branch()
@@ -485,78 +309,33 @@ def _batches(tasks: Tasks, device: str) -> list[Tasks]:
     arms: dict[object, Tasks] = {}
     for name, task in tasks.items():
         branch = next(iter(task.values())).branch()
-        alone = branch.simulated or TOGETHER[torch_device(device).type] == 1
+        alone = branch.simulated or retrieve.TOGETHER[torch_device(device).type] == 1
         arms.setdefault(name if alone else replace(branch, seed=0), {})[name] = task
     return list(arms.values())
 
 
-def _make(tasks: Tasks, *, device: str, wait: float, progress: bool = False) -> bool:
-    """Claim tasks on one store and make the records that they lack; say whether there was no other process at any."""
+def _trainings(tasks: Tasks) -> int:
+    """Count the members that tasks train."""
+    every = [experiment for task in tasks.values() for experiment in task.values()]
+    return len({key for experiment in every for key in retrieve.members_of(experiment)})
+
+
+def _make(tasks: Tasks, wait: float, *, device: str, progress: bool = False) -> tuple[int, Tasks]:
+    """Claim tasks on one store and make the records that they lack; return how many they have, and others' tasks."""
     with ExitStack() as stack:
         locks = {name: _records() / "locks" / f"{name}.lock" for name in tasks}
-        held = {name for name, lock in locks.items() if stack.enter_context(claim(lock, wait))}
-        missing = {
-            experiment: (locks[name], _path(key))
-            for name in tasks
-            if name in held
-            for key, experiment in tasks[name].items()
-            if not _path(key).exists()
-        }
-        if missing:
-            with _opened(next(iter(missing))) as store:
-                trained: dict = {}
-                if len({experiment.seed for experiment in missing}) > 1:
-                    second = [e.second() for e in missing if e.fallback]
-                    add_members([*missing, *second], store, trained, device=device, progress=progress)
-                for group in _by_branch(missing):
-                    for experiment in group:
-                        lock, path = missing[experiment]
-                        clear_partial(path)
-                        _note(lock, "began", path.stem)
-                        record = run(experiment, store, device=device, progress=progress, trained=trained)
-                        write_whole(path, json.dumps(asdict(record)).encode())
-                        _note(lock, "stored", path.stem)
-                    for key in [key for key in trained if key[0].seed == group[0].seed]:
-                        del trained[key]  # members, and what they make of a gallery, are many
-    return held == tasks.keys()
-
-
-def _note(lock: Path, event: str, key: str) -> None:
-    """Add a line to the journal of a claim, which only its holder writes."""
-    line = {
-        "event": event,
-        "key": key,
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "host": platform.node(),
-        "process": os.getpid(),
-    }
-    with lock.with_suffix(".jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def _by_branch(experiments: Iterable[Experiment]) -> list[list[Experiment]]:
-    """Group experiments that share their trained members."""
-    groups: dict[Experiment, list[Experiment]] = {}
-    for experiment in experiments:
-        groups.setdefault(experiment.branch(), []).append(experiment)
-    return list(groups.values())
-
-
-def _trainings(experiments: Iterable[Experiment]) -> int:
-    """Count the members that a group of experiments trains."""
-    trained = set()
-    for e in experiments:
-        trained |= {(e.branch(), member) for member in e.members}
-        trained |= {(e.second().branch(), member) for member in e.fallback.members} if e.fallback else set()
-    return len(trained)
-
-
-def _begin_worker() -> None:
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End this process when the one that started it is gone; killed, it could not tell its workers to end."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+        mine = {name: tasks[name] for name in tasks if stack.enter_context(claim(locks[name], wait))}
+        wanted = {e: _path(key) for task in mine.values() for key, e in task.items() if not _path(key).exists()}
+        store = stack.enter_context(_opened(next(iter(wanted)))) if wanted else None
+        uses = {experiment: retrieve.members_of(experiment) for experiment in wanted}
+        trained: dict[retrieve.Key, retrieve.Member] = {}
+        if len({experiment.seed for experiment in wanted}) > 1:  # they fill a GPU together
+            trained = retrieve.train_members(chain(*uses.values()), store, device=device, progress=progress)
+        for experiment, path in wanted.items():
+            clear_partial(path)
+            found = retrieve.retrieve(experiment, store, device=device, progress=progress, trained=trained)
+            write_whole(path, json.dumps(asdict(record_of(experiment, store, found, device))).encode())
+            del uses[experiment]
+            for key in trained.keys() - set(chain(*uses.values())):
+                del trained[key]  # members, and what they make of a gallery, are many
+    return sum(map(len, mine.values())), {name: task for name, task in tasks.items() if name not in mine}

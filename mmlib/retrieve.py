@@ -1,11 +1,11 @@
-"""Rank the clips for every identity by the models of an experiment, and hold the ranking against the labels."""
+"""From an experiment to its ranking: train its members, score and rank the clips of a split, measure what was found."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, MutableMapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,60 +14,86 @@ from torch.nn import functional as F
 
 from mmlib import ensemble, metrics, rank
 from mmlib.aggregate import NEEDS_SCORES, make_aggregator
+from mmlib.data.calibration import QUALITY_EDGES
 from mmlib.data.store import ClipStore
 from mmlib.experiment import TRAINED, Experiment, torch_device
 from mmlib.models import IdentityModel, kept_width, seeded, within_class_whitening
 from mmlib.rank import combine_scores, fuse_ranks
 from mmlib.train import classes_of, pooled_features, train_together
 
+Key = tuple[Experiment, int]  # a branch, and the number of a member
+BLOCK = 1024  # clips of a split that are embedded and scored at a time
+DEPTH = 1000  # clips of a member's ranking that take part in a fusion of ranks
+# Members trained in one batched pass.  It fills a GPU; a CPU is full with one, and one by one a killed run loses less.
+TOGETHER = {"cuda": 16, "cpu": 1}
 
-class Member:
-    """A trained model over the gallery of its experiment: model, clips (n,) trained on, losses by epoch, seconds."""
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        store: ClipStore,
-        model: IdentityModel,
-        clips: np.ndarray,
-        losses: list[float],
-        seconds: float,
-    ):
-        self.experiment, self.store = experiment, store
-        self.model, self.clips, self.losses, self.seconds = model, clips, losses, seconds
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """Compute in one thread on a CPU, so that no number depends on how many there are; processes use them better."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if device.type == "cpu" else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
-    @cached_property
-    def embedded(self) -> Tensor:
-        """The embeddings of the gallery of its experiment, (N, dim)."""
-        return self._embed(gallery_of(self.experiment, self.store))
 
-    @cached_property
-    def _known(self) -> tuple[Tensor, Tensor]:
-        known = self._embed(self.clips)
-        return known, torch.from_numpy(self.store.identity_of(self.clips)).to(known.device)
+# -- which clips ----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _embed(self, clips: np.ndarray) -> Tensor:
-        e = self.experiment
-        return self.model.embed(pooled_features(self.model, self.store, clips, e.modality, seed=e.seed))
 
-    @torch.no_grad()
-    def cosines(self, rows: Tensor) -> Tensor:
-        """Compare gallery rows (n,) with every identity, (n, C); a class of distractors comes last."""
-        embedded = self.embedded[rows]
-        if self.experiment.classifier != "nearest":
-            return self.model.compare(embedded)
-        known, label = self._known
-        nearest = torch.full((len(rows), len(self.model.prototype)), -1.0, device=known.device)
-        return nearest.scatter_reduce_(1, label.expand(len(rows), -1), embedded @ known.T, "amax")
+def missing_scores(experiment: Experiment, store: ClipStore) -> list[str]:
+    """Name the scores that the experiment's arm needs and the store lacks."""
+    e = experiment
+    wanted = []
+    appended = e.concat in ("normalised", "raw")
+    if e.modality is not None and (e.aggregator in NEEDS_SCORES or appended):
+        wanted = ["quality"] if e.aggregator == "best half" and not appended else ["quality", "det"]
+    if e.fallback and e.fallback.by == "quality" and "quality" not in wanted:
+        wanted.append("quality")
+    return [name for name in wanted if name not in store.modalities[e.modality].columns]
+
+
+def require(e: Experiment, store: ClipStore) -> None:
+    """Refuse a store that lacks a modality or scores that the experiment needs."""
+    for name in (e.modality, *e.context, *(e.fallback.context if e.fallback else ())):
+        if name is not None and name not in store.modalities:
+            raise ValueError(f"{store.path}: no modality {name!r}, it has {', '.join(store.modalities)}")
+    if missing := missing_scores(e, store):
+        needs = f"{e.aggregator!r} needs {' and '.join(missing)} scores of {e.modality!r}"
+        raise ValueError(f"{store.path}: {needs}, and the store has none")
+
+
+def _having(e: Experiment, store: ClipStore, split: str, **kind) -> np.ndarray:
+    """Return the clips of a split that have the experiment's modality, or, where it has none, one of its contexts."""
+    sources = e.context if e.modality is None else (e.modality,)
+    return np.unique(np.concatenate([store.select(split, having=name, **kind) for name in sources]))
+
+
+def training_clips(experiment: Experiment, store: ClipStore) -> np.ndarray:
+    """Return the clips that can be trained on: labelled, with the modality or a context, and distractors if asked."""
+    e = experiment
+    clips = _having(e, store, "train", labelled=True)
+    if not len(clips):
+        what = " or ".join(e.context) if e.modality is None else e.modality
+        raise ValueError(f"{store.path}: no labelled train clip has {what}, so nothing can be trained")
+    if e.distractors == "class":
+        having = _having(e, store, "val", labelled=False)
+        clips = np.concatenate([clips, np.intersect1d(training_distractors(e, store), having)])
+    return clips
+
+
+def training_distractors(experiment: Experiment, store: ClipStore) -> np.ndarray:
+    """Return a random half of the distractors in val, which have the modality or not."""
+    distractors = store.select("val", labelled=False)
+    return np.sort(np.random.default_rng([experiment.seed, 6]).permutation(distractors)[: len(distractors) // 2])
 
 
 def gallery_of(experiment: Experiment, store: ClipStore) -> np.ndarray:
-    """Return the clips of its split that the experiment's model can score: those with its modality, or with a context."""
-    e = experiment
-    sources = e.context if e.modality is None else (e.modality,)
-    gallery = np.unique(np.concatenate([store.select(e.split, having=name) for name in sources]))
-    return gallery if e.distractors == "all" else np.setdiff1d(gallery, training_distractors(e, store))
+    """Return the clips of its split that the experiment's model can score: with its modality, or else a context."""
+    gallery = _having(experiment, store, experiment.split)
+    left_out = [] if experiment.distractors == "all" else training_distractors(experiment, store)
+    return np.setdiff1d(gallery, left_out)
 
 
 def ranked_gallery(experiment: Experiment, store: ClipStore) -> np.ndarray:
@@ -76,274 +102,14 @@ def ranked_gallery(experiment: Experiment, store: ClipStore) -> np.ndarray:
     require(e, store)
     gallery = gallery_of(e, store)
     if not len(gallery):
-        raise ValueError(
-            f"{store.path}: no {e.split} clip with {e.modality or ' or '.join(e.context)!r}: nothing to rank"
-        )
+        what = e.modality or " or ".join(e.context)
+        raise ValueError(f"{store.path}: no {e.split} clip with {what!r}: nothing to rank")
     if e.fallback and e.fallback.absent is not None:
         gallery = np.union1d(gallery, gallery_of(e.second(), store))
     return gallery
 
 
-@dataclass(frozen=True)
-class Ranked:
-    """What a system says of a gallery: gallery (N,) positions of clips in the store, ranking (C, K) the best gallery rows
-    of every identity with -1 beyond the end, score (C, K) theirs, predicted (N,) the best identity of each clip,
-    by_member (M, N) that of each member, of clips whose score it has a part in, else -1.  A clip that nothing can score
-    is not in the gallery.
-    """
-
-    gallery: np.ndarray
-    ranking: np.ndarray
-    score: np.ndarray
-    predicted: np.ndarray
-    by_member: np.ndarray
-    members: list[Member]
-    seconds: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Retrieval(Ranked):
-    """What a system retrieves: as ``Ranked``, of the queries (Q,), identity codes with labelled val clips: ranking (Q, K),
-    hits (Q, K) bool, relevant (Q,) the number of those clips, which counts clips outside the gallery too: the official
-    denominator.
-    """
-
-    queries: np.ndarray
-    hits: np.ndarray
-    relevant: np.ndarray
-
-    @property
-    def ap(self) -> np.ndarray:
-        return metrics.average_precision(self.hits, self.relevant)
-
-
-def retrieve(
-    experiment: Experiment,
-    store: ClipStore,
-    *,
-    device: str = "auto",
-    progress: bool = False,
-    trained: MutableMapping | None = None,
-) -> Retrieval:
-    """Rank the val clips for every identity, as ``rank_clips``, and hold them against their labels."""
-    relevant = np.bincount(
-        store.identity_of(store.select(experiment.split, labelled=True)), minlength=len(store.identities)
-    )
-    queries = np.flatnonzero(relevant)
-    if not len(queries):
-        raise ValueError(f"{store.path}: no labelled {experiment.split} clip: nothing to score")
-    found = rank_clips(experiment, store, device=device, progress=progress, trained=trained)
-    ranking = found.ranking[queries]
-    hits, _ = metrics.match_ranking(ranking, store.identity_of(found.gallery), queries)
-    return Retrieval(
-        found.gallery,
-        ranking,
-        found.score[queries],
-        found.predicted,
-        found.by_member,
-        found.members,
-        found.seconds,
-        queries,
-        hits,
-        relevant[queries],
-    )
-
-
-def rank_clips(
-    experiment: Experiment,
-    store: ClipStore,
-    *,
-    device: str = "auto",
-    progress: bool = False,
-    trained: MutableMapping | None = None,
-    rows: slice | None = None,
-) -> Ranked:
-    """Train if there is something to train, and rank the clips of the experiment's split for every identity.
-
-    trained: members of earlier calls on the same store, by ``(branch, member)``; new ones are added.  rows: of the
-    gallery, the others are left out of the ranking; from and to multiples of BLOCK the scores are those of the whole.
-    """
-    e, trained = experiment, {} if trained is None else trained
-    if rows is not None and e.combine == "ranks":
-        raise ValueError("rows of a gallery cannot be ranked apart with combine 'ranks', which fuses whole rankings")
-    gallery = ranked_gallery(e, store)
-    began = time.perf_counter()
-    add_members([e, *([e.second()] if e.fallback else [])], store, trained, device=device, progress=progress)
-    members = [trained[e.branch(), member] for member in e.members]
-    second = [trained[e.second().branch(), member] for member in e.fallback.members] if e.fallback else []
-    fitted = time.perf_counter()
-    predicted = np.full(len(gallery), -1)
-    by_member = np.full((len(members), len(gallery)), -1)
-    blocks = _score_blocks(e, store, members, second, gallery, predicted, by_member, rows)
-    if e.combine == "ranks":
-        for _ in blocks:  # for the predictions
-            pass
-        every = torch.arange(len(gallery), device=members[0].model.prototype.device).split(BLOCK)
-        classes = len(store.identities)
-        ranking = fuse_ranks(
-            rank.top_k(((r, torch.log_softmax(e.scale * m.cosines(r), 1)[:, :classes]) for r in every), k=DEPTH)
-            for m in members
-        )
-    else:
-        ranking = rank.top_k(blocks)
-    seconds = {
-        "fit": round(sum(m.seconds for m in members + second), 3),
-        "rank": round(time.perf_counter() - fitted, 3),
-        "waited": round(fitted - began, 3),
-    }
-    return Ranked(
-        gallery, ranking.clip.cpu().numpy(), ranking.score.cpu().numpy(), predicted, by_member, members, seconds
-    )
-
-
-BLOCK = 2048  # clips scored at a time
-DEPTH = 1000  # clips of a member's ranking that take part in a fusion of ranks
-
-
-# Members trained in one batched pass.  It fills a GPU; a CPU is full with one, and one by one a killed run loses less.
-TOGETHER = {"cuda": 16, "cpu": 1}
-
-
-def add_members(
-    experiments: Iterable[Experiment],
-    store: ClipStore,
-    trained: MutableMapping,
-    *,
-    device: str = "auto",
-    progress: bool = False,
-) -> None:
-    """Train the members of experiments that are not among ``trained`` yet, those that differ in number or seed together."""
-    at = torch_device(device)
-    arms: dict[Experiment, list[tuple[Experiment, int]]] = {}
-    for branch, member in dict.fromkeys((e.branch(), member) for e in experiments for member in e.members):
-        if (branch, member) not in trained:
-            arms.setdefault(replace(branch, seed=0), []).append((branch, member))
-    for missing in arms.values():
-        for first in range(0, len(missing), TOGETHER[at.type]):
-            group = missing[first : first + TOGETHER[at.type]]
-            began = time.perf_counter()
-            fitted = fit_together(group, store, device=at, progress=progress)
-            seconds = (time.perf_counter() - began) / len(group)
-            for (branch, member), found in zip(group, fitted):
-                trained[branch, member] = Member(branch, store, *found, seconds)
-
-
-def _score_blocks(
-    e: Experiment,
-    store: ClipStore,
-    members: list[Member],
-    second: list[Member],
-    gallery: np.ndarray,
-    predicted: np.ndarray,
-    by_member: np.ndarray,
-    part: slice | None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (gallery rows, scores (n, C)) as ``rank.top_k`` takes them, and note the best identities on the way."""
-    device = members[0].model.prototype.device
-    first_rows = _rows_in(gallery, gallery_of(e, store))
-    second_rows = _rows_in(gallery, gallery_of(e.second(), store)) if second else np.full(len(gallery), -1)
-    weight = _second_weight(e, store, gallery, first_rows, second_rows)
-    how = "log softmax" if e.combine == "ranks" else e.combine
-    asked = np.arange(len(gallery))[part or slice(None)]
-    for block in np.split(asked, range(BLOCK, len(asked), BLOCK)):
-        scores = torch.zeros(len(block), len(store.identities), device=device)
-        for group, rows, share in ((members, first_rows, 1 - weight), (second, second_rows, weight)):
-            at = np.flatnonzero((rows[block] >= 0) & (share[block] != 0)) if group else block[:0]
-            if not len(at):
-                continue
-            chosen = torch.from_numpy(rows[block[at]]).to(device)
-            cosines = (member.cosines(chosen) for member in group)
-            if group is members:
-                cosines = _noting(cosines, by_member, block[at], scores.shape[1])
-            part = combine_scores(cosines, how, scale=e.scale)[:, : scores.shape[1]]
-            scores[torch.from_numpy(at).to(device)] += torch.from_numpy(share[block[at]]).to(part)[:, None] * part
-        predicted[block] = scores.argmax(1).cpu()
-        yield torch.from_numpy(block).to(device), scores
-
-
-def _noting(cosines: Iterable[Tensor], by_member: np.ndarray, at: np.ndarray, identities: int) -> Iterator[Tensor]:
-    """Pass on what each member says, writing its best identity of every clip into ``by_member``."""
-    for member, cosine in enumerate(cosines):
-        by_member[member, at] = cosine[:, :identities].argmax(1).cpu()
-        yield cosine
-
-
-def _rows_in(gallery: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Return where each clip of a gallery stands in another one, -1 if nowhere."""
-    place = np.minimum(np.searchsorted(known, gallery), len(known) - 1)
-    return np.where(known[place] == gallery, place, -1)
-
-
-def _second_weight(
-    e: Experiment, store: ClipStore, gallery: np.ndarray, first: np.ndarray, second: np.ndarray
-) -> np.ndarray:
-    """Return the weight of the second model for every gallery clip (N,); a clip that it cannot score has 0."""
-    weight = np.zeros(len(gallery))
-    if e.fallback is None:
-        return weight
-    has = first >= 0
-    clips = gallery[has]
-    weight[has] = e.fallback.weights(store.clip_means(e.modality, e.fallback.by)[clips])
-    weight[~has] = e.fallback.absent or 0
-    return np.where(second >= 0, weight, 0)
-
-
-def fit(
-    experiment: Experiment, store: ClipStore, member: int = 0, *, device: torch.device, progress: bool = False
-) -> tuple[IdentityModel, np.ndarray, list[float]]:
-    """Return a member's model, its training clips and its loss by epoch (empty where nothing is trained)."""
-    return fit_together([(experiment, member)], store, device=device, progress=progress)[0]
-
-
-def fit_together(
-    wanted: list[tuple[Experiment, int]], store: ClipStore, *, device: torch.device, progress: bool = False
-) -> list[tuple[IdentityModel, np.ndarray, list[float]]]:
-    """Do what ``fit`` does for several members of experiments that differ in their seeds only, in as few passes as can be.
-
-    Those of one shape, with as many clips, are trained in one (``train.train_together``).
-    """
-    if len({replace(experiment.branch(), seed=0) for experiment, _ in wanted}) > 1:
-        raise ValueError("experiments whose members are trained together may differ in their seeds only")
-    e = wanted[0][0]
-    require(e, store)
-    started = [_start(experiment, store, member, device) for experiment, member in wanted]
-    if e.classifier not in TRAINED:
-        return [(model.eval(), clips, []) for model, clips in started]
-    # Regions of a width that the blocks do not divide differ by one dimension.
-    groups: dict[tuple, list[int]] = {}
-    for place, (model, clips) in enumerate(started):
-        groups.setdefault((len(clips), *(p.shape for p in model.parameters())), []).append(place)
-    losses = [[]] * len(wanted)
-    for places in groups.values():
-        found = train_together(
-            [started[p][0] for p in places],
-            store,
-            [started[p][1] for p in places],
-            e.training,
-            seeds=[ensemble.member_seed(wanted[p][0].seed, wanted[p][1]) for p in places],
-            modality=e.modality,
-            progress=progress,
-        )
-        for place, history in zip(places, found):
-            losses[place] = history
-    return [(*one, history) for one, history in zip(started, losses)]
-
-
-def _start(e: Experiment, store: ClipStore, member: int, device: torch.device) -> tuple[IdentityModel, np.ndarray]:
-    """Return a member's model before its training, and its training clips."""
-    clips = training_clips(e, store)
-    clips = ensemble.member_clips(e.ensemble, clips, store.identity_of(clips), seed=e.seed, member=member)
-    model = make_model(e, store, member).to(device)
-    label = torch.from_numpy(classes_of(store, clips)).to(device)
-    if e.start == "class means" or e.classifier not in TRAINED:
-        pooled = pooled_features(model, store, clips, e.modality, seed=e.seed)
-        if e.classifier == "whitened means":
-            unit = F.normalize(pooled, dim=1)
-            model.centre = unit.mean(0)
-            model.whitening = within_class_whitening(unit, label, shrinkage=e.shrinkage)
-            pooled = pooled_features(model, store, clips, e.modality, seed=e.seed)
-        model.start_from_class_means(pooled, label)
-    return model, clips
+# -- members --------------------------------------------------------------------------------------------------------
 
 
 def make_model(experiment: Experiment, store: ClipStore, member: int = 0) -> IdentityModel:
@@ -366,45 +132,293 @@ def make_model(experiment: Experiment, store: ClipStore, member: int = 0) -> Ide
         )
 
 
-def training_clips(experiment: Experiment, store: ClipStore) -> np.ndarray:
-    """Return the clips that can be trained on: labelled, with the modality or a context, and distractors if asked."""
-    e = experiment
-    sources = e.context if e.modality is None else (e.modality,)
-    clips = np.unique(np.concatenate([store.select("train", labelled=True, having=name) for name in sources]))
-    if not len(clips):
-        raise ValueError(f"{store.path}: no labelled train clip has {' or '.join(sources)}, so nothing can be trained")
-    if e.distractors == "class":
-        having = np.unique(np.concatenate([store.select("val", labelled=False, having=name) for name in sources]))
-        clips = np.concatenate([clips, np.intersect1d(training_distractors(e, store), having)])
-    return clips
+@dataclass(eq=False)
+class Member:
+    """A trained model: clips (n,) it was trained on, losses by epoch, seconds it took."""
+
+    experiment: Experiment
+    store: ClipStore
+    model: IdentityModel
+    clips: np.ndarray
+    losses: list[float]
+    seconds: float
+    _embedded: dict[int, tuple[np.ndarray, Tensor]] = field(default_factory=dict)
+
+    def embed(self, clips: np.ndarray) -> Tensor:
+        """Return the embeddings of clips (n, dim); those of a block of a ranking are kept for the next one."""
+        e, known = self.experiment, self._embedded.get(clips[0])
+        if known is None or not np.array_equal(known[0], clips):
+            pooled = pooled_features(self.model, self.store, clips, e.modality, seed=e.seed, block=4_096)
+            self._embedded[clips[0]] = known = (clips, self.model.embed(pooled))
+        return known[1]
+
+    @torch.no_grad()
+    def cosines(self, clips: np.ndarray) -> Tensor:
+        """Compare clips (n,) with every identity, (n, C); a class of distractors comes last."""
+        embedded = self.embed(clips)
+        if self.experiment.classifier != "nearest":
+            return self.model.compare(embedded)
+        known, label = self.embed(self.clips), torch.from_numpy(self.store.identity_of(self.clips)).to(embedded.device)
+        nearest = torch.full((len(clips), len(self.model.prototype)), -1.0, device=embedded.device)
+        return nearest.scatter_reduce_(1, label.expand(len(clips), -1), embedded @ known.T, "amax")
 
 
-def training_distractors(experiment: Experiment, store: ClipStore) -> np.ndarray:
-    """Return a random half of the distractors in val, which have the modality or not."""
-    distractors = store.select("val", labelled=False)
-    return np.sort(np.random.default_rng([experiment.seed, 6]).permutation(distractors)[: len(distractors) // 2])
+def members_of(experiment: Experiment) -> list[Key]:
+    """Name the members that an experiment ranks with, those of its fallback's model last."""
+    models = [experiment, *([experiment.second()] if experiment.fallback else [])]
+    return [(model.branch(), member) for model in models for member in model.members]
 
 
-def missing_scores(experiment: Experiment, store: ClipStore) -> list[str]:
-    """Name the scores that the experiment's arm needs and the store lacks."""
-    e = experiment
-    wanted = []
-    appended = e.concat in ("normalised", "raw")
-    if e.modality is not None and (e.aggregator in NEEDS_SCORES or appended):
-        wanted = ["quality"] if e.aggregator == "best half" and not appended else ["quality", "det"]
-    if e.fallback and e.fallback.by == "quality" and "quality" not in wanted:
-        wanted.append("quality")
-    return [name for name in wanted if name not in store.modalities[e.modality].columns]
+def fit(experiment: Experiment, store: ClipStore, member: int = 0, **options) -> Member:
+    """Train one member of an experiment; options as for ``train_members``."""
+    (trained,) = train_members([(experiment, member)], store, **options).values()
+    return trained
 
 
-def require(e: Experiment, store: ClipStore) -> None:
-    """Refuse a store that lacks a modality or scores that the experiment needs."""
-    asked = [e.modality, *e.context, *(e.fallback.context if e.fallback else ())]
-    for name in asked:
-        if name is not None and name not in store.modalities:
-            raise ValueError(f"{store.path}: no modality {name!r}, it has {', '.join(store.modalities)}")
-    if missing := missing_scores(e, store):
-        raise ValueError(
-            f"{store.path}: {e.aggregator!r} needs {' and '.join(missing)} scores of "
-            f"{e.modality!r}, and the store has none"
-        )
+def train_members(
+    wanted: Iterable[Key], store: ClipStore, *, device: str = "auto", progress: bool = False
+) -> dict[Key, Member]:
+    """Train members: those of experiments that differ in their seeds alone, and of one size, in one batched pass."""
+    trained: dict[Key, Member] = {}
+    at = torch_device(device)
+    with one_thread(at):
+        for group in _started(wanted, store, at):
+            began, members, e = time.perf_counter(), list(group.values()), next(iter(group))[0]
+            if e.classifier in TRAINED:
+                losses = train_together(
+                    [member.model for member in members],
+                    store,
+                    [member.clips for member in members],
+                    e.training,
+                    seeds=[ensemble.member_seed(branch.seed, number) for branch, number in group],
+                    modality=e.modality,
+                    progress=progress,
+                )
+                for member, history in zip(members, losses):
+                    member.losses = history
+                    member.seconds += (time.perf_counter() - began) / len(members)
+            trained |= group
+    return trained
+
+
+def _started(wanted: Iterable[Key], store: ClipStore, device: torch.device) -> Iterator[dict[Key, Member]]:
+    """Yield members before their training, in groups that can be trained in one pass."""
+    waiting: dict[tuple, dict[Key, Member]] = {}
+    for branch, number in dict.fromkeys(wanted):
+        began = time.perf_counter()
+        model, clips = _start(branch, store, number, device)
+        # Regions of a width that the blocks do not divide differ by one dimension.
+        kind = (replace(branch, seed=0), len(clips), *(p.shape for p in model.parameters()))
+        group = waiting.setdefault(kind, {})
+        group[branch, number] = Member(branch, store, model.eval(), clips, [], time.perf_counter() - began)
+        if len(group) == TOGETHER[device.type]:
+            yield waiting.pop(kind)
+    yield from waiting.values()
+
+
+def _start(e: Experiment, store: ClipStore, member: int, device: torch.device) -> tuple[IdentityModel, np.ndarray]:
+    """Return a member's model before its training, and its training clips."""
+    require(e, store)
+    clips = training_clips(e, store)
+    clips = ensemble.member_clips(e.ensemble, clips, store.identity_of(clips), seed=e.seed, member=member)
+    model = make_model(e, store, member).to(device)
+    label = torch.from_numpy(classes_of(store, clips)).to(device)
+    if e.start == "class means" or e.classifier not in TRAINED:
+        pooled = pooled_features(model, store, clips, e.modality, seed=e.seed)
+        if e.classifier == "whitened means":
+            unit = F.normalize(pooled, dim=1)
+            model.centre = unit.mean(0)
+            model.whitening = within_class_whitening(unit, label, shrinkage=e.shrinkage)
+            pooled = pooled_features(model, store, clips, e.modality, seed=e.seed)
+        model.start_from_class_means(pooled, label)
+    return model, clips
+
+
+# -- ranking --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """What a system says of a gallery, and how that agrees with the labels of the split.
+
+    gallery (N,): positions of clips in the store; one that nothing can score is not among them.  best (C, K): the best
+    gallery rows of every identity, -1 beyond the end; score (C, K): theirs.  predicted (N,): the best identity of each
+    clip; by_member (M, N): that of each member, of clips whose score it has a part in, else -1.
+
+    queries (Q,): identities with a labelled clip; ranking and hits (Q, K): of theirs; relevant (Q,): the number of those
+    clips, in the gallery or not, the official denominator.
+    """
+
+    gallery: np.ndarray
+    best: np.ndarray
+    score: np.ndarray
+    predicted: np.ndarray
+    by_member: np.ndarray
+    members: list[Member]
+    queries: np.ndarray
+    ranking: np.ndarray
+    hits: np.ndarray
+    relevant: np.ndarray
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ap(self) -> np.ndarray:
+        return metrics.average_precision(self.hits, self.relevant)
+
+
+def retrieve(
+    experiment: Experiment,
+    store: ClipStore,
+    *,
+    device: str = "auto",
+    progress: bool = False,
+    trained: dict[Key, Member] | None = None,
+) -> Retrieval:
+    """Train what there is to train, and rank the clips of the experiment's split, some of which must have labels.
+
+    trained: members of earlier calls on the same store; new ones are added.
+    """
+    e, trained = experiment, {} if trained is None else trained
+    if not len(store.select(e.split, labelled=True)):
+        raise ValueError(f"{store.path}: no labelled {e.split} clip: nothing to score")
+    ranked_gallery(e, store)  # refuses what cannot be ranked before anything is trained
+    began, keys = time.perf_counter(), members_of(e)
+    trained.update(train_members([k for k in keys if k not in trained], store, device=device, progress=progress))
+    waited = time.perf_counter() - began
+    found = rank_clips(e, store, trained)
+    fit, rest = sum(trained[key].seconds for key in keys), time.perf_counter() - began - waited
+    return replace(found, seconds={"fit": round(fit, 3), "rank": round(rest, 3), "waited": round(waited, 3)})
+
+
+def blocks_of(experiment: Experiment, store: ClipStore, gallery: np.ndarray) -> list[np.ndarray]:
+    """Cut the rows of a gallery at every BLOCK clips of the split, whether it has them all or not.
+
+    So what a block holds does not depend on which clips another model can score.
+    """
+    block = (gallery - store.select(experiment.split)[0]) // BLOCK
+    return np.split(np.arange(len(gallery)), np.flatnonzero(np.diff(block)) + 1)
+
+
+def rank_clips(e: Experiment, store: ClipStore, trained: dict[Key, Member], part: slice = slice(None)) -> Retrieval:
+    """Rank the clips of the experiment's split for every identity with its trained members.
+
+    part: of the blocks; clips of the others are left out.  Parts merge into the ranking of the whole (``rank.merge``).
+    """
+    if e.combine == "ranks" and part != slice(None):
+        raise ValueError("a part of a gallery cannot be ranked with combine 'ranks', which fuses whole rankings")
+    gallery, every = ranked_gallery(e, store), [trained[key] for key in members_of(e)]
+    blocks, shares = blocks_of(e, store, gallery)[part], _shares(e, store, gallery)
+    members, second = every[: len(e.members)], every[len(e.members) :]
+    predicted, by_member = np.full(len(gallery), -1), np.full((len(members), len(gallery)), -1)
+    device, classes = members[0].model.prototype.device, len(store.identities)
+
+    def said(models: list[Member], rows: np.ndarray) -> Iterator[Tensor]:
+        for place, member in enumerate(models):
+            cosines = member.cosines(gallery[rows])
+            if models is members:
+                by_member[place, rows] = cosines[:, :classes].argmax(1).cpu()
+            yield cosines
+
+    def scored(first: list[Member], how: str) -> Iterator[tuple[Tensor, Tensor]]:
+        for rows in blocks:
+            scores = torch.zeros(len(rows), classes, device=device)
+            for models, share in ((first, shares[0][rows]), (second, shares[1][rows])):
+                at = np.flatnonzero(share)
+                if len(at):
+                    score = combine_scores(said(models, rows[at]), how, scale=e.scale)[:, :classes]
+                    scores[torch.from_numpy(at).to(device)] += torch.from_numpy(share[at]).to(score)[:, None] * score
+            if first is members:
+                predicted[rows] = scores.argmax(1).cpu()
+            yield torch.from_numpy(rows).to(device), scores
+
+    with one_thread(device):
+        if e.combine == "ranks":
+            for _ in scored(members, "log softmax"):  # for the predictions
+                pass
+            found = fuse_ranks(rank.top_k(scored([member], "log softmax"), k=DEPTH) for member in members)
+        else:
+            found = rank.top_k(scored(members, e.combine))
+    best, score = found.clip.cpu().numpy(), found.score.cpu().numpy()
+    relevant = np.bincount(store.identity_of(store.select(e.split, labelled=True)), minlength=classes)
+    queries = np.flatnonzero(relevant)
+    hits, _ = metrics.match_ranking(best[queries], store.identity_of(gallery), queries)
+    asked = (queries, best[queries], hits, relevant[queries])
+    return Retrieval(gallery, best, score, predicted, by_member, members, *asked)
+
+
+def _shares(e: Experiment, store: ClipStore, gallery: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the shares of the first and second model in the score of every clip, (N,); 0 where one cannot score it."""
+    known, weight = np.isin(gallery, gallery_of(e, store)), np.zeros(len(gallery))
+    if e.fallback:
+        weight[known] = e.fallback.weights(store.clip_means(e.modality, e.fallback.by)[gallery[known]])
+        weight[~known] = e.fallback.absent or 0
+        weight[~np.isin(gallery, gallery_of(e.second(), store))] = 0
+    return np.where(known, 1 - weight, 0), weight
+
+
+# -- measuring ------------------------------------------------------------------------------------------------------
+
+LENGTH_EDGES = [1, 5, 10, 15, 20, 30, 40, 10**9]  # frames; the last is a number because JSON has no infinity
+PERCENTILE_EDGES = [*QUALITY_EDGES, 40, 60, 80, 100]
+WRONG_EDGES = [0, 1e-9, 0.1, 0.25, 0.5, 0.8, 1.001]  # share of frames
+
+
+def measure(experiment: Experiment, store: ClipStore, found: Retrieval) -> tuple[dict[str, float], dict[str, list]]:
+    """Return the measures and the breakdown of a record, which says what they are."""
+    e, first = experiment, found.members[0]
+    identity = store.identity_of(found.gallery)
+    labelled, right = identity >= 0, found.predicted == identity
+    measures = {
+        "map_at_100": float(found.ap.mean()),
+        "top1": float(found.hits[:, 0].mean()),
+        "clip_top1": float(right[labelled].mean()),
+        "train_clips": len(first.clips),
+        "gallery_clips": len(found.gallery),
+        "queries": len(found.queries),
+        "identities": len(store.identities),
+        "parameters": sum(p.numel() for p in first.model.parameters()) if first.losses else 0,
+    }
+    for part, clips in (("train", first.clips), ("gallery", found.gallery)):
+        without = {name: int((store.modalities[name].count[clips] == 0).sum()) for name in e.context}
+        measures |= {f"{part}_without_{name}": number for name, number in without.items()}
+    scored = (found.by_member >= 0).all(0) & labelled
+    if len(found.members) > 1 and scored.any():
+        trained = store.identity_of(training_clips(e, store))
+        lost = [ensemble.lost_identities(trained, store.identity_of(member.clips)) for member in found.members]
+        measures |= {
+            "lost_identities": float(np.mean(lost)),
+            "member_clip_top1": float((found.by_member[:, scored] == identity[scored]).mean()),
+            "disagreement": ensemble.disagreement(found.by_member[:, scored]),
+        }
+    precision = metrics.clip_precision(found.ranking, found.hits, len(found.gallery))
+    clips, right, precision = found.gallery[labelled], right[labelled], precision[labelled]
+    return measures, _breakdown(store, e.modality or "face", clips, right, precision)
+
+
+def _breakdown(
+    store: ClipStore, modality: str, clips: np.ndarray, right: np.ndarray, precision: np.ndarray
+) -> dict[str, list[list[float]]]:
+    """Group labelled gallery clips by length, quality and share of wrong frames."""
+    if modality not in store.modalities:
+        return {}
+    source = store.modalities[modality]
+    has = source.count[clips] > 0
+    clips, right, precision = clips[has], right[has], precision[has]
+    known = {"frames": (source.count[clips], LENGTH_EDGES)}
+    if "quality" in source.columns and len(clips):
+        mean = store.clip_means(modality, "quality")[clips]
+        known["quality"] = (mean.argsort().argsort() / len(clips) * 100, PERCENTILE_EDGES)
+    if "wrong" in source.columns:
+        known["wrong"] = (store.clip_means(modality, "wrong")[clips], WRONG_EDGES)
+    out = {}
+    for name, (value, edges) in known.items():
+        group = np.digitize(
+            value, edges[1:-1]
+        )  # the first and the last hold what lies beyond them, so that none is lost
+        rows = [(low, high, group == i) for i, (low, high) in enumerate(zip(edges, edges[1:]))]
+        out[name] = [
+            [low, high, int(inside.sum()), *(round(float(of[inside].mean()), 5) for of in (right, precision))]
+            for low, high, inside in rows
+            if inside.any()
+        ]
+    return out

@@ -1,8 +1,8 @@
 """Predict: train a system of the challenge on a store, rank its clips and write the submission.
 
-Every member of the ensemble is saved when it is trained, in a folder beside the result, so that a run that was killed
-goes on with the member it was in and ends with the result of an unbroken one.  Several processes may share the work: each
-ranks a shard of the clips (``predict_shard``), and they share the members.
+Every member of the ensemble is saved when it is trained, in a folder beside the result, and so is the ranking of a shard
+of the clips: a run that was killed goes on where it was, and ends with the result of an unbroken one.  Processes on one
+machine, and commands on many (``predict_shard``), share members and shards by claiming them.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import hashlib
 import io
 import time
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,173 +22,87 @@ import torch
 from tqdm.auto import tqdm
 
 from mmlib import rank, retrieve
+from mmlib.claims import claim, clear_partial, helped, remove_locks, share, write_whole
 from mmlib.data.store import ClipStore
 from mmlib.data.submission import RESULT_LIMIT, write_result
 from mmlib.experiment import Experiment, torch_device
-from mmlib.records import claim, clear_partial, library_hash, remove_locks, share, write_whole
-from mmlib.retrieve import (
-    TOGETHER,
-    Member,
-    fit_together,
-    make_model,
-    missing_scores,
-    rank_clips,
-    ranked_gallery,
-    training_clips,
-)
-from mmlib.systems import FACE_ONLY, SYSTEMS, with_members
+from mmlib.records import library_hash, workers
+from mmlib.retrieve import Key, Member
+from mmlib.systems import SYSTEMS, with_members, without_scores
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What a prediction did: the file, its lines, the fate of the split's clips by modality, members, seconds.
-
-    alone: clips ranked by the fallback alone, for want of the modality.  unranked: clips that nothing could rank.
-    without: by context, ranked clips that have the modality and lack that context.  unlabelled, untrained: identities
-    without a labelled clip in the split, without a training clip.  foreign: files of other runs among the members.
-    shards: how many it was merged from, if any.
+class Report:
+    """What came of a command: members that were trained, by it or one beside it, and that were there; shards likewise;
+    and all of it in lines for a terminal.
     """
 
-    out: Path
-    experiment: Experiment
-    simulated: bool
-    identities: int
-    clips: int
+    trained: int
+    loaded: int
     ranked: int
-    alone: int
-    unranked: int
-    without: dict[str, int]
-    unlabelled: int
-    untrained: int
-    trained: int
-    loaded: int
-    kept: Path | None
-    foreign: int
-    shards: int | None
-    seconds: float
-
-    def lines(self) -> list[str]:
-        """Say it in sentences for a terminal."""
-        e = self.experiment
-        second = " or ".join(e.fallback.context) if e.fallback else ""
-        lines = [
-            f"wrote {self.out}: {self.identities} identities, at most {RESULT_LIMIT} clips each",
-            f"members: {self.trained} trained, {self.loaded} loaded",
-            f"{e.split}: {self.clips} clips, {self.ranked} ranked",
-        ]
-        if self.shards:
-            lines.insert(1, f"shards: {self.shards} merged")
-        if second:
-            lines.append(f"without {e.modality}, ranked by {second} alone: {self.alone} clips")
-        lines += [f"with {e.modality} and without {name}: {number} clips" for name, number in self.without.items()]
-        lines.append(
-            f"without {f'{e.modality} or {second}' if second else e.modality}, not ranked: {self.unranked} clips"
-        )
-        if self.untrained:
-            lines.append(f"without a train clip, ranked by chance: {self.untrained} identities")
-        if self.unlabelled and e.split == "val":
-            lines.append(
-                f"without a labelled val clip: {self.unlabelled} identities; a ground truth that does not "
-                "list them may refuse their lines, and --labelled-only leaves them out"
-            )
-        if self.kept:
-            lines.append(f"kept {self.kept}: {self.trained + self.loaded} members")
-        if self.foreign:
-            lines.append(f"left in {members_folder(self.out)}: {self.foreign} members of other runs")
-        lines.append(f"{self.seconds:.1f} s")
-        return lines + ["simulated: no score on it is a result on the challenge"] * self.simulated
-
-
-@dataclass(frozen=True)
-class ShardPrediction:
-    """What the ranking of a shard did: gallery rows of all, whether it was not there before, members, seconds."""
-
-    shard: int
-    shards: int
-    rows: slice
-    clips: int
-    made: bool
-    simulated: bool
-    trained: int
-    loaded: int
-    folder: Path
-    seconds: float
-
-    def lines(self) -> list[str]:
-        """Say it in sentences for a terminal."""
-        done = "ranked" if self.made else "was there already:"
-        clips = f"clips {self.rows.start + 1} to {self.rows.stop} of {self.clips}"
-        lines = [
-            f"shard {self.shard} of {self.shards} {done} {clips}",
-            f"members: {self.trained} trained, {self.loaded} loaded",
-            f"kept {self.folder} for the merge of the shards",
-            f"{self.seconds:.1f} s",
-        ]
-        return lines + ["simulated: no score on it is a result on the challenge"] * self.simulated
+    lines: list[str]
 
 
 def predict(
     store_path: str | Path,
     out: str | Path,
     *,
-    system: str = "one-name",
-    split: str = "val",
-    epochs: int | None = None,
-    members: int | None = None,
-    seed: int = 0,
     labelled_only: bool = False,
-    device: str = "auto",
     overwrite: bool = False,
     keep_members: bool = False,
     shards: int | None = None,
+    device: str = "auto",
     progress: bool = False,
-) -> Prediction:
+    **options,
+) -> Report:
     """Train a system of ``systems.SYSTEMS`` on a store and write its ranking of a split's clips as a submission.
 
-    epochs; members: the first so many of its ensembles.  labelled_only: no line for identities without a labelled clip in
-    the split.  A result that exists is refused unless ``overwrite``, and is then replaced when the new one is complete.
-    Members that an earlier run of the same system, store and library left in ``members_folder`` are used, whatever split
-    they were for and whatever device they were trained on; the files are removed once the result is there, unless
-    ``keep_members``.  shards: merge so many shards, those of ``predict_shard`` and, where one is missing, one's own; the
-    result is the same.
+    options: as for ``system_on``.  labelled_only: no line for identities without a labelled clip in the split.  A result
+    that exists is refused unless ``overwrite``, and is then replaced when the new one is complete.  Members that an
+    earlier run of the same system, store and library left in ``members_folder`` are used, whatever split they were for
+    and whatever device they were trained on; the files are removed once the result is there, unless ``keep_members``.
+    shards: merge so many, those of ``predict_shard`` and, where one is missing, one's own; the result is the same.
     """
-    began = time.perf_counter()
-    out = Path(out)
+    began, out, folder = time.perf_counter(), Path(out), members_folder(out)
     _check_target(out, overwrite)
     store = ClipStore.open(store_path)
-    e = system_on(store, system, split=split, epochs=epochs, members=members, seed=seed)
-    identities = np.arange(len(store.identities))
-    if labelled_only:
-        identities = np.unique(store.identity_of(store.select(split, labelled=True)))
-        if not len(identities):
-            raise ValueError(f"{store.path}: no labelled {split} clip, so labelled-only leaves no identity")
-    with _folder_of(out) as folder:
-        work = _Work(e, store, folder, device, 1 if shards is None else shards, progress)
-        if shards is not None:
-            work.rank_shards(work.paths)
-            ranking = rank.merge([_read_shard(path) for path in work.paths.values()], k=RESULT_LIMIT).clip.numpy()
-        else:
-            ranking = rank_clips(e, store, device=device, progress=progress, trained=work.members.fetch()).ranking
+    e, unscored = system_on(store, **options)
+    labelled = np.unique(store.identity_of(store.select(e.split, labelled=True)))
+    identities = labelled if labelled_only else np.arange(len(store.identities))
+    if not len(identities):
+        raise ValueError(f"{store.path}: no labelled {e.split} clip, so labelled-only leaves no identity")
+    with _kept_tidy(folder):
+        work = Work(e, folder, device, shards)
+        every = list(range(1, work.shards + 1))
+        trained, loaded, ranked = work.rank_shards(every, progress)
+        best = rank.merge([_read_shard(work.shard(number)) for number in every], k=RESULT_LIMIT).clip.numpy()
         _check_target(out, overwrite)
-        names = store.clips["clip"].to_numpy(object)[work.gallery]
-        write_result(out, store.identities[identities], ranking[identities, :RESULT_LIMIT], names)
-        work.remove_shards()
-        if not keep_members:
-            work.members.remove()
-        foreign = len({*folder.glob("*.pt")} - {*work.members.paths.values()})
-    return _report(
-        out,
-        e,
-        store,
-        identities,
-        work.gallery,
-        trained=work.members.trained,
-        loaded=work.members.loaded,
-        kept=folder if keep_members else None,
-        foreign=foreign,
-        shards=shards,
-        seconds=time.perf_counter() - began,
-    )
+        write_result(
+            out, store.identities[identities], best[identities], store.clips["clip"].to_numpy(object)[work.gallery]
+        )
+        work.remove(keep_members)
+        foreign = len({*folder.glob("*.pt")} - {*work.members.values()})
+    has = {name: source.count[work.gallery] > 0 for name, source in store.modalities.items()}
+    clips, first = len(store.select(e.split)), has[e.modality]
+    second = " or ".join(e.fallback.context) if e.fallback else ""
+    untrained = len(np.setdiff1d(identities, store.identity_of(retrieve.training_clips(e, store))))
+    unlabelled = len(np.setdiff1d(identities, labelled)) if e.split == "val" else 0
+    lacking = "a ground truth that does not list them may refuse their lines, and --labelled-only leaves them out"
+    said = [
+        (True, f"wrote {out}: {len(identities)} identities, at most {RESULT_LIMIT} clips each"),
+        (shards, f"shards: {shards} merged"),
+        (True, f"members: {trained} trained, {loaded} loaded"),
+        (unscored, f"without {' and '.join(unscored)} scores: norms weight the frames"),
+        (True, f"{e.split}: {clips} clips, {len(first)} ranked"),
+        (second, f"without {e.modality}, ranked by {second} alone: {(~first).sum()} clips"),
+        *((True, f"with {e.modality} and without {name}: {(first & ~has[name]).sum()} clips") for name in e.context),
+        (True, f"without {e.modality}{f' or {second}' * bool(second)}, not ranked: {clips - len(first)} clips"),
+        (untrained, f"without a train clip, ranked by chance: {untrained} identities"),
+        (unlabelled, f"without a labelled val clip: {unlabelled} identities; {lacking}"),
+        (keep_members, f"kept {folder}: {trained + loaded} members"),
+        (foreign, f"left in {folder}: {foreign} members of other runs"),
+    ]
+    return Report(trained, loaded, ranked, [line for shown, line in said if shown] + _ending(store, began))
 
 
 def predict_shard(
@@ -196,116 +111,149 @@ def predict_shard(
     shard: int,
     shards: int,
     *,
-    system: str = "one-name",
-    split: str = "val",
-    epochs: int | None = None,
-    members: int | None = None,
-    seed: int = 0,
-    device: str = "auto",
     overwrite: bool = False,
+    device: str = "auto",
     progress: bool = False,
-) -> ShardPrediction:
+    **options,
+) -> Report:
     """Rank one of ``shards`` parts of the gallery, ``shard`` in [1, shards], and keep it in ``members_folder``.
 
     Processes that do so at the same time, on machines that share the folder, train the members together.  The other
     arguments as for ``predict``, which merges the shards and must be given the same ones.
     """
-    began = time.perf_counter()
-    out = Path(out)
+    began, out, folder = time.perf_counter(), Path(out), members_folder(out)
     _check_target(out, overwrite)
     if not 1 <= shard <= shards:
         raise ValueError(f"shard must lie in [1, {shards}], got {shard}")
     store = ClipStore.open(store_path)
-    e = system_on(store, system, split=split, epochs=epochs, members=members, seed=seed)
-    with _folder_of(out) as folder:
-        work = _Work(e, store, folder, device, shards, progress)
-        made = work.rank_shards([shard])
-    return ShardPrediction(
-        shard,
-        shards,
-        work.rows(shard),
-        len(work.gallery),
-        bool(made),
-        store.meta["simulated"],
-        work.members.trained,
-        work.members.loaded,
-        folder,
-        time.perf_counter() - began,
-    )
+    with _kept_tidy(folder):
+        work = Work(system_on(store, **options)[0], folder, device, shards)
+        trained, loaded, ranked = work.rank_shards([shard], progress)
+    blocks = work.blocks[work.part(shard)]
+    clips = f"clips {blocks[0][0] + 1} to {blocks[-1][-1] + 1} of {len(work.gallery)}"
+    lines = [
+        f"shard {shard} of {shards} {'ranked' if ranked else 'was there already:'} {clips}",
+        f"members: {trained} trained, {loaded} loaded",
+        f"kept {folder} for the merge of the shards",
+    ]
+    return Report(trained, loaded, ranked, lines + _ending(store, began))
 
 
-class _Work:
-    """The ranking of a gallery in shards: contiguous parts of whole blocks, which are scored as they are in one run.
+def _ending(store: ClipStore, began: float) -> list[str]:
+    said = "simulated: no score on it is a result on the challenge"
+    return [f"{time.perf_counter() - began:.1f} s", *([said] if store.meta["simulated"] else [])]
 
-    gallery (N,); members; paths: the file of each shard, by number.  Its name holds a hash of what decides it.
+
+class Work:
+    """A system on a store: its members, and its ranking in shards of whole blocks, as files of a folder.
+
+    members: the file of each.  A name is a hash of what decides the content: of a member that is its branch with the
+    content of the store, its number and the library, and the split that is ranked is no part of it.
     """
 
-    def __init__(
-        self, experiment: Experiment, store: ClipStore, folder: Path, device: str, shards: int, progress: bool
-    ):
+    def __init__(self, experiment: Experiment, folder: Path, device: str, shards: int | None):
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device cuda: there is no GPU here")
-        self.experiment, self.store, self.device, self.progress = experiment, store, device, progress
-        self.gallery = ranked_gallery(experiment, store)
-        blocks = -(-len(self.gallery) // retrieve.BLOCK)
-        if shards > 1 and experiment.combine == "ranks":
-            raise ValueError(
-                "the system fuses whole rankings (combine 'ranks'), so its clips cannot be ranked in shards"
-            )
-        if not 1 <= shards <= blocks:
-            raise ValueError(
-                f"shards must lie in [1, {blocks}] for {len(self.gallery)} clips in blocks of "
-                f"{retrieve.BLOCK}, got {shards}"
-            )
-        training_clips(experiment, store)  # refuses a store that has none, before the folder holds a lock
-        self.members = SavedMembers(folder, experiment, store, torch_device(device), workers=shards, progress=progress)
-        edges = [min(blocks * part // shards * retrieve.BLOCK, len(self.gallery)) for part in range(shards + 1)]
-        self._rows = [slice(low, high) for low, high in zip(edges, edges[1:])]
-        said = f"{experiment.key()} {library_hash()}"
-        self.paths = {
-            shard: folder / f"{hashlib.sha256(f'{said} {shard}/{shards}'.encode()).hexdigest()[:20]}.npz"
-            for shard in range(1, shards + 1)
+        self.experiment, self.folder, self.device = experiment, folder, device
+        retrieve.training_clips(experiment, self.store)  # refuses a store that has none, before the folder holds a lock
+        keys, blocks = retrieve.members_of(experiment), len(self.blocks)
+        self.shards = min(workers(len(keys), device), blocks) if shards is None else shards
+        if not 1 <= self.shards <= blocks:
+            clips = f"{len(self.gallery)} clips in blocks of {retrieve.BLOCK}"
+            raise ValueError(f"shards must lie in [1, {blocks}] for {clips}, got {shards}")
+        said = {branch: replace(branch, split="val").key() for branch in dict.fromkeys(branch for branch, _ in keys)}
+        self.members = {(b, number): folder / f"{_hashed(said[b], number)}.pt" for b, number in keys}
+        self.name = _hashed(experiment.key(), "ranked")
+
+    def __getstate__(self) -> dict:
+        """Leave out what another process opens and loads itself."""
+        return {
+            name: value for name, value in vars(self).items() if name not in ("store", "gallery", "blocks", "models")
         }
 
-    def rows(self, shard: int) -> slice:
-        return self._rows[shard - 1]
+    @cached_property
+    def store(self) -> ClipStore:
+        return ClipStore.open(self.experiment.data)
 
-    def rank_shards(self, shards: Iterable[int]) -> list[int]:
-        """Rank those of the shards that are not there; return which."""
-        missing, made = [shard for shard in shards if not self.paths[shard].exists()], []
-        trained = self.members.fetch() if missing else {}
+    @cached_property
+    def gallery(self) -> np.ndarray:
+        return retrieve.ranked_gallery(self.experiment, self.store)
 
-        def attempt(shards: list[int], wait: float) -> Iterator[bool]:
-            for shard in shards:
-                path = self.paths[shard]
-                with claim(path.with_suffix(".lock"), wait) as held:
-                    if held and not path.exists():
-                        clear_partial(path)
-                        found = rank_clips(
-                            self.experiment,
-                            self.store,
-                            device=self.device,
-                            progress=self.progress,
-                            trained=trained,
-                            rows=self.rows(shard),
-                        )
-                        _write_shard(path, found)
-                        made.append(shard)
-                yield held
+    @cached_property
+    def blocks(self) -> list[np.ndarray]:
+        return retrieve.blocks_of(self.experiment, self.store, self.gallery)
 
-        share(missing, attempt)
-        return made
+    @cached_property
+    def models(self) -> dict[Key, Member]:
+        return {}
 
-    def remove_shards(self) -> None:
-        for path in self.paths.values():
+    def load(self) -> dict[Key, Member]:
+        """Return the members whose files are there."""
+        for key, path in self.members.items():
+            if key not in self.models and path.exists():
+                self.models[key] = read_member(path, *key, self.store, torch_device(self.device))
+        return self.models
+
+    def shard(self, number: int) -> Path:
+        return self.folder / f"{self.name}-{number}-{self.shards}.npz"
+
+    def part(self, number: int) -> slice:
+        """Return which blocks are in a shard."""
+        return slice(*(len(self.blocks) * edge // self.shards for edge in (number - 1, number)))
+
+    def rank_shards(self, shards: list[int], progress: bool = False) -> tuple[int, int, int]:
+        """Rank the shards that are not there; return how many members and shards were not there, and members that were.
+
+        Members that are there are loaded first, so that a damaged file is found before hours of training.
+        """
+        asked = [number for number in shards if not self.shard(number).exists()]
+        if not asked:
+            return 0, 0, 0
+        known = {*self.load()}
+        missing = [key for key in self.members if key not in known]
+        step = min(retrieve.TOGETHER[torch_device(self.device).type], -(-len(self.experiment.members) // self.shards))
+        groups = [missing[at : at + step] for at in range(0, len(missing), step)]
+        with tqdm(total=len(missing), desc="members", unit="member", disable=not progress) as bar:
+            with helped(workers(len(self.members), self.device) - 1, self.rank_shards, shards):
+                for done in share(groups, partial(self._train, progress=progress)):
+                    bar.update(done)
+                for _ in share(asked, self._rank):
+                    pass
+        return len(missing), len(known), len(asked)
+
+    def _train(self, group: list[Key], wait: float, progress: bool) -> tuple[int, list[Key]]:
+        """Train and save the members of a group that no other process is at; return their number, and the others."""
+        with ExitStack() as held:
+            mine = [key for key in group if held.enter_context(claim(self.members[key].with_suffix(".lock"), wait))]
+            missing = [key for key in mine if not self.members[key].exists()]
+            trained = retrieve.train_members(missing, self.store, device=self.device, progress=progress)
+            for key, member in trained.items():
+                clear_partial(self.members[key])
+                write_member(self.members[key], member)
+        self.models.update(trained)
+        return len(mine), [key for key in group if key not in mine]
+
+    def _rank(self, number: int, wait: float) -> tuple[int, int]:
+        """Rank a shard that is not there and that no other process is at; return 1, and 0 or the number if one is."""
+        path = self.shard(number)
+        with claim(path.with_suffix(".lock"), wait) as held:
+            if held and not path.exists():
+                clear_partial(path)
+                found = retrieve.rank_clips(self.experiment, self.store, self.load(), self.part(number))
+                content = io.BytesIO()
+                np.savez(content, clip=found.best, score=found.score)
+                write_whole(path, content.getvalue())
+        return int(held), 0 if held else number
+
+    def remove(self, keep_members: bool) -> None:
+        """Remove the shards, and the members unless told, with what a killed run left of them half written."""
+        for path in [*self.folder.glob(f"{self.name}-*.npz"), *([] if keep_members else self.members.values())]:
             path.unlink(missing_ok=True)
             clear_partial(path)
 
 
-def _write_shard(path: Path, found: retrieve.Ranked) -> None:
-    content = io.BytesIO()
-    np.savez(content, clip=found.ranking, score=found.score)
-    write_whole(path, content.getvalue())
+def _hashed(*said: object) -> str:
+    return hashlib.sha256(f"{said} {library_hash()}".encode()).hexdigest()[:20]
 
 
 def _read_shard(path: Path) -> rank.Ranking:
@@ -317,33 +265,36 @@ def _read_shard(path: Path) -> rank.Ranking:
 
 
 @contextmanager
-def _folder_of(out: Path) -> Iterator[Path]:
-    """Yield the folder of the members, and leave no lock in it that nobody holds, nor an empty folder."""
-    folder = members_folder(out)
+def _kept_tidy(folder: Path) -> Iterator[None]:
+    """Make a folder, and leave no lock in it that nobody holds, nor the folder if it is empty."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        yield folder
+        yield
     finally:
         remove_locks(folder)
         with suppress(OSError):
             folder.rmdir()
 
 
-def members_folder(out: Path) -> Path:
+def members_folder(out: str | Path) -> Path:
     """Return where the members of a result are kept until it is complete."""
-    return out.with_name(f"{out.name}.members")
+    return Path(f"{out}.members")
 
 
 def system_on(
     store: ClipStore,
-    system: str,
+    system: str = "one-name",
     *,
     split: str = "val",
     epochs: int | None = None,
     members: int | None = None,
     seed: int = 0,
-) -> Experiment:
-    """Return a system of the challenge as an experiment on a store, refusing a store that lacks what it needs."""
+) -> tuple[Experiment, list[str]]:
+    """Return a system of the challenge as an experiment on a store, and the scores that it does without there.
+
+    members: the first so many of its ensembles.  Faces alone are weighted by their norms where there are no scores; the
+    other systems refuse a store that lacks what they need, and name one that does not.
+    """
     if system not in SYSTEMS:
         raise ValueError(f"system must be one of {', '.join(SYSTEMS)}, got {system!r}")
     # Absolute, as an experiment takes the word "simulated" for something else.
@@ -354,12 +305,15 @@ def system_on(
         if not 1 <= members <= len(e.members):
             raise ValueError(f"members must lie in [1, {len(e.members)}] for {system}, got {members}")
         e = with_members(e, members)
-    wanted = dict.fromkeys([*e.context, *(e.fallback.context if e.fallback else ())])
-    if absent := [name for name in wanted if name not in store.modalities]:
-        faces = "face" in store.modalities and not missing_scores(FACE_ONLY, store)
-        hint = "; --system face-only does without" if faces else ""
-        raise ValueError(f"{store.path}: has no {' and no '.join(absent)}, which {system} needs{hint}")
-    return e
+    lacking = [name for name in (e.modality, *e.context) if name not in store.modalities]
+    unscored = retrieve.missing_scores(e, store) if e.modality in store.modalities else []
+    if system == "face-only" and not lacking:
+        return (without_scores(e) if unscored else e), unscored
+    if lacking or unscored:
+        what = " and no ".join([*lacking, *(f"{name} score" for name in unscored)])
+        hint = "; --system face-only does without" if "face" in store.modalities else ""
+        raise ValueError(f"{store.path}: has no {what}, which {system} needs{hint}")
+    return e, []
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
@@ -369,147 +323,18 @@ def _check_target(out: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{out}: exists already")
 
 
-def _report(
-    out: Path, e: Experiment, store: ClipStore, identities: np.ndarray, gallery: np.ndarray, **known
-) -> Prediction:
-    clips = store.select(e.split)
-    has = {name: source.count[gallery] > 0 for name, source in store.modalities.items()}
-    lacking = [
-        np.setdiff1d(identities, store.identity_of(of))
-        for of in (store.select(e.split, labelled=True), training_clips(e, store))
-    ]
-    return Prediction(
-        out=out,
-        experiment=e,
-        simulated=store.meta["simulated"],
-        identities=len(identities),
-        clips=len(clips),
-        ranked=len(gallery),
-        alone=int((~has[e.modality]).sum()),
-        unranked=len(clips) - len(gallery),
-        without={name: int((has[e.modality] & ~has[name]).sum()) for name in e.context},
-        unlabelled=len(lacking[0]),
-        untrained=len(lacking[1]),
-        **known,
-    )
-
-
-Key = tuple[Experiment, int]  # a branch and the number of a member
-
-
-class SavedMembers:
-    """The trained members of an experiment in a folder, by (branch, member), as ``rank_clips`` takes them.
-
-    The name of a file is a hash of what decides the member: branch, content of the store, number, library; the split that
-    is ranked is no part of it.  workers: processes that are expected to fill the folder together; so many share the
-    members that a GPU would train as one.  trained, loaded: how many ``fetch`` has trained and found.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        experiment: Experiment,
-        store: ClipStore,
-        device: torch.device,
-        *,
-        workers: int = 1,
-        progress: bool = False,
-    ):
-        e = experiment
-        self.store, self.device, self.progress = store, device, progress
-        self.trained = self.loaded = 0
-        numbers = {e.branch(): e.members} | ({e.second().branch(): e.fallback.members} if e.fallback else {})
-        self.paths: dict[Key, Path] = {}
-        self._groups: list[list[Key]] = []
-        for branch, members in numbers.items():
-            key = replace(branch, split="val").key()
-            for member in members:
-                digest = hashlib.sha256(f"{key} {member} {library_hash()}".encode()).hexdigest()
-                self.paths[branch, member] = folder / f"{digest[:20]}.pt"
-            step = min(TOGETHER[device.type], -(-len(members) // workers))
-            self._groups += [
-                [(branch, member) for member in members[at : at + step]] for at in range(0, len(members), step)
-            ]
-
-    def fetch(self) -> dict[Key, Member]:
-        """Load the members that are there, train and save the others; each is trained by one process alone.
-
-        Those that are there are loaded first, so that a damaged file is found before hours of training.
-        """
-        found = {key: self._load(key) for key, path in self.paths.items() if path.exists()}
-        with tqdm(
-            total=len(self.paths),
-            initial=len(found),
-            desc="members",
-            unit="member",
-            disable=not self.progress,
-            leave=False,
-        ) as bar:
-
-            def attempt(groups: list[list[Key]], wait: float) -> Iterator[bool]:
-                for group in groups:
-                    before = len(found)
-                    self._add(group, found, wait)
-                    bar.update(len(found) - before)
-                    yield all(key in found for key in group)
-
-            share(self._groups, attempt)
-        return found
-
-    def _load(self, key: Key) -> Member:
-        member = read_member(self.paths[key], *key, self.store, self.device)
-        self.loaded += 1
-        return member
-
-    def _add(self, group: list[Key], found: dict[Key, Member], wait: float) -> None:
-        """Add the members of a group that no other process is at."""
-        with ExitStack() as held:
-            mine = [
-                key
-                for key in group
-                if key not in found and held.enter_context(claim(self.paths[key].with_suffix(".lock"), wait))
-            ]
-            for key in mine:
-                if self.paths[key].exists():  # another process has trained it meanwhile
-                    found[key] = self._load(key)
-            missing = [key for key in mine if key not in found]
-            if not missing:
-                return
-            branch, began = missing[0][0], time.perf_counter()
-            fitted = fit_together(missing, self.store, device=self.device, progress=self.progress)
-            seconds = (time.perf_counter() - began) / len(missing)
-            for key, parts in zip(missing, fitted):
-                found[key] = Member(branch, self.store, *parts, seconds)
-                clear_partial(self.paths[key])
-                write_member(self.paths[key], found[key])
-                self.trained += 1
-
-    def remove(self) -> None:
-        """Remove the files, and what a killed run left of one half written."""
-        for path in self.paths.values():
-            path.unlink(missing_ok=True)
-            clear_partial(path)
-
-
 def write_member(path: Path, member: Member) -> None:
     """Save a member, whole or not at all."""
-    content = io.BytesIO()
-    torch.save(
-        {
-            "state": {name: value.cpu() for name, value in member.model.state_dict().items()},
-            "clips": torch.from_numpy(member.clips),
-            "losses": member.losses,
-            "seconds": member.seconds,
-        },
-        content,
-    )
+    state = {name: value.cpu() for name, value in member.model.state_dict().items()}
+    clips, content = torch.from_numpy(member.clips), io.BytesIO()
+    torch.save({"state": state, "clips": clips, "losses": member.losses, "seconds": member.seconds}, content)
     write_whole(path, content.getvalue())
 
 
 def read_member(path: Path, branch: Experiment, number: int, store: ClipStore, device: torch.device) -> Member:
     """Load a saved member of a branch; nothing in the file is executed."""
     content = io.BytesIO(path.read_bytes())
-    model = make_model(branch, store, number)
+    model = retrieve.make_model(branch, store, number)
     try:
         if zipfile.ZipFile(content).testzip() is not None:  # torch does not compare check sums
             raise ValueError("a check sum is wrong")
@@ -520,7 +345,6 @@ def read_member(path: Path, branch: Experiment, number: int, store: ClipStore, d
     except MemoryError:
         raise
     except Exception:  # zipfile, pickle and torch have many names for a file that is not what it should be
-        raise ValueError(
-            f"{path}: damaged, or not a member; once it is removed, that member is trained again"
-        ) from None
+        said = "damaged, or not a member; once it is removed, that member is trained again"
+        raise ValueError(f"{path}: {said}") from None
     return Member(branch, store, model.to(device).eval(), clips, losses, seconds)

@@ -1,5 +1,6 @@
 """What more than one file of tests uses: the device, two clip stores, experiments on a store, records."""
 
+import os
 from dataclasses import asdict
 
 import numpy as np
@@ -15,11 +16,33 @@ from mmlib.records import Record
 BRIEF = Training(epochs=1, batch=64)
 
 
-@pytest.fixture(
-    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
-)
+# Workers share the cores (pytest-xdist), and so do the processes that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
+# What some tests wait for, by a word of the reason that they give; how to have it stands in CONTRIBUTING.
+WAITED_FOR = {
+    "MMLIB_REAL_DATA": "MMLIB_REAL_DATA=folder",
+    "snakemake": "snakemake on the PATH",
+    "report": "tasks.py book",
+}
+
+
+@pytest.fixture(params=DEVICES)
 def device(request):
     return request.param
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say in one line what was left out and how to have it."""
+    reasons = [str(report.longrepr) for report in terminalreporter.getreports("skipped")]
+    missing = [how for word, how in WAITED_FOR.items() if any(word in reason for reason in reasons)]
+    if missing:
+        terminalreporter.write_line(
+            f"Left out, {len(reasons)} skipped, for want of: {'; '.join(missing)} (CONTRIBUTING)"
+        )
 
 
 @pytest.fixture(scope="session")

@@ -160,25 +160,36 @@ def study():
 
 @pytest.fixture
 def repository(tmp_path):
-    for name in ("mmlib/a.py", "book/results/b.json", "constraints.txt"):
+    for name in ("mmlib/a.py", "benchmarks/c.py", "book/results/b.json", "constraints.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1\n")
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["mmlib/a.py", "mmlib/new.csv", "book/results/b.json", "constraints.txt"])
+DEPENDS_ON = ["mmlib/a.py", "mmlib/new.csv", "benchmarks/c.py", "book/results/b.json", "constraints.txt"]
+
+
+@pytest.mark.parametrize("name", DEPENDS_ON)
 def test_what_a_page_depends_on_starts_a_new_notebook_cache(study, repository, name):
-    before = study.cache_key(repository, repository / "mmlib")
+    packages = [repository / package for package in study.PACKAGES]
+    before = study.cache_key(repository, *packages)
     (repository / name).write_text("2\n")
-    assert study.cache_key(repository, repository / "mmlib") != before
+    assert study.cache_key(repository, *packages) != before
 
 
 @pytest.mark.parametrize("name", ["mmlib/__pycache__/a.pyc", "README.md"])
 def test_what_no_page_depends_on_keeps_the_notebook_cache(study, repository, name):
-    before = study.cache_key(repository, repository / "mmlib")
+    packages = [repository / package for package in study.PACKAGES]
+    before = study.cache_key(repository, *packages)
     (repository / name).parent.mkdir(exist_ok=True)
     (repository / name).write_text("2\n")
-    assert study.cache_key(repository, repository / "mmlib") == before
+    assert study.cache_key(repository, *packages) == before
+
+
+def test_the_packages_of_the_cache_are_all_that_chapters_import_of_the_repository(study):
+    chapters = "".join(file.read_text() for file in (ROOT / "book" / "chapters").glob("*.md"))
+    imported = set(re.findall(r"^(?:from|import) (\w+)", chapters, re.MULTILINE))
+    assert {name for name in imported if (ROOT / name / "__init__.py").is_file()} == set(study.PACKAGES)
 
 
 def test_unknown_formula_is_warned_of_and_shown_as_typed(study, monkeypatch):

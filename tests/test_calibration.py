@@ -3,13 +3,10 @@ from collections import Counter
 from importlib.resources import files
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from mmlib.data import calibration
-from mmlib.data.calibration import TARGETS, Target, calibration_table, clips_per_identity, marginals
-from mmlib.data.simulate import settings_for, simulate
-from mmlib.data.store import ClipStore
+from mmlib.data.calibration import clips_per_identity, clips_survival, targets
 
 
 @pytest.fixture(scope="module")
@@ -81,124 +78,23 @@ def test_every_accuracy_has_its_bin_of_quality():
     assert len(calibration.TOP1_BY_QUALITY) == len(calibration.QUALITY_EDGES) - 1
 
 
-def test_facts_are_named_once():
-    assert len({target.fact for target in TARGETS}) == len(TARGETS)
+def test_every_fact_is_named_once_with_its_source_and_a_tolerance():
+    table = targets()
+    assert table["fact"].is_unique and not table.isna().any(axis=None) and (table["tolerance"] >= 0).all()
 
 
-# -- marginals of a store of known ones ----------------------------------------------------------------------
-
-
-def write(path, columns=("quality", "det")):
-    """Two identities: 7 with train clips a, b, c and val clip v, 8 with train clip d; w is a distractor.
-
-    All frames of 7 point along axis 0, those of 8 along axis 1, those of w along axis 2; the norms of a
-    clip's two frames are 10 and 20, d has 40 of norm 15, c has no face.
-    """
-    rows = {"a": 0, "b": 0, "d": 1, "v": 0, "w": 2}
-    feature, start, count = [], {}, {}
-    for clip, axis in rows.items():
-        start[clip], count[clip] = len(feature), 40 if clip == "d" else 2
-        feature += [(15 if clip == "d" else (10, 20)[i]) * np.eye(4)[axis] for i in range(count[clip])]
-    n = len(feature)
-    scores = {"quality": np.linspace(0, 100, n), "det": np.where(np.arange(n) < 12, 0.85, 0.95)}
-    clips = pd.DataFrame(
-        {"clip": list("abcdvw"), "split": ["train"] * 4 + ["val"] * 2, "identity": [0, 0, 0, 1, 0, -1]}
+def test_facts_of_the_clips_are_those_of_the_joint_table(published):
+    target = targets().set_index("fact")["target"]
+    train, val = np.array(published).T
+    assert target["train clips an identity, mean"] == pytest.approx(train.mean(), abs=0.005)
+    assert target["train clips an identity, median"] == np.median(train)
+    assert target["identities with at most 2 train clips"] == pytest.approx(np.mean(train <= 2), abs=0.0005)
+    assert target["labelled val clips an identity, mean"] == pytest.approx(val.mean(), abs=0.005)
+    assert target["correlation of train and val clips an identity"] == pytest.approx(
+        np.corrcoef(train, val)[0, 1], abs=0.005
     )
-    spans = [[part.get(clip, 0) for clip in "abcdvw"] for part in (start, count)]
-    with ClipStore.create(path, simulated=False, provenance={}) as writer:
-        writer.append("face", np.array(feature, np.float16), **{name: scores[name] for name in columns})
-        writer.finish(clips, ["7", "8"], {"face": tuple(map(np.array, spans))})
-    return ClipStore.open(path)
 
 
-@pytest.fixture(scope="module")
-def known(tmp_path_factory):
-    return marginals(write(tmp_path_factory.mktemp("known") / "store"))
-
-
-@pytest.mark.parametrize(
-    "fact, value",
-    [
-        ("train clips an identity, mean", 2),
-        ("train clips an identity, median", 2),
-        ("identities with at most 2 train clips", 0.5),
-        ("labelled val clips an identity, mean", 0.5),
-        ("correlation of train and val clips an identity", 1),
-        ("val clips that are distractors", 0.5),
-        ("clips without a face", 1 / 6),
-        ("faces a clip, mean", 48 / 5),
-        ("faces a clip, median", 2),
-        ("clips with at least 40 faces", 0.2),
-        ("quality score, mean", 50),
-        ("quality score, median", 50),
-        ("quality score, 5 %", 5),
-        ("quality score, standard deviation", 100 / 47 * np.sqrt((48**2 - 1) / 12)),  # of 48 equal steps
-        ("det score at least .8", 1),
-        ("det score above .9", 0.75),
-        ("mean norm of a clip, median", 15),
-        ("mean norm of a clip, 1 %", 15),
-        ("cosine of two clips of one identity, mean", 1),
-        ("cosine of two clips of two identities, mean", 0),
-        ("cosine of two clips of two identities, standard deviation", 0),
-    ],
-)
-def test_marginals_of_a_known_store(known, fact, value):
-    assert known[fact] == pytest.approx(value, abs=1e-6)
-
-
-def test_every_target_is_measured(known):
-    assert {target.fact for target in TARGETS} == known.keys()
-
-
-def test_table_says_which_facts_are_within_their_tolerance(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        calibration,
-        "TARGETS",
-        [
-            Target("faces a clip, median", 2.5, 0.5, "on the edge"),
-            Target("quality score, mean", 49, 0.9, "just outside"),
-        ],
-    )
-    table = calibration_table(write(tmp_path / "store"))
-    assert table["within"].tolist() == [True, False]
-    assert table["achieved"].tolist() == [2, pytest.approx(50)]
-
-
-@pytest.mark.parametrize("column", ["quality", "det"])
-def test_store_without_a_score_lacks_just_its_facts(tmp_path, known, column):
-    store = write(tmp_path / "store", columns=[name for name in ("quality", "det") if name != column])
-    facts = calibration_table(store)["fact"].tolist()
-    assert facts == [target.fact for target in TARGETS if not target.fact.startswith(f"{column} score")]
-
-
-def test_norms_are_those_of_clips_with_a_face(tmp_path):
-    norms = calibration.clip_norms(write(tmp_path / "store"))
-    assert norms == pytest.approx([15] * 5, abs=1e-3)
-
-
-def test_cosines_by_quality_tell_pairs_of_one_identity_from_pairs_of_two(tmp_path):
-    frame = calibration.cosines_by_quality(write(tmp_path / "store"), pairs=200)
-    # 7 and 8 look along different axes, and the distractor is in no pair
-    assert frame[frame["pair"] == "one identity"]["cosine"].to_numpy() == pytest.approx(1, abs=1e-5)
-    assert frame[frame["pair"] == "two identities"]["cosine"].to_numpy() == pytest.approx(0, abs=1e-5)
-    assert (frame["pair"] == "one identity").sum() == 200
-
-
-# -- a simulated world ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    store = simulate(tmp_path_factory.mktemp("quick") / "store", settings_for("quick"), 0)
-    return calibration_table(store).set_index("fact")
-
-
-def test_table_has_a_row_for_every_target(table):
-    assert table.index.tolist() == [target.fact for target in TARGETS]
-    assert table.columns.tolist() == ["target", "tolerance", "achieved", "within", "source"]
-
-
-@pytest.mark.parametrize("fact", [target.fact for target in TARGETS])
-def test_simulated_world_meets_its_target(table, fact):
-    row = table.loc[fact]
-    assert row["within"], f"{fact}: {row['achieved']:.4g}, not {row['target']} +- {row['tolerance']}"
+def test_survival_of_train_clips_is_that_of_the_joint_table(published):
+    for least, share in clips_survival():
+        assert share == sum(train >= least for train, _ in published) / len(published)

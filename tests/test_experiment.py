@@ -10,7 +10,7 @@ import pytest
 from conftest import BRIEF, of
 
 from mmlib.data.store import ClipStore
-from mmlib.experiment import CHOICES, Experiment, Training, as_seeds, torch_device
+from mmlib.experiment import CHOICES, Experiment, Training, smaller, torch_device
 from mmlib.rank import Fallback
 from mmlib.records import run
 from mmlib.retrieve import retrieve
@@ -260,25 +260,16 @@ def test_every_combination_runs_to_its_end_or_is_refused_when_it_is_made(world):
 # -- parameters ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "text, seeds",
-    [("[3]", [3]), ("3", [3]), (3, [3]), ([3], [3]), ((0, 2), [0, 2]), ("[2, 0]", [2, 0]), (range(3), [0, 1, 2])],
-)
-def test_seeds_are_read_as_papermill_passes_them(text, seeds):
-    assert as_seeds(text) == seeds
-
-
-@pytest.mark.parametrize(
-    "bad", ["", "[]", [], "[1, 1]", [1, 1], [-1], "-1", "x", "null", 3.5, [1.0], None, True, ["0"]]
-)
-def test_seeds_that_are_none_are_refused_with_their_value(bad):
-    with pytest.raises(ValueError, match="seeds must be .*, got "):
-        as_seeds(bad)
-
-
 def test_unknown_device_is_refused():
     with pytest.raises(ValueError, match="device must be auto, cpu or cuda, got 'tpu'"):
         torch_device("tpu")
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="device cuda: there is no GPU here"):
+        torch_device("cuda")
+    assert torch_device("auto").type == "cpu"
 
 
 # -- branches ------------------------------------------------------------------------------------------------
@@ -294,3 +285,13 @@ def test_ranking_is_all_that_experiments_of_one_branch_differ_in(name):
 def test_branch_of_a_branch_is_itself():
     asked = Experiment(members=(1, 2), combine="softmax", fallback=Fallback(), scale=2.0)
     assert asked.branch().branch() == asked.branch() == Experiment()
+
+
+def test_worlds_are_made_smaller_never_larger_and_a_store_stays():
+    tiny = Experiment(profile="tiny", settings=(("reliability", 0.5),))
+    assert dict(smaller(tiny, 50).settings) == {"reliability": 0.5, "identities": 50}
+    assert smaller(tiny, 60) == smaller(tiny, 100) == smaller(tiny, 0) == tiny
+    stored = replace(tiny, data="somewhere")
+    assert smaller(stored, 50) == stored
+    with pytest.raises(ValueError, match="identities"):
+        smaller(tiny, -1).world()

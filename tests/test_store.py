@@ -1,5 +1,7 @@
 import errno
 import json
+import os
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -8,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmlib.data import writer
+from mmlib.data import content, writer
 from mmlib.data.store import ClipStore, sample_rows
 from mmlib.data.writer import nonfinite_rows
+from mmlib.experiment import Experiment
 
 COUNT = np.array([4, 0, 6])
 START = np.array([0, 4, 4])
@@ -149,6 +152,11 @@ def test_mean_norm_is_that_of_every_clips_raw_embeddings(store, monkeypatch, pie
     np.testing.assert_allclose(found, slow, rtol=1e-6)
 
 
+def test_a_score_that_is_not_there_has_no_mean(store):
+    with pytest.raises(ValueError, match="face has no det"):
+        store.clip_means("face", "det")
+
+
 def test_mean_norm_of_a_store_without_any_frame_is_nan(tmp_path):
     assert np.isnan(make_store(tmp_path / "s", np.zeros(3, int)).clip_means("face", "norm")).all()
 
@@ -268,7 +276,7 @@ def rewrite_clips(path, **columns):
         ({"split": ["train", "dev", "val"]}, "clip 'clip2': unknown split dev"),
         ({"identity": [0, 1, -1]}, "clip 'clip2': of 1 identities it has number 1"),
         ({"identity": [0, 0, -2]}, "clip 'clip1': .* number -2"),
-        ({"face_start": [0, 5, 4]}, r"clip 'clip2': of 10 rows of face .* \[5 6\]"),
+        ({"face_start": [0, 5, 4]}, r"clip 'clip2': of 10 rows of face .* 5 and 6"),
         ({"face_start": [-1, 4, 4]}, "clip 'clip0'"),
         ({"face_count": [4, 2**62, 0]}, "clip 'clip2'"),
     ],
@@ -319,7 +327,10 @@ def test_opening_refuses_a_repeated_identity(store, tmp_path):
 # Writing
 
 
-def append(writer, feature=np.ones((2, 3), np.float16), **columns):
+FRAMES = np.ones((2, 3), np.float16)
+
+
+def append(writer, feature=FRAMES, **columns):
     return writer.append("face", feature, **columns)
 
 
@@ -401,6 +412,167 @@ def test_overwriting_spares_a_folder_that_is_no_store(tmp_path):
     with pytest.raises(FileExistsError, match="holds no store.json"):
         make_store(tmp_path / "papers", overwrite=True)
     assert (tmp_path / "papers/thesis.tex").exists()
+
+
+@pytest.mark.parametrize("column, row", [("clip", 1), ("identity", 0)])
+def test_a_name_that_the_text_files_cannot_hold_is_not_stored(tmp_path, column, row):
+    clips = pd.DataFrame({"clip": ["a", "b" + " 1" * (column == "clip")], "split": "val", "identity": [0, -1]})
+    names = ["Ann Ash" if column == "identity" else "Ann"]
+    with (
+        pytest.raises(ValueError, match=f"{column} '(b 1|Ann Ash)'"),
+        ClipStore.create(tmp_path / "s", simulated=False, provenance={}) as writer,
+    ):
+        append(writer)
+        writer.finish(clips, names, {"face": ([0, 1], [1, 1])})
+    assert_nothing_left(tmp_path)
+
+
+def test_an_older_store_with_such_names_still_opens(store, tmp_path):
+    rewrite_clips(tmp_path / "store", clip=["a 1", "b", "c"])
+    assert ClipStore.open(tmp_path / "store").clips["clip"].tolist() == ["a 1", "b", "c"]
+
+
+# The name of the content
+
+
+def key_of(path):
+    return Experiment(data=str(path), classifier="class means", aggregator="mean").key()
+
+
+def edit(path, name="face/feature.npy", at=-1):
+    """Change the last byte of a file of the store in place."""
+    data = bytearray((path / name).read_bytes())
+    data[at] ^= 1
+    with open(path / name, "r+b") as file:
+        file.write(data)
+
+
+def forget(path):
+    """Make a store one that was written before stores said what they hold."""
+    meta = json.loads((path / "store.json").read_text())
+    del meta["content"]
+    (path / "store.json").write_text(json.dumps(meta))
+
+
+def test_one_number_of_one_frame_makes_another_store(tmp_path):
+    keys = set()
+    for row in (None, 1, 2001, 2999):
+        feature = np.ones((3000, 4), np.float16)
+        if row is not None:
+            feature[row, 2] = 2
+        path = tmp_path / str(row)
+        with ClipStore.create(path, simulated=False, provenance={}) as writer:
+            append(writer, feature)
+            writer.finish(
+                pd.DataFrame({"clip": ["a"], "split": ["val"], "identity": [0]}), ["1"], {"face": ([0], [3000])}
+            )
+        keys.add((ClipStore.open(path).fingerprint, key_of(path)))
+    assert len({fingerprint for fingerprint, _ in keys}) == len({key for _, key in keys}) == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"clip": "b"},
+        {"split": "train"},
+        {"identity": -1},
+        {"name": "8"},
+        {"quality": 0.25},
+        {"count": 1},
+        {"modality": "head"},
+        {"simulated": True},
+        {"wrong": [False]},
+    ],
+    ids=str,
+)
+def test_everything_that_a_store_holds_counts(tmp_path, change):
+    found = []
+    for number, said in enumerate(({}, change)):
+        said = {"clip": "a", "split": "val", "identity": 0, "name": "7", "quality": 0.5, "count": 2} | said
+        columns = {"wrong": said["wrong"] * 2} if "wrong" in said else {}
+        path, face = tmp_path / str(number), said.get("modality", "face")
+        with ClipStore.create(path, simulated=said.get("simulated", False), provenance={}) as writer:
+            writer.append(face, np.ones((2, 3), np.float16), quality=[0.5, said["quality"]], **columns)
+            clips = pd.DataFrame({key: [said[key]] for key in ("clip", "split", "identity")})
+            writer.finish(clips, [said["name"]], {face: ([0], [said["count"]])})
+        found.append(ClipStore.open(path).fingerprint)
+    assert found[0] != found[1]
+
+
+def test_where_a_store_comes_from_does_not_count(store, tmp_path):
+    shutil.copytree(tmp_path / "store", tmp_path / "other")
+    meta = store.meta | {"provenance": {"seed": 1}}
+    (tmp_path / "other/store.json").write_text(json.dumps(meta))
+    assert ClipStore.open(tmp_path / "other").fingerprint == store.fingerprint
+
+
+def test_an_older_store_is_named_as_if_it_were_new(store, tmp_path):
+    shutil.copytree(tmp_path / "store", tmp_path / "old")
+    forget(tmp_path / "old")
+    names = {ClipStore.open(tmp_path / "old").fingerprint for _ in range(3)}
+    assert names == {store.fingerprint}
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("name", ["face/feature.npy", "face/quality.npy", "clips.parquet"])
+def test_an_edit_in_place_is_noticed(store, tmp_path, old, asked, name):
+    path = tmp_path / "store"
+    before = store.fingerprint
+    if not asked:
+        (path / content.NOTE).unlink()
+    if old:
+        forget(path)
+    stat = (path / name).stat()
+    if name == "clips.parquet":
+        rewrite_clips(path, split="val")
+    else:
+        edit(path, name)
+    os.utime(path / name, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert ClipStore.open(path).fingerprint != before
+
+
+@pytest.mark.parametrize("first", ["edited", "copied"])
+def test_a_copy_is_another_store_once_it_is_edited(store, tmp_path, first):
+    path, before = tmp_path / "store", store.fingerprint
+    if first == "edited":
+        edit(path)
+    shutil.copytree(path, tmp_path / "copy")
+    assert (ClipStore.open(tmp_path / "copy").fingerprint == before) == (first == "copied")
+    if first == "copied":
+        edit(tmp_path / "copy")
+    assert ClipStore.open(tmp_path / "copy").fingerprint != before
+
+
+def test_a_store_is_read_once_or_never_to_be_named(store, tmp_path, monkeypatch):
+    shutil.copytree(tmp_path / "store", tmp_path / "copy")
+    reads, digest = [], content.hashlib.file_digest
+    monkeypatch.setattr(
+        content.hashlib, "file_digest", lambda file, name: reads.append(file.name) or digest(file, name)
+    )
+    assert ClipStore.open(tmp_path / "store").fingerprint and reads == []
+    for _ in range(2):
+        assert ClipStore.open(tmp_path / "copy").fingerprint == store.fingerprint
+        assert len(reads) == 3  # feature, frame, quality
+
+
+def test_a_folder_that_may_not_be_written_is_named_all_the_same(store, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(content, "write_whole", refuse)
+    forget(tmp_path / "store")
+    found = ClipStore.open(tmp_path / "store").fingerprint
+    assert not (tmp_path / "store" / content.NOTE).exists()
+    monkeypatch.undo()
+    assert ClipStore.open(tmp_path / "store").fingerprint == found
+
+
+@pytest.mark.parametrize("note", ["", "{", "[]", '{"content": "x"}', '{"content": "x", "files": {}}'])
+def test_a_damaged_note_is_not_believed(store, tmp_path, note):
+    before = store.fingerprint
+    (tmp_path / "store" / content.NOTE).write_text(note)
+    assert ClipStore.open(tmp_path / "store").fingerprint == before
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])

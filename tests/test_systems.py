@@ -1,12 +1,31 @@
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import made
 
-from mmlib.aggregate import CodedAttention
+from mmlib import systems
+from mmlib.aggregate import AGGREGATORS, CodedAttention
+from mmlib.experiment import Training, arm_key
+from mmlib.records import read_results
 from mmlib.retrieve import make_model
-from mmlib.systems import FACE_ONLY, ONE_NAME, ONE_NAME_AS_CODED, SYSTEMS, with_members
+from mmlib.studies import ladder, rates
+from mmlib.systems import (
+    BASE,
+    FACE_ONLY,
+    FUSED,
+    FUSIONS,
+    LOSSES,
+    ONE_NAME,
+    ONE_NAME_AS_CODED,
+    SYSTEMS,
+    climb,
+    in_budget,
+    with_members,
+    without_scores,
+)
 
 CODED = ONE_NAME_AS_CODED
 
@@ -137,3 +156,192 @@ def test_system_without_a_fallback_stays_without_one():
 
 def test_more_members_than_there_are_is_all_of_them():
     assert with_members(ONE_NAME, 99) == ONE_NAME
+
+
+# -- rungs -----------------------------------------------------------------------------------------------------
+
+
+def test_system_of_a_submission_is_the_top_rung_of_the_ladder():
+    planned = ladder.plan(members=16)
+    assert planned["described: fallback"] == ONE_NAME == SYSTEMS["one-name"]
+    assert planned["described: baseline"] == FACE_ONLY == SYSTEMS["face-only"]
+
+
+def test_rates_of_the_systems_are_those_that_the_searches_chose():
+    rates = systems.CHOSEN_RATES
+    assert ONE_NAME.training.lr == rates["margin + focal, scores"].lr == 1e-2
+    assert ONE_NAME.training.aggregator_lr == rates["attention + scores"].aggregator_lr == 3e-3
+    assert ONE_NAME.second().training.lr == rates["scene"].lr == 3e-4
+    assert FACE_ONLY.training.lr == rates["quality"].lr == 1e-3
+
+
+def test_coded_rung_is_the_coded_system_but_for_its_budget_of_training():
+    top = ladder.plan(members=16)["as coded: fallback"]
+    own = {"training": CODED.training, "start": "random", "fallback": CODED.fallback}
+    assert replace(top, **own) == CODED != top and replace(top.fallback, lr=None) == CODED.fallback
+    shared = replace(top.training, gamma=0.0, focal="clip", lr=1e-3, aggregator_lr=1e-3)
+    assert shared == FACE_ONLY.training == Training(lr=1e-3, aggregator_lr=1e-3)
+    assert (top.training.gamma, top.training.focal) == (CODED.training.gamma, CODED.training.focal)
+    assert top.training.aggregator_lr == systems.CHOSEN_RATES["as coded"].aggregator_lr
+
+
+@pytest.mark.parametrize("scores", [True, False])
+@pytest.mark.parametrize("system", SYSTEMS.values(), ids=SYSTEMS)
+def test_last_rung_is_the_system_in_the_budget_of_all(system, scores):
+    *_, top = climb(system, scores=scores).values()
+    assert top == in_budget(system if scores else without_scores(system))
+
+
+@pytest.mark.parametrize("scene", [True, False])
+@pytest.mark.parametrize("scores", [True, False])
+@pytest.mark.parametrize("system", [ONE_NAME, CODED], ids=["described", "as coded"])
+def test_every_rung_has_one_part_more_than_the_one_before(system, scores, scene):
+    names, rungs = zip(*climb(with_members(system, 2), scene=scene, scores=scores).items())
+    for name, lower, higher in zip(names[1:], rungs, rungs[1:]):
+        assert {*changes(higher, lower)} - {"training"} <= {
+            *systems.RUNGS[name],
+            "lr",
+            "aggregator_lr",
+            "gamma",
+            "focal",
+        }
+    assert scene == ("fallback" in names) == ("scene" in names)
+    if not scores:
+        assert all(rung.aggregator in ("norm", "attention") and rung.concat == "none" for rung in rungs)
+        assert all(rung.fallback is None or rung.fallback.by == "norm" for rung in rungs)
+
+
+def test_committed_records_of_the_ladder_are_of_its_rungs():
+    """An arm that changed without a word would find no record."""
+    members = ("members", "fallback.members")
+    planned = {arm_key(experiment, *members) for experiment in ladder.plan().values()}
+    assert planned == {arm_key(record.experiment, *members) for record in read_results("10_ladder.jsonl.gz")}
+
+
+# -- arms ------------------------------------------------------------------------------------------------------
+
+GROUPS = pytest.mark.parametrize("group", [LOSSES, FUSIONS], ids=["losses", "fusions"])
+
+
+def changes(arm, base):
+    """Name the fields in which an arm differs from its base, those of the training too."""
+    one, two = ({**asdict(e), **asdict(e.training)} for e in (arm, base))
+    return {name: one[name] for name in one if one[name] != two[name] and name != "training"}
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("softmax", {"margin": 0.0, "scale": 1.0, "head": "dot"}),
+        ("cosine softmax", {"margin": 0.0}),
+        ("margin", {}),
+        ("margin + focal", {"gamma": 2.0}),
+        ("margin + batch focal", {"gamma": 2.0, "focal": "batch"}),
+        ("margin, scores", {"concat": "normalised"}),
+        ("margin + focal, scores", {"gamma": 2.0, "concat": "normalised"}),
+        ("margin + focal, raw scores", {"gamma": 2.0, "concat": "raw"}),
+    ],
+)
+def test_loss_arm_changes_nothing_but_what_it_names(name, expected):
+    assert changes(LOSSES[name], BASE) == expected
+
+
+def test_plain_softmax_is_trained_and_ranked_on_unscaled_inner_products():
+    arm = LOSSES["softmax"]
+    assert arm.scale == arm.training.scale == 1.0
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("face", {}),
+        ("scene", {"modality": None, "context": ("scene",)}),
+        ("scene 32", {"context": ("scene",), "context_dim": 32}),
+        ("scene 64", {"context": ("scene",), "context_dim": 64}),
+        ("scene 128", {"context": ("scene",)}),
+        ("scene 256", {"context": ("scene",), "context_dim": 256}),
+        ("scene 128, gated", {"context": ("scene",), "fusion": "gated"}),
+        ("head", {"context": ("head",)}),
+        ("body", {"context": ("body",)}),
+        ("audio", {"context": ("audio",)}),
+        ("all", {"context": ("scene", "head", "body", "audio")}),
+    ],
+)
+def test_fusion_arm_changes_nothing_but_what_it_names(name, expected):
+    assert changes(FUSIONS[name], FUSED) == expected
+
+
+def test_arms_of_a_group_are_all_looked_at_above():
+    assert (len(LOSSES), len(FUSIONS)) == (8, 11)
+
+
+@GROUPS
+def test_arms_have_the_rates_chosen_for_them(group, monkeypatch):
+    first, *_ = group
+    monkeypatch.setitem(systems.CHOSEN_RATES, first, systems.Rates(0.25, 0.5))
+    found = systems.arms(group)
+    assert list(found) == list(group)
+    assert changes(found[first], group[first]) == {"lr": 0.25, "aggregator_lr": 0.5}
+    for name, arm in found.items():
+        assert replace(arm, training=group[name].training) == group[name]
+
+
+@GROUPS
+def test_one_table_says_the_rates_of_every_arm(group):
+    assert all(systems.arms(group)[name].training.lr == systems.CHOSEN[name] for name in group)
+    assert {*LOSSES, *FUSIONS, *AGGREGATORS} <= systems.CHOSEN_RATES.keys() == systems.CHOSEN.keys()
+
+
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
+def test_training_of_an_aggregator_is_one_of_its_search(aggregator):
+    tried, chosen = systems.tuning_grid(aggregator), systems.tuned(aggregator)
+    assert len(tried) == 8 and {training.epochs for training in tried} == {8, 16}
+    # Of fixed weights none of the other rates was better than the common one.
+    assert chosen in tried and chosen.epochs == 8
+
+
+@GROUPS
+def test_every_arm_has_the_same_budget_of_search(group):
+    trials = systems.search(group, profile="tiny")
+    names = rates.names_of(group, [made(e) for e in trials])
+    tried = {
+        name: [(e.seed, e.training.lr, e.training.epochs) for e, n in zip(trials, names, strict=True) if n == name]
+        for name in group
+    }
+    expected = sorted(
+        (seed, lr, epochs) for seed in (100, 101) for lr in (3e-4, 1e-3, 3e-3, 1e-2) for epochs in (8, 16)
+    )
+    assert all(sorted(of) == expected for of in tried.values())
+    assert {e.profile for e in trials} == {"tiny"}
+
+
+@GROUPS
+def test_trial_is_its_arm_but_for_world_rate_and_length(group):
+    for trial in systems.search(group):
+        free = replace(trial, seed=0, training=replace(trial.training, lr=1e-3, epochs=BASE.training.epochs))
+        assert free in group.values()
+
+
+@GROUPS
+def test_arms_are_named_from_records_that_were_written_and_read(group):
+    asked = [
+        replace(
+            arm, profile="tiny", seed=7, settings=(("no_face", 0.1),), training=replace(arm.training, lr=0.5, epochs=3)
+        )
+        for arm in group.values()
+    ]
+    records = [replace(made(e), experiment=json.loads(json.dumps(asdict(e)))) for e in asked]
+    assert rates.names_of(group, records) == list(group)
+
+
+def test_record_of_no_arm_is_refused():
+    with pytest.raises(KeyError):
+        rates.names_of(LOSSES, [made(replace(BASE, hidden=7))])
+
+
+@pytest.mark.parametrize(
+    "group, name", [(LOSSES, "05_search.jsonl.gz"), (FUSIONS, "07_search.jsonl.gz")], ids=["losses", "fusions"]
+)
+def test_rates_are_the_best_short_ones_of_the_committed_searches(group, name):
+    best = rates.search_frame(group, read_results(name)).set_index("arm")["lr"].to_dict()
+    assert best == {arm: systems.CHOSEN[arm] for arm in group}

@@ -1,6 +1,7 @@
 """tasks.py: what it installs, when, and what it passes on."""
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,12 +93,47 @@ def test_interrupted_reinstall_leaves_no_stamp(tasks, monkeypatch):
     assert tasks.installed() == ""
 
 
-def test_environment_of_another_python_is_cleared(tasks):
+def test_environment_of_another_python_is_made_anew(tasks):
     tasks.main(["setup"])
-    tasks.STAMP.write_text("3.9 0123")
+    tasks.STAMP.write_text("3.9 0123 4567")
     tasks.commands.clear()
     tasks.main(["setup"])
     assert "--clear" in tasks.commands[0]
+
+
+def test_environment_that_was_copied_or_renamed_with_its_folder_is_made_anew(tasks, monkeypatch):
+    tasks.main(["setup"])
+    root = tasks.ROOT
+    moved = shutil.copytree(root, root.with_name("moved"))
+    for name in ("ROOT", "VENV", "SCRIPTS", "PYTHON", "STAMP", "REPORT"):
+        monkeypatch.setattr(tasks, name, moved / getattr(tasks, name).relative_to(root))
+    tasks.commands.clear()
+    assert tasks.main(["book"]) == 0
+    venv, install, build = tasks.commands
+    assert venv.endswith(f"--clear {moved / '.venv'}") and install.startswith(str(tasks.PYTHON))
+    assert build.startswith(str(tasks.PYTHON))  # and no script, which names the folder it was made in
+
+
+def test_changed_packages_are_installed_into_the_environment_that_is_there(tasks):
+    tasks.main(["setup"])
+    (tasks.ROOT / "constraints.txt").write_text("numpy==3\n")
+    tasks.commands.clear()
+    tasks.main(["setup"])
+    assert not any("--clear" in line for line in tasks.commands)
+
+
+def test_check_says_the_first_that_failed_and_runs_all(tasks):
+    tasks.failing = "ruff check"
+    assert tasks.main(["check"]) == 7
+    assert [line.split(" -m ")[1].split()[0] for line in tasks.commands[-3:]] == ["ruff", "ruff", "mypy"]
+
+
+def test_notebooks_are_written_from_their_texts_and_never_the_other_way(tasks):
+    chapters = tasks.ROOT / "book" / "chapters"
+    chapters.mkdir(parents=True)
+    (chapters / "01_data.md").touch()
+    assert tasks.main(["notebooks"]) == 0
+    assert tasks.commands[-1].endswith(f"-m jupytext --quiet --update --to ipynb {chapters / '01_data.md'}")
 
 
 def test_missing_venv_module_is_said(tasks, monkeypatch, capsys):
@@ -112,7 +148,9 @@ def test_missing_venv_module_is_said(tasks, monkeypatch, capsys):
 
 def test_test_passes_its_arguments_to_pytest(tasks):
     assert tasks.main(["test", "-k", "store", "-x"]) == 0
-    assert tasks.commands[-1] == f"{tasks.PYTHON} -m pytest -k store -x"
+    assert tasks.commands[-1] == f"{tasks.PYTHON} -m pytest -n auto -k store -x"
+    assert tasks.main(["test", "-n", "0"]) == 0
+    assert tasks.commands[-1] == f"{tasks.PYTHON} -m pytest -n 0"
 
 
 def test_book_says_where_the_report_opens(tasks, capsys):
@@ -122,7 +160,7 @@ def test_book_says_where_the_report_opens(tasks, capsys):
 
 
 def test_failed_book_fails_and_names_no_report(tasks, capsys):
-    tasks.failing = "jupyter-book"
+    tasks.failing = "jupyter_book"
     assert tasks.main(["book"]) == 7
     assert "index.html" not in capsys.readouterr().out
 
@@ -136,7 +174,8 @@ def test_clean_removes_the_report_and_nothing_else(tasks):
 @pytest.mark.parametrize("arguments", [[], ["bok"], ["setup", "now"]])
 def test_unknown_task_prints_the_usage(tasks, capsys, arguments):
     assert tasks.main(arguments) == 2
-    assert "setup|book|test|clean" in capsys.readouterr().err
+    usage = capsys.readouterr().err
+    assert all(f"\n{name} " in usage for name in tasks.TASKS)
 
 
 def test_commands_run_in_the_repository_from_any_directory(tmp_path):

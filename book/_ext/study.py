@@ -12,11 +12,13 @@ from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.environment import BuildEnvironment
+from sphinx.errors import ExtensionError
 from sphinx.util import logging
 from sphinx.util.math import get_node_equation_number
 from sphinx.writers.html5 import HTML5Translator
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("mmlib", "benchmarks")  # what chapters compute with
 LOGGER = logging.getLogger(__name__)
 
 
@@ -33,18 +35,27 @@ def _files(folder: Path) -> list[Path]:
     return [file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
 
 
-def cache_key(root: Path, library: Path) -> str:
+def cache_key(root: Path, *packages: Path) -> str:
     """Name what a chapter's outputs depend on besides its own cells.
 
-    These are the library (all of it: a figure is an output too), the pins and the committed records.
+    These are the packages that it computes with (all of each: a figure is an output too), the pins and the committed
+    records.
     """
     pins = root / "constraints.txt"
     parts = [
-        content_key(_files(library), library),
+        *(content_key(_files(package), package) for package in packages),
         content_key([pins] if pins.is_file() else [], root),
         content_key(_files(root / "book" / "results"), root),
     ]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
+
+
+def package_folder(name: str) -> Path:
+    """Return where the package that a chapter would import lies."""
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:
+        raise ImportError(f"{name} is not installed here; `python3 tasks.py setup` installs it")
+    return Path(found.origin).parent
 
 
 def configure(app: Sphinx, config: Config) -> None:
@@ -54,11 +65,18 @@ def configure(app: Sphinx, config: Config) -> None:
     of a chapter and nothing else, so that after an edit of the library it would serve the old numbers.
     """
     config.external_toc_path = str(ROOT / "_toc.yml")
-    library = importlib.util.find_spec("mmlib")
-    if library is None or library.origin is None:
-        raise ImportError("mmlib is not installed here; `python3 tasks.py setup` installs it")
-    key = cache_key(ROOT, Path(library.origin).parent)
+    key = cache_key(ROOT, *map(package_folder, PACKAGES))
     config.nb_execution_cache_path = str(Path(app.outdir).parent / ".jupyter_cache" / key)
+
+
+def require_pictures(app: Sphinx, doctree: nodes.document) -> None:
+    """Stop the build where a cell that draws a figure has left no picture."""
+    for cell in doctree.findall(nodes.container):
+        figure = (cell.get("cell_metadata") or {}).get("mystnb", {}).get("figure")
+        if cell.get("nb_element") == "cell_code" and figure and not list(cell.findall(nodes.image)):
+            raise ExtensionError(
+                f"{app.env.docname}: the cell of {figure.get('name', 'a figure')} has drawn no picture"
+            )
 
 
 def write_all_pages(app: Sphinx, env: BuildEnvironment) -> list[str]:
@@ -94,6 +112,7 @@ def visit_display_math(self: HTML5Translator, node: nodes.math_block) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the hooks."""
     app.connect("config-inited", configure, priority=850)  # the table of contents is read at 900
+    app.connect("doctree-read", require_pictures)
     app.connect("env-updated", write_all_pages)
     # Browsers and screen readers read MathML themselves; MathJax would come from another site at each visit.
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_display_math, None))

@@ -4,17 +4,15 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from mmlib.data.foreign import SCORES, count_lost, open_array, read_rows, to_half
 from mmlib.data.store import SPLITS, ClipStore
-from mmlib.data.writer import map_array
 
-REQUIRED = ("clip", "frame", "identity", "split")
-SCORES = ("quality", "det")
 BLOCK = 2**22  # numbers copied at once
 # The files of import_lfw: sha256, and the names they go by. The first is theirs in oss_data/ of
 # github.com/huyhoang17/128D-Facenet-LFW-Embedding-Visualisation at 75ca7f43ce1576a2240de24077016f17d3b52b10.
@@ -32,20 +30,26 @@ LFW_LABELS = (
 class FeatureReport:
     """What an import of a table found."""
 
-    clips: dict[str, int] = field(default_factory=dict)  # by split
-    frames: int = 0
-    width: int = 0
-    identities: int = 0
-    nameless: dict[str, int] = field(default_factory=dict)  # clips without an identity, by split
-    absent: list[str] = field(default_factory=list)  # score columns
-    seconds: float = 0.0
+    clips: dict[str, int]  # by split
+    nameless: dict[str, int]  # clips without an identity, by split
+    frames: int
+    width: int
+    identities: int
+    untrained: list[str]  # identities that no train clip has
+    absent: list[str]  # score columns
+    damaged: int  # frames of whose small numbers float16 keeps few digits
+    vanished: int  # frames of which it keeps nothing
+    seconds: float
 
     def lines(self) -> list[str]:
         """Say it in sentences for a terminal."""
-        lines = [
-            f"{split}: {clips} clips, {self.nameless[split]} without an identity" for split, clips in self.clips.items()
-        ]
+        lines = [f"{split}: {n} clips, {self.nameless[split]} without an identity" for split, n in self.clips.items()]
         lines.append(f"{self.frames} frames of {self.width} dimensions, {self.identities} identities")
+        if self.untrained:
+            some = ", ".join(self.untrained[:5]) + ", ..." * (len(self.untrained) > 5)
+            lines.append(f"without a train clip: {len(self.untrained)} identities, {some}")
+        if self.damaged:
+            lines.append(f"too small for float16: {self.damaged} frames, {self.vanished} of them stored as zeros")
         lines += [f"no column {name}: the store has no such score" for name in self.absent]
         return [*lines, f"{self.seconds:.1f} s"]
 
@@ -67,41 +71,40 @@ def import_features(
     may come in any order; an empty identity is none. Identities stand in the store sorted by name.
     `progress` hears of the share done.
     """
-    began = time.perf_counter()
-    table, array = Path(table), Path(array)
-    rows = _read_table(table)
-    features = _map_features(array, width)
+    began, table, array = time.perf_counter(), Path(table), Path(array)
+    rows, features = read_rows(table), open_array(array, width)
     if len(rows) != len(features):
         raise ValueError(f"{array}: {len(features)} rows, but {table} has {len(rows)}")
-    scores = [name for name in SCORES if name in rows]
-    rows = rows.sort_values(["clip", "frame"], kind="stable")  # its index still says which row of the array
-    _check_rows(rows, table)
-    provenance = {"table": _fingerprint(table), "array": _fingerprint(array)}
+    columns = [name for name in ("frame", *SCORES) if name in rows]
+    provenance = {"table": _digest(table), "array": _digest(array)}
     with ClipStore.create(store_path, simulated=False, provenance=provenance, overwrite=overwrite) as writer:
-        step = max(1, BLOCK // max(1, features.shape[1]))
+        step, lost = max(1, BLOCK // max(1, features.shape[1])), []
         for first in range(0, len(rows), step):
             block = rows.iloc[first : first + step]
-            feature = _to_half(features[block.index.to_numpy()], block, table, array)
-            writer.append(modality, feature, **{name: block[name].to_numpy() for name in ("frame", *scores)})
+            feature, loss = to_half(features[block.index.to_numpy()], block, array)
+            writer.append(modality, feature, **{name: block[name].to_numpy() for name in columns})
+            lost.append(loss)
             progress(min(1.0, (first + step) / len(rows)))
+        damaged, vanished = count_lost(np.concatenate(lost), array)
         clips = rows.drop_duplicates("clip")[["clip", "split", "identity"]].reset_index(drop=True)
-        identities = sorted(clips["identity"].dropna().unique())
-        code = {identity: place for place, identity in enumerate(identities)}
-        clips["identity"] = clips["identity"].map(code).fillna(-1).astype(np.int32)
+        named = pd.Categorical(clips["identity"])
+        clips["identity"] = named.codes.astype(np.int32)
         count = rows.groupby("clip", sort=False).size().to_numpy()
-        writer.finish(clips, identities, {modality: (np.cumsum(count) - count, count)})
-    report = FeatureReport(
+        writer.finish(clips, [*named.categories], {modality: (np.cumsum(count) - count, count)})
+    found = {split: clips.loc[clips["split"] == split, "identity"] for split in SPLITS}
+    trained = {*found["train"]}
+    return FeatureReport(
+        clips={split: len(of) for split, of in found.items() if len(of)},
+        nameless={split: int((of < 0).sum()) for split, of in found.items() if len(of)},
         frames=len(rows),
         width=features.shape[1],
-        identities=len(identities),
-        absent=[name for name in SCORES if name not in scores],
+        identities=len(named.categories),
+        untrained=[name for code, name in enumerate(named.categories) if code not in trained],
+        absent=[name for name in SCORES if name not in columns],
+        damaged=damaged,
+        vanished=vanished,
+        seconds=time.perf_counter() - began,
     )
-    for split in SPLITS:
-        if (inside := clips["split"] == split).any():
-            report.clips[split] = int(inside.sum())
-            report.nameless[split] = int((inside & (clips["identity"] < 0)).sum())
-    report.seconds = time.perf_counter() - began
-    return report
 
 
 def import_lfw(folder: str | Path, store_path: str | Path, *, seed: int = 0, overwrite: bool = False) -> FeatureReport:
@@ -153,119 +156,13 @@ def _find_published(folder: Path, digest: str, names: Sequence[str]) -> Path:
     path = next((folder / name for name in names if (folder / name).exists()), folder / names[0])
     if not path.exists():
         raise ValueError(f"{path}: missing")
-    found = _fingerprint(path)["sha256"]
+    found = _digest(path)["sha256"]
     if found != digest:
         raise ValueError(f"{path}: not the published file, its sha256 is {found}, not {digest}")
     return path
 
 
-def _read_table(path: Path) -> pd.DataFrame:
-    """Read the table: clip, identity and split as text, frame and scores as numbers, all checked."""
-    text = {"clip": str, "identity": str, "split": str}
-    try:
-        if path.suffix.lower() in (".parquet", ".pq"):
-            table = pd.read_parquet(path)
-        else:
-            # only an empty cell is no identity: someone may be called NA or None
-            table = pd.read_csv(
-                path,
-                dtype=text,
-                keep_default_na=False,
-                na_values={name: [""] for name in ("clip", "frame", "identity", "split", *SCORES)},
-                encoding="utf-8-sig",
-            )
-    except FileNotFoundError:
-        raise ValueError(f"{path}: missing") from None
-    except (ValueError, OSError) as error:  # of which the errors of pandas and pyarrow are kinds
-        raise ValueError(f"{path}: not a readable table ({error})") from None
-    missing = [name for name in REQUIRED if name not in table]
-    if missing:
-        raise ValueError(f"{path}: no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
-    if not len(table):
-        raise ValueError(f"{path}: no rows")
-    table = table[[*REQUIRED, *(name for name in SCORES if name in table)]].reset_index(drop=True)
-    for name in text:
-        table[name] = _as_text(table[name])
-    table["clip"] = table["clip"].str.removesuffix(".mp4")
-    for name, missing in (
-        ("clip", table["clip"].isna() | (table["clip"] == "")),
-        ("split", ~table["split"].isin(SPLITS)),
-    ):
-        if missing.any():
-            row = int(np.argmax(missing))
-            raise ValueError(f"{path}, row {row + 1}: clip {table['clip'][row]!r}: {name} is {table[name][row]!r}")
-    for name in ("frame", *SCORES):
-        if name in table:
-            table[name] = _as_numbers(table, name, path)
-    return table
-
-
-def _as_text(column: pd.Series) -> pd.Series:
-    if pd.api.types.is_float_dtype(column) and (column.dropna() % 1 == 0).all():
-        column = column.astype("Int64")  # whole numbers that a missing value made floats
-    text = column.astype(object).where(column.notna(), None)
-    return text.map(lambda value: str(value).strip() or None, na_action="ignore")
-
-
-def _as_numbers(table: pd.DataFrame, name: str, path: Path) -> pd.Series:
-    numbers = pd.to_numeric(table[name], errors="coerce").astype(np.float64)
-    wrong = ~np.isfinite(numbers)
-    if name == "frame":
-        wrong |= (numbers < 0) | (numbers >= 2**31) | (numbers % 1 != 0)
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        raise ValueError(f"{path}, row {row + 1}: clip {table['clip'][row]}: {name} is {table[name][row]}")
-    return numbers.astype(np.int64) if name == "frame" else numbers
-
-
-def _map_features(path: Path, width: int | None) -> np.ndarray:
-    if path.suffix.lower() == ".npy":
-        features = map_array(path)
-        if features.ndim != 2 or features.dtype.kind != "f" or width not in (None, features.shape[1]):
-            expected = "(F, D)" if width is None else f"(F, {width})"
-            raise ValueError(f"{path}: {features.dtype} {features.shape}, expected floats {expected}")
-        return features
-    if width is None or width < 1:
-        raise ValueError(f"width: {width!r}, but {path} is raw numbers and needs one")
-    if not path.exists():
-        raise ValueError(f"{path}: missing")
-    size = path.stat().st_size
-    if not size or size % (4 * width):
-        raise ValueError(f"{path}: {size} bytes are not whole rows of {width} float32")
-    return np.memmap(path, "<f4", "r").reshape(-1, width)
-
-
-def _check_rows(rows: pd.DataFrame, path: Path) -> None:
-    """Refuse a clip with two identities or splits, and a frame that a clip has twice; `rows` are sorted."""
-    same_clip = rows["clip"].to_numpy()[1:] == rows["clip"].to_numpy()[:-1]
-    for name in ("identity", "split", "frame"):
-        values = rows[name].fillna("") if name == "identity" else rows[name]
-        equal = values.to_numpy()[1:] == values.to_numpy()[:-1]
-        wrong = same_clip & (equal if name == "frame" else ~equal)
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            found = " and ".join(str(rows[name].iloc[row]) for row in (at, at + 1))
-            raise ValueError(f"{path}, row {rows.index[at + 1] + 1}: clip {rows['clip'].iloc[at]} has {name} {found}")
-
-
-def _to_half(block: np.ndarray, rows: pd.DataFrame, table: Path, array: Path) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        half = block.astype(np.float16)
-    wrong = ~np.isfinite(half)
-    if wrong.any():
-        row, place = np.argwhere(wrong)[0]
-        raise ValueError(
-            f"{array}, row {rows.index[row] + 1}: clip {rows['clip'].iloc[row]}, frame "
-            f"{rows['frame'].iloc[row]}: feature is {block[row, place]} at position {place}, "
-            "which float16 cannot hold"
-        )
-    return half
-
-
-def _fingerprint(path: Path) -> dict:
+def _digest(path: Path) -> dict:
     with open(path, "rb") as file:
-        return {
-            "name": path.name,
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}

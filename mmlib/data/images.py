@@ -1,20 +1,43 @@
-"""Scene images ``img/<clip>/<n>.jpg``: find those of a store's clips and read them."""
+"""Scene pictures ``img/<clip>/<n>.jpg``: find those of a store's clips, decode them once, cut one crop a clip.
+
+Everything random about a crop (which picture of its clip, where, flipped or not) comes from a generator of the seed,
+the epoch and the clip, so that neither the order nor the number of loading processes changes a batch.  Nor does it
+whether a picture is decoded when it is asked for or was before.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import os
+import shutil
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import PIL
+import torch
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 
 from mmlib.data.store import ClipStore
+from mmlib.data.writer import partial_folder
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
+LONGEST = 2  # the longer side of a picture in shorter sides; of longer ones the middle is taken
+EVALUATION = -1  # in place of an epoch: the one picture a clip that is drawn in test
+DECODED = "decoded.json"  # in a folder of decoded pictures: of which files
+_WORTH_A_WORKER = 128  # pixels; smaller pictures are decoded faster than they are passed between processes
+_AT_ONCE = 16  # clips a loading process decodes before it hands over
+
+# -- which files ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -22,8 +45,8 @@ class Images:
     """The image files of a store's clips.
 
     files: for each clip of the store the names of its files, by number (``2.jpg`` before ``10.jpg``), those without a
-    number after them by name; empty for a clip without any.  unknown: folders that are no clip of the store.  other:
-    files in clips' folders that are no ``.jpg``, ``.jpeg`` or ``.png``.
+    number after them by name; empty for a clip without any; whole paths of files that lie elsewhere.  unknown: folders
+    that are no clip of the store.  other: files in clips' folders that are no ``.jpg``, ``.jpeg`` or ``.png``.
     """
 
     folder: Path
@@ -48,18 +71,15 @@ class Images:
             for number, file in enumerate(self.files[clip]):
                 path = self.path(clip, number)
                 try:
-                    size = path.stat().st_size
+                    digest.update(f"{self.clips[clip]}/{file} {path.stat().st_size}\n".encode())
                 except FileNotFoundError:
                     raise ValueError(f"{path}: image of clip {self.clips[clip]}: missing") from None
-                digest.update(f"{self.clips[clip]}/{file} {size}\n".encode())
         return digest.hexdigest()
 
     def lines(self) -> list[str]:
         """Say it in sentences for a terminal."""
-        lines = [
-            f"images: {sum(map(len, self.files))} of {len(self.present)} clips; "
-            f"{len(self.clips) - len(self.present)} clips without any, left out"
-        ]
+        count, clips = sum(map(len, self.files)), len(self.present)
+        lines = [f"images: {count} of {clips} clips; {len(self.clips) - clips} clips without any, left out"]
         if self.unknown:
             lines.append(f"images: {self.unknown} folders belong to no clip of the store")
         if self.other:
@@ -81,19 +101,19 @@ def index_images(folder: str | Path, store: ClipStore) -> Images:
         chosen = [file for file in listed if file.lower().endswith(SUFFIXES)]
         other += len(listed) - len(chosen)
         files.append(tuple(sorted(chosen, key=_by_number)))
-    images = Images(folder, names, tuple(files), len(found.difference(names)), other)
-    if not len(images.present):
-        raise ValueError(
-            f"{folder}: holds no image <clip>/<n>.jpg of any clip of {store.path}, "
-            f"such as {names[0] if names else 'none'}/1.jpg"
-        )
-    return images
+    if not any(files):
+        example = f"{names[0] if names else 'none'}/1.jpg"
+        raise ValueError(f"{folder}: holds no image <clip>/<n>.jpg of any clip of {store.path}, such as {example}")
+    return Images(folder, names, tuple(files), len(found.difference(names)), other)
 
 
 def _by_number(file: str) -> tuple[bool, int, str]:
     stem = file.rsplit(".", 1)[0]
     numbered = stem.isascii() and stem.isdigit()
     return not numbered, int(stem) if numbered else 0, file
+
+
+# -- one picture ----------------------------------------------------------------------------------------------------
 
 
 def read_image(path: Path, clip: str) -> tuple[Image.Image, str]:
@@ -125,7 +145,186 @@ def read_image(path: Path, clip: str) -> tuple[Image.Image, str]:
 
 def count_converted(modes: Counter) -> str:
     """Say how many pictures were not RGB; empty if all were."""
-    other = {mode: number for mode, number in sorted(modes.items()) if mode != "RGB"}
-    return (
-        f"converted to RGB: {', '.join(f'{number} of mode {mode}' for mode, number in other.items())}" if other else ""
-    )
+    other = [f"{number} of mode {mode}" for mode, number in sorted(modes.items()) if mode != "RGB"]
+    return f"converted to RGB: {', '.join(other)}" if other else ""
+
+
+def fit_picture(image: Image.Image, resize: int) -> Image.Image:
+    """Resize the shorter side of an image to ``resize`` pixels, the longer in proportion.
+
+    Of a picture longer than two squares the middle two are taken, so that one of one pixel by ten thousand takes no
+    more memory than another.
+    """
+    shorter = min(image.size)
+    size = [min(LONGEST * resize, round(side * resize / shorter)) for side in image.size]
+    kept = [min(side, LONGEST * shorter) for side in image.size]
+    left, top = ((side - part) / 2 for side, part in zip(image.size, kept))
+    return image.resize(size, Image.Resampling.BILINEAR, (left, top, left + kept[0], top + kept[1]))
+
+
+def crop_picture(image: Image.Image, size: int, place: np.ndarray, flip: bool) -> np.ndarray:
+    """Cut a crop (S, S, 3) uint8 of ``size`` pixels a side; between pixels it is interpolated.
+
+    place: (2,) in [0, 1], along width and height, from the left or top (0) to the right or bottom (1).  flip: mirrored.
+    """
+    left, top = ((side - size) * part for side, part in zip(image.size, place))
+    box = (left, top, left + size, top + size)
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box))
+    return pixels[:, ::-1] if flip else pixels
+
+
+# -- decoded once ---------------------------------------------------------------------------------------------------
+
+
+def decode(
+    images: Images,
+    folder: str | Path,
+    clips: np.ndarray,
+    *,
+    resize: int,
+    most: int | None = None,
+    workers: int | None = None,
+    progress: bool = False,
+) -> Images:
+    """Return the images with those of clips (n,) decoded: read from ``folder`` without compression, the same pixels.
+
+    What is in the folder is used again if it is of the same files, sizes and ``resize``, else replaced.  A picture
+    takes 3 bytes for each of ``resize`` x ``resize`` x its aspect: at 256 pixels and 16:9 that is 350 kB, 21 GB for one
+    of each of the challenge's 60,566 train clips.  So this is for pictures that are read in many epochs.  most: bytes
+    that they may take, half of what the disk has free unless given; where they might take more, the images are returned
+    as they are.  workers: as in ``image_batches``.
+    """
+    folder, clips = Path(os.path.abspath(folder)), np.unique(clips)
+    said = [resize, LONGEST, PIL.__version__, images.clips, clips.tolist(), images.digest(clips)]
+    key = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    files = {int(clip): [f"{number}.ppm" for number in range(len(images.files[clip]))] for clip in clips}
+    if _key(folder) != key:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        most = shutil.disk_usage(folder.parent).free // 2 if most is None else most
+        if 3 * resize * LONGEST * resize * sum(map(len, files.values())) > most:
+            return images
+        with partial_folder(folder, DECODED, overwrite=True) as partial:
+            groups = np.array_split(clips, -(-len(clips) // _AT_ONCE))
+            cores = os.cpu_count() or 1
+            workers = _workers(resize, groups, cores) if workers is None else workers
+            saved = _loaded(functools.partial(_save_fitted, images, resize, partial), groups, workers)
+            for _ in tqdm(saved, "decode", len(groups), unit="block", disable=not progress, mininterval=1):
+                pass
+            (partial / DECODED).write_text(json.dumps({"key": key}) + "\n")
+    whole = [tuple(str(folder / images.clips[clip] / name) for name in names) for clip, names in files.items()]
+    decoded = dict(zip(files, whole))
+    return replace(images, files=tuple(decoded.get(clip, own) for clip, own in enumerate(images.files)))
+
+
+def _key(folder: Path) -> str:
+    try:
+        return json.loads((folder / DECODED).read_text())["key"]
+    except FileNotFoundError:
+        return ""
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / DECODED}: not the description of decoded pictures ({error!r})") from None
+
+
+def _save_fitted(images: Images, resize: int, folder: Path, clips: list[int]) -> None:
+    for clip in clips:
+        (folder / images.clips[clip]).mkdir()
+        for number in range(len(images.files[clip])):
+            image, _ = read_image(images.path(clip, number), images.clips[clip])
+            fit_picture(image, resize).save(folder / images.clips[clip] / f"{number}.ppm")
+
+
+# -- batches --------------------------------------------------------------------------------------------------------
+
+
+class ImageBatch(NamedTuple):
+    """Pictures of B clips: ``clips`` (B,) positions in the store, ``number`` (B,) which of the clip's images,
+    ``pixels`` (B, 3, S, S) uint8, channels last in memory, ``modes`` (B,) of the files, such as ``RGB`` or ``L``.
+    """
+
+    clips: np.ndarray
+    number: np.ndarray
+    pixels: Tensor
+    modes: list[str]
+
+
+def image_batches(
+    images: Images,
+    groups: list[np.ndarray],
+    *,
+    size: int,
+    resize: int,
+    seed: int,
+    epoch: int = EVALUATION,
+    workers: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Iterator[ImageBatch]:
+    """Yield one drawn picture of each clip, for groups of clips that have images, in the order given.
+
+    The shorter side becomes ``resize`` pixels, and of that a crop of ``size`` is taken.  epoch: from 0 in training
+    (crop anywhere, flipped in one half of the cases); EVALUATION draws the picture of test (centre crop).  workers:
+    loading processes; None takes as many as there are cores where pictures are large enough for that to pay.  device:
+    where the pixels come to lie; they travel as bytes.
+    """
+    for clip in (clip for group in groups for clip in group):
+        if not images.files[clip]:
+            raise ValueError(f"{images.folder}: clip {images.clips[clip]} has no image")
+    if workers is None:  # processes of a launched run share the machine's cores
+        workers = _workers(size, groups, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    draw = functools.partial(_draw, images, size, resize, seed, epoch)
+    for batch in _loaded(draw, groups, workers, pin=torch.device(device).type == "cuda"):
+        yield batch._replace(pixels=batch.pixels.to(device, non_blocking=True).permute(0, 3, 1, 2))
+
+
+def _draw(images: Images, size: int, resize: int, seed: int, epoch: int, clips: list[int]) -> ImageBatch:
+    """Draw one crop a clip by seed, epoch and clip; the pixels are (B, S, S, 3)."""
+    numbers, modes, pixels = [], [], np.empty((len(clips), size, size, 3), np.uint8)
+    for row, clip in enumerate(clips):
+        rng = np.random.default_rng([seed, 5, epoch + 1, clip])
+        number = int(rng.integers(len(images.files[clip])))
+        image, mode = read_image(images.path(clip, number), images.clips[clip])
+        place, flip = (np.full(2, 0.5), False) if epoch == EVALUATION else (rng.random(2), rng.random() < 0.5)
+        pixels[row] = crop_picture(fit_picture(image, resize), size, place, flip)
+        numbers.append(number)
+        modes.append(mode)
+    return ImageBatch(np.array(clips), np.array(numbers), torch.from_numpy(pixels), modes)
+
+
+def _workers(side: int, groups: list[np.ndarray], cores: int) -> int:
+    return min(32, max(1, cores)) if side >= _WORTH_A_WORKER and len(groups) > 4 else 0
+
+
+class _Job(Dataset):
+    """What ``work`` makes of a group of clips, or its error, which a DataLoader would wrap into pages of traceback."""
+
+    def __init__(self, work: Callable[[list[int]], Any]):
+        self.work = work
+
+    def __getitem__(self, group: np.ndarray) -> Any:
+        try:
+            return self.work([int(clip) for clip in group])
+        except (ValueError, OSError, MemoryError) as error:
+            return error
+
+
+def _loaded(work: Callable, groups: list[np.ndarray], workers: int, pin: bool = False) -> Iterator:
+    """Yield what ``work`` makes of each group of clips, computed by ``workers`` processes, and raise where it fails."""
+    own = torch.Generator()  # or the loader would take a number from the global one
+    options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin, "generator": own, "collate_fn": _as_it_is}
+    loader = iter(DataLoader(_Job(work), batch_size=None, sampler=groups, **options))
+    while True:
+        try:
+            found = next(loader)
+        except StopIteration:
+            return
+        except RuntimeError as error:  # a process that the system killed
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise MemoryError(f"in a process that loads pictures ({reason}); lower batch, or allow more") from None
+        if isinstance(found, Exception):
+            raise found
+        yield found
+
+
+def _as_it_is(found: Any) -> Any:
+    return found

@@ -7,7 +7,6 @@ is there only as far as shows are: identities share shows, and one identity is i
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,36 +25,25 @@ PIECES = 5
 REGIONS = ("wall", "floor", "set piece", "figure", "caption bar")
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """What was rendered: ``folder`` holds ``<clip>/<n>.jpg``, ``pictures`` files of ``clips`` clips."""
-
-    folder: Path
-    clips: int
-    pictures: int
-
-
-def render_scenes(store: ClipStore, folder: str | Path, *, size: int = 64, overwrite: bool = False) -> Pictures:
-    """Write ``folder/<clip>/<n>.jpg`` for all clips of a simulated store, one to three pictures a clip.
+def render_scenes(store: ClipStore, folder: str | Path, *, size: int = 64, overwrite: bool = False) -> int:
+    """Write ``folder/<clip>/<n>.jpg`` for all clips of a simulated store, one to three a clip, and count the pictures.
 
     size: side of the square pictures in pixels, at least 16.  The world's seed draws them, from generators of their
     own; the same store and size give the same pictures.
     """
     if size < 16:
         raise ValueError(f"size must be at least 16 pixels, got {size}")
-    studio = Studio(store)
-    names = store.clips["clip"].to_numpy()
+    studio, names = Studio(store), store.clips["clip"].to_numpy()
     about = {"simulated": True, "world": _world(store), "size": size, "pictures": len(studio.clip)}
     with partial_folder(Path(folder), ABOUT, overwrite) as partial:
         for name in names:
             (partial / name).mkdir()
         for first in range(0, len(studio.clip), BLOCK):
-            picture, _ = studio.draw(first, size)
-            for at, pixels in enumerate(picture, first):
+            for at, pixels in enumerate(studio.draw(first, size)[0], first):
                 path = partial / names[studio.clip[at]] / f"{studio.frame[at]}.jpg"
                 Image.fromarray(pixels).save(path, quality=88)
         (partial / ABOUT).write_text(json.dumps(about) + "\n")
-    return Pictures(Path(folder), len(store), len(studio.clip))
+    return len(studio.clip)
 
 
 def picture_size(images: Images, store: ClipStore) -> int:
@@ -64,15 +52,12 @@ def picture_size(images: Images, store: ClipStore) -> int:
     if not path.exists():
         return 0
     try:
-        about = json.loads(path.read_text())
-        size, world = about["size"], about["world"]
+        size, world = (json.loads(path.read_text())[name] for name in ("size", "world"))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the description of rendered pictures ({error!r})") from None
     if world != _world(store):
-        raise ValueError(
-            f"{images.folder}: pictures of the simulated world of seed {world.get('seed')}, "
-            f"not of the clips of {store.path}"
-        )
+        other = f"the simulated world of seed {world.get('seed')}"
+        raise ValueError(f"{images.folder}: pictures of {other}, not of the clips of {store.path}")
     return size
 
 
@@ -87,17 +72,13 @@ def _world(store: ClipStore) -> dict:
 class Studio:
     """The shows of a simulated world as they look; ``draw`` films them.
 
-    clip, frame: (F,) position in the store and number, from 1, of every picture, in the order of the clips.  first:
-    (N,) the first picture of each clip.  look: by name of a property, its values at each place (show and set); place:
-    (N,) that of each clip.
+    clip, frame: (F,) position in the store and number, from 1, of every picture.  first, place: (N,) of each clip its
+    first picture and where it was filmed.  look: by name of a property, its values at each place (show and set).
     """
 
     def __init__(self, store: ClipStore):
-        for column in ("show", "set"):
-            if column not in store.clips:
-                raise ValueError(
-                    f"{store.path}: no column {column!r}, so it is not simulated and nothing can be rendered"
-                )
+        if missing := [column for column in ("show", "set") if column not in store.clips]:
+            raise ValueError(f"{store.path}: no column {missing[0]!r}: not simulated, so nothing can be rendered")
         self.seed = _world(store)["seed"]
         count = np.random.default_rng([self.seed, 4, 3]).integers(1, MOST_FRAMES + 1, len(store))
         self.clip = np.repeat(np.arange(len(store)), count)
@@ -105,14 +86,9 @@ class Studio:
         self.first = np.cumsum(count) - count
         show, stage = (store.clips[name].to_numpy(np.int64) for name in ("show", "set"))
         places, self.place = np.unique(np.stack([show, stage], 1), axis=0, return_inverse=True)
-        shows, of_place = np.unique(places[:, 0], return_inverse=True)
-        channels = [self._channel(number) for number in range(CHANNELS)]
-        looks = [self._show(number, channels) for number in shows]
-        self.look = {name: np.array([look[name] for look in looks], np.float32)[of_place] for name in looks[0]}
-        sets = [self._set(*place) for place in places]
-        self.look |= {name: np.array([one[name] for one in sets], np.float32) for name in sets[0]}
+        self.look = _stacked([self._show(show) | self._set(show, stage) for show, stage in places])
 
-    def _channel(self, number: int) -> dict[str, np.ndarray]:
+    def _channel(self, number: np.integer) -> dict:
         rng = np.random.default_rng([self.seed, 4, 0, number])
         return {
             "channel": number,
@@ -122,14 +98,14 @@ class Studio:
             "logo_colour": _hsv(rng.random(), 0.9, 0.95),
         }
 
-    def _show(self, number: int, channels: list[dict]) -> dict[str, np.ndarray]:
+    def _show(self, number: int) -> dict:
         """Draw a show's palette, pattern of the wall, pieces, light and channel."""
         rng = np.random.default_rng([self.seed, 4, 1, number])
         family = rng.integers(FAMILIES)
         hue = family / FAMILIES + 0.02 * rng.standard_normal()
         near = hue + 0.06 * rng.standard_normal(PIECES) + rng.choice([0, 0.5, 0.33], PIECES, p=[0.5, 0.3, 0.2])
         angle = rng.choice(4) * np.pi / 4 + 0.1 * rng.standard_normal()
-        return channels[rng.integers(CHANNELS)] | {
+        return self._channel(rng.integers(CHANNELS)) | {
             "family": family,
             "wall": _hsv(hue, rng.uniform(0.3, 0.7), rng.uniform(0.45, 0.8)),
             "wall_low": _hsv(hue + 0.05, rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.6)),
@@ -144,74 +120,63 @@ class Studio:
             "light": rng.uniform(0.2, 0.7),
         }
 
-    def _set(self, show: int, stage: int) -> dict[str, np.ndarray]:
+    def _set(self, show: int, stage: int) -> dict:
         """Draw where a set of a show has its pieces and its light; a piece may stand aside."""
         rng = np.random.default_rng([self.seed, 4, 2, show, stage])
         there = rng.random(PIECES) < 0.8
         there[rng.integers(PIECES)] = True
-        return {
-            "piece": rng.uniform([0.05, 0.1], [0.95, 0.8], (PIECES, 2)),
-            "there": there,
-            "lamp": rng.uniform(0.1, 0.9, 2),
-        }
+        piece, lamp = rng.uniform([0.05, 0.1], [0.95, 0.8], (PIECES, 2)), rng.uniform(0.1, 0.9, 2)
+        return {"piece": piece, "there": there, "lamp": lamp}
 
     def draw(self, first: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Draw the pictures ``first`` (a multiple of BLOCK) and after: (n, S, S, 3) uint8, and what each pixel
-        belongs to, (n, S, S), a position in REGIONS.
-        """
+        """Draw the block of pictures from ``first`` on, (n, S, S, 3) uint8, and each pixel's position in REGIONS."""
         rng = np.random.default_rng([self.seed, 4, 4, first, size])
         rows = np.arange(first, min(first + BLOCK, len(self.clip)))
-        n = len(rows)
-        look = {name: value[self.place[self.clip[rows]]] for name, value in self.look.items()}
-        take = self._takes(self.clip[rows])
-        axis = (np.arange(size, dtype=np.float32) + 0.5) / size
-        v, u = np.meshgrid(axis, axis, indexing="ij")  # of the picture
-        zoom = take["zoom"] * (1 + 0.03 * rng.standard_normal(n, np.float32))
-        centre = take["centre"] + np.float32(0.03) * rng.standard_normal((n, 2), np.float32)
-        x, y = ((part - 0.5) * _each(zoom) + _each(centre[:, i]) for i, part in enumerate((u, v)))  # of the stage
+        look = {name: _shaped(value[self.place[self.clip[rows]]]) for name, value in self.look.items()}
+        take = _stacked([self._take(clip) for clip in self.clip[rows]])
+        take = {name: _shaped(value) for name, value in take.items()}
 
-        region = (y > _each(look["horizon"])).astype(np.int8)
-        high = _each(np.clip(y / _each(look["horizon"]), 0, 1))
-        picture = _each(look["wall"]) + high * _each(look["wall_low"] - look["wall"])
-        phase = 2 * np.pi * (x * _each(look["wave"][:, 0]) + y * _each(look["wave"][:, 1]))
-        cross = 2 * np.pi * (y * _each(look["wave"][:, 0]) - x * _each(look["wave"][:, 1]))
-        pattern = np.sin(phase) * np.where(_each(look["crossed"]) > 0, np.sin(cross), 1)
-        picture *= _each(1 + _each(look["contrast"]) * np.sign(pattern))
-        _paint(picture, look["floor"], region > 0)
+        def shaken(scale: float, *shape: int) -> np.ndarray:
+            return np.float32(scale) * _shaped(rng.standard_normal((len(rows), *shape), np.float32))
+
+        v, u = (np.mgrid[:size, :size].astype(np.float32) + 0.5) / size  # of the picture
+        zoom, (left, top) = take["zoom"] * (1 + shaken(0.03)), take["centre"] + shaken(0.03, 2)
+        x, y = (u - 0.5) * zoom + left, (v - 0.5) * zoom + top  # of the stage
+
+        region = (y > look["horizon"]).astype(np.int8)
+        picture = look["wall"] + np.clip(y / look["horizon"], 0, 1) * (look["wall_low"] - look["wall"])  # (3, n, S, S)
+        right, down = look["wave"]
+        phase, cross = 2 * np.pi * (x * right + y * down), 2 * np.pi * (y * right - x * down)
+        pattern = np.sin(phase) * np.where(look["crossed"] > 0, np.sin(cross), 1)
+        picture *= 1 + look["contrast"] * np.sign(pattern)
+        np.copyto(picture, look["floor"], where=region > 0)
         for k in range(PIECES):
-            a, b = (_each(look["piece_size"][:, k, i]) for i in (0, 1))
-            dx, dy = (
-                np.abs(part - _each(look["piece"][:, k, i])) / half for i, (part, half) in enumerate(((x, a), (y, b)))
-            )
-            shape = _each(look["piece_shape"][:, k])  # a diamond, an ellipse, a box
-            inside = np.where(shape == 0, dx + dy, np.where(shape == 1, dx * dx + dy * dy, np.maximum(dx, dy))) < 1
-            inside &= _each(look["there"][:, k]) > 0
-            _paint(picture, look["piece_colour"][:, k], inside)
+            at, half, shape = (look[name][k] for name in ("piece", "piece_size", "piece_shape"))
+            dx, dy = np.abs(x - at[0]) / half[0], np.abs(y - at[1]) / half[1]
+            round_or_box = np.where(shape == 1, dx * dx + dy * dy, np.maximum(dx, dy))
+            inside = (np.where(shape == 0, dx + dy, round_or_box) < 1) & (look["there"][k] > 0)  # 0 is a diamond
+            np.copyto(picture, look["piece_colour"][k], where=inside)
             region[inside] = 2
-        far = (x - _each(look["lamp"][:, 0])) ** 2 + (y - _each(look["lamp"][:, 1])) ** 2
-        picture *= _each(1 - _each(look["light"]) * (1 - np.exp(-4 * far)))
+        far = (x - look["lamp"][0]) ** 2 + (y - look["lamp"][1]) ** 2
+        picture *= 1 - look["light"] * (1 - np.exp(-4 * far))
         for k in range(2):  # up to two persons in front, who look like nobody
-            at = take["figure"][:, k] + np.float32(0.02) * rng.standard_normal((n, 2), np.float32)
-            width, there = _each(take["width"][:, k]), _each(take["there"][:, k])
-            dx, dy = u - _each(at[:, 0]), v - _each(at[:, 1])
+            (across, up), width, there = take["figure"][k] + shaken(0.02, 2), take["width"][k], take["there"][k] > 0
+            dx, dy = u - across, v - up
             head = (dx / width) ** 2 + (dy / (1.3 * width)) ** 2 < 1
-            body = (dx / (2.2 * width)) ** 2 + ((v - 1.05) / (1.05 - _each(at[:, 1]) - 1.2 * width)) ** 2 < 1
-            for part, colour in ((body & there, take["cloth"][:, k]), (head & there, take["skin"][:, k])):
-                _paint(picture, colour, part)
+            body = (dx / (2.2 * width)) ** 2 + ((v - 1.05) / (1.05 - up - 1.2 * width)) ** 2 < 1
+            for part, colour in ((body & there, take["cloth"][k]), (head & there, take["skin"][k])):
+                np.copyto(picture, colour, where=part)
                 region[part] = 3
         # Exposure and colour cast are of the camera, the caption bar is added after it.
-        picture *= _each(take["cast"])
-        picture += _each(_each(take["noise"])) * rng.standard_normal(picture.shape, dtype=np.float32)
-        bar = (v > 1 - _each(look["bar"])) & _each(take["caption"])
-        text = (
-            bar & (rng.random((n, 1, size)) < 0.5) & (np.abs(v - 1 + _each(look["bar"]) / 2) < _each(look["bar"]) / 6)
-        )
-        logo = bar & (np.abs(u - _each(look["logo"])) < 0.06)
-        _paint(picture, look["bar_colour"], bar)
-        _paint(picture, np.full((n, 3), 0.95), text)
-        _paint(picture, look["logo_colour"], logo)
+        picture *= take["cast"]
+        picture += take["noise"] * np.moveaxis(rng.standard_normal((len(rows), size, size, 3), np.float32), -1, 0)
+        bar = (v > 1 - look["bar"]) & (take["caption"] > 0)
+        text = bar & (rng.random((len(rows), 1, size)) < 0.5) & (np.abs(v - 1 + look["bar"] / 2) < look["bar"] / 6)
+        logo = bar & (np.abs(u - look["logo"]) < 0.06)
+        for part, colour in ((bar, look["bar_colour"]), (text, 0.95), (logo, look["logo_colour"])):
+            np.copyto(picture, colour, where=part)
         region[bar] = 4
-        return np.clip(255 * picture + 0.5, 0, 255).astype(np.uint8), region
+        return np.clip(255 * np.moveaxis(picture, 0, -1) + 0.5, 0, 255).astype(np.uint8), region
 
     def regions(self, clips: np.ndarray, numbers: np.ndarray, size: int) -> np.ndarray:
         """Return what each pixel of picture ``numbers`` (n,), from 0, of ``clips`` (n,) belongs to, (n, S, S)."""
@@ -222,42 +187,31 @@ class Studio:
             out[mine] = self.draw(block * BLOCK, size)[1][at[mine] - block * BLOCK]
         return out
 
-    def _takes(self, clip: np.ndarray) -> dict[str, np.ndarray]:
-        """Draw what all pictures of a clip share, for each of ``clip`` (n,): the camera and the persons in front."""
-        unique, inverse = np.unique(clip, return_inverse=True)
-        takes = []
-        for number in unique:
-            rng = np.random.default_rng([self.seed, 4, 5, number])
-            takes.append(
-                {
-                    "zoom": rng.uniform(0.6, 1.0),
-                    "centre": 0.5 + rng.uniform(-0.22, 0.22, 2),
-                    "figure": np.stack([rng.uniform(0.1, 0.9, 2), rng.uniform(0.3, 0.55, 2)], 1),
-                    "width": rng.uniform(0.05, 0.11, 2),
-                    "there": [True, rng.random() < 0.5],
-                    "cloth": rng.uniform(0.05, 0.9, (2, 3)),
-                    "skin": np.outer(rng.uniform(0.4, 0.95, 2), [1, 0.8, 0.65]),
-                    "cast": rng.uniform(0.65, 1.2) * rng.uniform(0.87, 1.13, 3),
-                    "noise": rng.uniform(0.01, 0.05),
-                    "caption": rng.random() < 0.6,
-                }
-            )
-        kind = {"there": bool, "caption": bool}
+    def _take(self, clip: int) -> dict:
+        """Draw what all pictures of a clip share: the camera and the persons in front."""
+        rng = np.random.default_rng([self.seed, 4, 5, clip])
         return {
-            name: np.array([take[name] for take in takes], kind.get(name, np.float32))[inverse] for name in takes[0]
+            "zoom": rng.uniform(0.6, 1.0),
+            "centre": 0.5 + rng.uniform(-0.22, 0.22, 2),
+            "figure": np.stack([rng.uniform(0.1, 0.9, 2), rng.uniform(0.3, 0.55, 2)], 1),
+            "width": rng.uniform(0.05, 0.11, 2),
+            "there": [True, rng.random() < 0.5],
+            "cloth": rng.uniform(0.05, 0.9, (2, 3)),
+            "skin": np.outer(rng.uniform(0.4, 0.95, 2), [1, 0.8, 0.65]),
+            "cast": rng.uniform(0.65, 1.2) * rng.uniform(0.87, 1.13, 3),
+            "noise": rng.uniform(0.01, 0.05),
+            "caption": rng.random() < 0.6,
         }
 
 
-def _each(value: np.ndarray) -> np.ndarray:
-    """Give one value a picture (n,), one colour a picture (n, 3) or one value a pixel (n, S, S) its broadcast shape."""
-    if value.ndim == 3:
-        return value[..., None]
-    return value[:, None, None] if value.ndim == 1 else value[:, None, None, :]
+def _stacked(drawn: list[dict]) -> dict[str, np.ndarray]:
+    """Return what was drawn for each of several, by name (n, ...) float32."""
+    return {name: np.array([each[name] for each in drawn], np.float32) for name in drawn[0]}
 
 
-def _paint(picture: np.ndarray, colour: np.ndarray, where: np.ndarray) -> None:
-    """Cover pixels (n, S, S) of pictures (n, S, S, 3) with a colour a picture (n, 3)."""
-    np.copyto(picture, _each(colour), where=where[..., None], casting="same_kind")
+def _shaped(value: np.ndarray) -> np.ndarray:
+    """Give values of pictures (n, ...) the shape (..., n, 1, 1), which broadcasts over pixels."""
+    return np.moveaxis(value, 0, -1)[..., None, None]
 
 
 def _hsv(hue: float, saturation: float, value: float) -> np.ndarray:

@@ -8,6 +8,7 @@ no constant here was chosen by a comparison of methods (CHANGELOG, "freeze").
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,35 +21,18 @@ from tqdm.auto import tqdm
 from mmlib.data.calibration import FRAME_SURVIVAL, NORM_KNOTS, QUALITY_KNOTS, clips_per_identity
 from mmlib.data.store import ClipStore
 
-DIM = 512
-SCENE_DIM = 2048
-NUISANCE_DIM = 64
+DIM, SCENE_DIM, NUISANCE_DIM, WARP_DIM = 512, 2048, 64, 256
 KINDS = 4  # nuisance bases, mixed by person
 GATE = 3.0  # how far a person's mixture is from an even one
-WARP_DIM = 256
 CHUNK = 512  # clips drawn from one generator; part of the definition of a world
 SEGMENT = 8  # frames that share pose and light
 PROFILES = {"tiny": 60, "quick": 500, "full": 10_034}  # identities
 
 # Noise amplitude by percentile of the latent quality, relative to the median clip; calibrated on the accuracy of one
 # trained system by clip quality.
-NOISE_KNOTS = [
-    (0.0003, 900),
-    (0.005, 350),
-    (0.015, 80),
-    (0.025, 27),
-    (0.035, 14),
-    (0.05, 8),
-    (0.07, 5.5),
-    (0.1, 3.6),
-    (0.14, 2.7),
-    (0.18, 2.1),
-    (0.25, 1.6),
-    (0.5, 1.0),
-    (0.75, 0.8),
-    (0.9, 0.7),
-    (0.9999, 0.55),
-]
+_PERCENTILE = [0.0003, 0.005, 0.015, 0.025, 0.035, 0.05, 0.07, 0.1, 0.14, 0.18, 0.25, 0.5, 0.75, 0.9, 0.9999]
+_AMPLITUDE = [900, 350, 80, 27, 14, 8, 5.5, 3.6, 2.7, 2.1, 1.6, 1.0, 0.8, 0.7, 0.55]
+NOISE_KNOTS = [*zip(_PERCENTILE, _AMPLITUDE, strict=True)]
 # Modality: weight of the show, exponent of quality, log-sd of clip difficulty, columns beside the feature.
 OTHER = {
     "head": (0.3, 0.4, 0.7, ("frame", "box", "det")),
@@ -94,18 +78,15 @@ class Settings:
         for name in ("contaminated", "mostly_wrong", "reliability", "lookalikes", "no_face"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        lowest = {"wrong_quality": -np.inf, "identities_per_show": np.nextafter(0, 1)}
         for name, value in asdict(self).items():
-            if (
-                not np.isfinite(value)
-                or (value < 0 and name != "wrong_quality")
-                or (value == 0 and name == "identities_per_show")
-            ):
+            if not (np.isfinite(value) and value >= lowest.get(name, 0)):
                 raise ValueError(f"{name} must be positive and finite, got {value}")
         if self.lookalike_weight > 0.7:  # a group's weight varies by 1.4 and cannot pass 1
             raise ValueError(f"lookalike_weight must be at most 0.7, got {self.lookalike_weight}")
 
 
-def settings_for(profile: str, **overrides: float) -> Settings:
+def settings_for(profile: str, **overrides) -> Settings:
     """Return the settings of a profile (``tiny``, ``quick`` or ``full``) with some of them overridden."""
     if profile not in PROFILES:
         raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
@@ -127,16 +108,10 @@ def simulate(
     provenance = {"source": "simulator", "seed": seed, "settings": asdict(settings)}
     with ClipStore.create(path, simulated=True, provenance=provenance, overwrite=overwrite) as writer:
         chunks = range(0, len(world.clips), CHUNK)
+        shown = {"desc": "simulate", "unit": "chunk", "disable": not progress, "mininterval": 1}
         # Threads, because the generators and the matrix products release the interpreter lock.
         with ThreadPoolExecutor(2) as pool:
-            for drawn in tqdm(
-                pool.map(world.chunk, chunks),
-                total=len(chunks),
-                desc="simulate",
-                unit="chunk",
-                disable=not progress,
-                mininterval=1,
-            ):
+            for drawn in tqdm(pool.map(world.chunk, chunks), total=len(chunks), **shown):
                 for modality, columns in drawn.items():
                     writer.append(modality, **columns)
         writer.finish(world.clips, [str(i + 1) for i in range(settings.identities)], world.spans)
@@ -151,10 +126,10 @@ class World:
     """
 
     def __init__(self, settings: Settings, seed: int):
-        self.settings = settings
-        self.seed = seed
+        self.settings, self.seed = settings, seed
         rng = np.random.default_rng([seed, 0])
-        self._draw_clips(rng)
+        self.clips, self.person = draw_clips(settings.identities, rng)
+        self.listed, self.persons = settings.identities, int(self.person.max()) + 1
         self._draw_persons(rng)
         self._draw_tracks(rng)
         self._draw_other(rng)
@@ -162,37 +137,6 @@ class World:
         one = np.ones(len(self.clips), np.int64)
         counts = {"face": self.frames, "head": segments, "body": segments, "audio": one, "scene": one}
         self.spans = {name: (np.cumsum(count) - count, count) for name, count in counts.items()}  # start, count
-
-    # -- the cast ---------------------------------------------------------------------------------------------
-
-    def _draw_clips(self, rng: np.random.Generator) -> None:
-        counts = clips_per_identity(self.settings.identities, rng)
-        train, val = counts.T
-        listed = len(counts)
-        wanted = round(30_541 / 45_472 * val.sum())
-        outsider = np.minimum(rng.geometric(0.5, size=wanted), 60)
-        outsider = outsider[: np.searchsorted(np.cumsum(outsider), wanted) + 1]
-        outsider[-1] -= outsider.sum() - wanted
-        self.persons = listed + len(outsider)
-        self.listed = listed
-        split = np.repeat(["train", "val", "val"], [train.sum(), val.sum(), wanted])
-        person = np.concatenate(
-            [
-                np.repeat(np.arange(listed), train),
-                np.repeat(np.arange(listed), val),
-                np.repeat(np.arange(listed, self.persons), outsider),
-            ]
-        )
-        # Names are given in random order, so that a name tells nothing.
-        parts = []
-        for name in ("train", "val"):
-            members = rng.permutation(np.flatnonzero(split == name))
-            names = [f"IQIYI_VID_{name.upper()}_{i + 1:07d}" for i in range(len(members))]
-            parts.append(pd.DataFrame({"clip": names, "split": name, "person": person[members]}))
-        table = pd.concat(parts, ignore_index=True)
-        self.person = table.pop("person").to_numpy()
-        table["identity"] = np.where(self.person < listed, self.person, -1).astype(np.int32)
-        self.clips = table
 
     def _draw_persons(self, rng: np.random.Generator) -> None:
         """Draw identity vectors `mu` (P, D) and the nuisance basis (64, D), in the eigenbasis of identities."""
@@ -205,24 +149,17 @@ class World:
         weight = np.where(member, s.lookalike_weight * rng.uniform(0.6, 1.4, self.persons), 0)[:, None]
         cluster = rng.choice(20, self.persons, p=rng.dirichlet(np.full(20, 3.0)))
         gender = rng.choice([-1.0, 1.0], self.persons)[:, None]
-        own, look, shared = (self._unit_draws(rng, n) for n in (self.persons, groups, 21))
-        mu = (
-            np.sqrt(0.03) * gender * shared[20]
-            + np.sqrt(0.04) * shared[cluster]
-            + np.sqrt(weight) * look[group]
-            + np.sqrt((1 - weight) * 0.93) * own
-        )
+        own, look, shared = (unit_draws(n, self.sd, rng) for n in (self.persons, groups, 21))
+        mu = np.sqrt(0.03) * gender * shared[20] + np.sqrt(0.04) * shared[cluster]
+        mu = mu + np.sqrt(weight) * look[group] + np.sqrt((1 - weight) * 0.93) * own
         self.mu = unit(mu - mu[: self.listed].mean(0)).astype(np.float32)
         variance = 1 / (1 + np.arange(NUISANCE_DIM) / 8)
         basis = np.zeros((KINDS, NUISANCE_DIM, DIM), np.float32)
         for kind in basis:  # half of the nuisance lives where identities live, half where they do not
-            axes = np.concatenate(
-                [
-                    rng.choice(120, NUISANCE_DIM // 2, replace=False),
-                    200 + rng.choice(DIM - 200, NUISANCE_DIM // 2, replace=False),
-                ]
-            )
-            kind[:, axes] = np.linalg.qr(rng.standard_normal((NUISANCE_DIM, NUISANCE_DIM)))[0]
+            within = rng.choice(120, NUISANCE_DIM // 2, replace=False)
+            beyond = 200 + rng.choice(DIM - 200, NUISANCE_DIM // 2, replace=False)
+            turned, _ = np.linalg.qr(rng.standard_normal((NUISANCE_DIM, NUISANCE_DIM)))
+            kind[:, np.concatenate([within, beyond])] = turned
         basis *= np.sqrt(variance / variance.sum())[:, None].astype(np.float32)
         self.basis = basis.reshape(KINDS * NUISANCE_DIM, DIM)
         # How a face changes with pose and light depends on whose it is: each person mixes the kinds in their own way.
@@ -233,10 +170,7 @@ class World:
         inner = rng.standard_normal((DIM, WARP_DIM))
         self.inner = np.hstack([rotation, inner]).astype(np.float32)
         self.outer = (s.warp * rng.standard_normal((WARP_DIM, DIM)) / np.sqrt(WARP_DIM * DIM / 3)).astype(np.float32)
-        self.unrecognisable = self._unit_draws(rng, 1)[0]
-
-    def _unit_draws(self, rng: np.random.Generator, n: int) -> np.ndarray:
-        return unit(rng.standard_normal((n, DIM), dtype=np.float32) * self.sd)
+        self.unrecognisable = unit_draws(1, self.sd, rng)[0]
 
     def _draw_tracks(self, rng: np.random.Generator) -> None:
         """Give every clip a show, a latent quality, a number of frames and, if contaminated, another person."""
@@ -252,7 +186,6 @@ class World:
         self.role = rng.standard_normal((self.persons, 4, NUISANCE_DIM), dtype=np.float32)
         sets = rng.integers(4, size=(self.persons, 4))[self.person, slot]
         stage = np.where(rng.random(n) < 0.5, sets, rng.integers(4, size=n))
-        self.slot = slot
         self.latent = rng.standard_normal(n)
         frames = draw_frames(rng.random(n))
         frames[rng.random(n) < s.no_face] = 0
@@ -267,43 +200,35 @@ class World:
         anyone = (self.person + 1 + rng.integers(self.persons - 1, size=n)) % self.persons
         self.other = np.where(other == self.person, anyone, other)
         self.other_latent = s.wrong_quality + rng.standard_normal(n)
-        self.frames = frames
+        self.frames, self.slot = frames, slot
         self.clips["show"] = show.astype(np.int32)
         self.clips["set"] = stage.astype(np.int32)
         self.clips["latent_quality"] = self.latent
 
     def _draw_other(self, rng: np.random.Generator) -> None:
         """Draw what head, audio, body and scene are made of: a vector a person and a vector a show."""
-        spectrum = np.sqrt((1 + np.arange(DIM) / 40) ** -1.5)
-        spectrum /= np.sqrt((spectrum**2).sum())
+        spectrum, scene = np.sqrt((1 + np.arange(DIM) / 40) ** -1.5), (1 + np.arange(SCENE_DIM) / 60) ** -0.75
+        self.other_sd, self.scene_sd = ((sd / np.sqrt((sd**2).sum())).astype(np.float32) for sd in (spectrum, scene))
         shows = int(self.person_shows.max()) + 1
-        draw = lambda n, sd: unit(rng.standard_normal((n, len(sd)), dtype=np.float32) * sd.astype(np.float32))  # noqa: E731
-        self.other_sd = spectrum.astype(np.float32)
         self.other_rotation = np.linalg.qr(rng.standard_normal((DIM, DIM)))[0].astype(np.float32)
-        self.other_mu = {name: (draw(self.persons, spectrum), draw(shows, spectrum)) for name in OTHER}
-        scene = (1 + np.arange(SCENE_DIM) / 60) ** -0.75
-        self.scene_sd = (scene / np.sqrt((scene**2).sum())).astype(np.float32)
-        self.scene_mu = draw(shows, scene), draw(shows * 4, scene)
+        self.other_mu = {name: [unit_draws(n, self.other_sd, rng) for n in (self.persons, shows)] for name in OTHER}
+        scene = scene.astype(np.float32)
+        self.scene_mu = [unit_draws(n, scene, rng) for n in (shows, shows * 4)]
         self.scene_shuffle = rng.permutation(SCENE_DIM)  # spreads the spectrum over the coordinates
-
-    # -- frames -----------------------------------------------------------------------------------------------
 
     def chunk(self, first: int) -> dict[str, dict[str, np.ndarray]]:
         """Draw all modalities of the clips ``first .. first + CHUNK``; independent of every other chunk."""
         rng = np.random.default_rng([self.seed, 1, first])
         clips = np.arange(first, min(first + CHUNK, len(self.clips)))
-        face = self._faces(clips, rng)
-        return (
-            {"face": face}
-            | {name: self._other(name, clips, rng) for name in OTHER}
-            | {"scene": self._scenes(clips, rng)}
-        )
+        drawn = {"face": self._faces(clips, rng)}
+        drawn |= {name: self._other(name, clips, rng) for name in OTHER}
+        return drawn | {"scene": self._scenes(clips, rng)}
 
     def _faces(self, clips: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         s, count = self.settings, self.frames[clips]
         clip = np.repeat(np.arange(len(clips)), count)  # (F,) position of the frame's clip in the chunk
         order = np.arange(len(clip)) - np.repeat(np.cumsum(count) - count, count)
-        segment = np.cumsum((order % SEGMENT == 0)) - 1
+        segment = np.cumsum(order % SEGMENT == 0) - 1
         segments = segment[-1] + 1 if len(segment) else 0
         # Another person takes whole segments of a long clip, single frames of a short one.
         chance = rng.random(len(clip))
@@ -313,12 +238,8 @@ class World:
         # Tracks: row t * len(clips) + clip, t = 0 the labelled person, t = 1 the other one.
         track = wrong * len(clips) + clip
         g = np.concatenate([self.latent[clips], self.other_latent[clips]])
-        base = np.concatenate(
-            [
-                self._clip_vector(self.person[clips], self.slot[clips], self.latent[clips], rng),
-                self._clip_vector(self.other[clips], 0, self.other_latent[clips], rng),
-            ]
-        )
+        labelled = self._clip_vector(self.person[clips], self.slot[clips], self.latent[clips], rng)
+        base = np.concatenate([labelled, self._clip_vector(self.other[clips], 0, self.other_latent[clips], rng)])
         shared, own = rng.standard_normal(segments), rng.standard_normal(len(clip))
         g_frame = np.sqrt(0.4) * g[track] + np.sqrt(0.4) * shared[segment] + np.sqrt(0.2) * own
         h = noise_amplitude(g_frame)[:, None]
@@ -339,7 +260,8 @@ class World:
         feature = self.observe(latent)
 
         r, e = s.reliability, np.sqrt(1 - s.reliability**2)
-        deviation = (g_frame - g[track]) / np.sqrt(np.mean((g_frame - g[track]) ** 2) + 1e-12)
+        deviation = g_frame - g[track]
+        deviation /= np.sqrt((deviation**2).sum() / max(1, len(clip)) + 1e-12)
         level = quantile(NORM_KNOTS, 0.95 * g + 0.31 * rng.standard_normal(len(g)))[track]
         length = np.maximum(1.5, level + 1.4 * (0.8 * deviation + 0.6 * rng.standard_normal(len(clip))))
         feature *= length[:, None].astype(np.float32)
@@ -389,7 +311,8 @@ class World:
         base = base + amplitude * rng.standard_normal((len(clips), DIM), dtype=np.float32) * self.other_sd
         # Frames of one clip differ little: nearly all of the noise belongs to the clip.
         feature = base[clip] + 0.3 * amplitude[clip] * rng.standard_normal((len(clip), DIM)) * self.other_sd
-        out = {"feature": (20 * unit(feature.astype(np.float32)) @ self.other_rotation).astype(np.float16)}
+        feature = 20 * unit(feature.astype(np.float32)) @ self.other_rotation
+        out: dict[str, np.ndarray] = {"feature": feature.astype(np.float16)}
         order = np.arange(len(clip)) - np.repeat(np.cumsum(count) - count, count)
         if "det" in columns:
             out["det"] = 1 - np.clip(0.02 * rng.exponential(size=len(clip)), 0, 0.5)
@@ -401,13 +324,33 @@ class World:
     def _scenes(self, clips: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         show, stage = (self.clips[name].to_numpy()[clips] for name in ("show", "set"))
         feature = self.scene_mu[0][show] + 0.7 * self.scene_mu[1][show * 4 + stage]
-        feature += (
-            self.settings.scene_noise * rng.standard_normal((len(clips), SCENE_DIM), dtype=np.float32) * self.scene_sd
-        )
-        return {
-            "feature": (20 * unit(feature)[:, self.scene_shuffle]).astype(np.float16),
-            "frame": np.zeros(len(clips), np.int32),
-        }
+        noise = rng.standard_normal((len(clips), SCENE_DIM), dtype=np.float32)
+        feature += self.settings.scene_noise * noise * self.scene_sd
+        feature = 20 * unit(feature)[:, self.scene_shuffle]
+        return {"feature": feature.astype(np.float16), "frame": np.zeros(len(clips), np.int32)}
+
+
+def draw_clips(identities: int, rng: np.random.Generator) -> tuple[pd.DataFrame, np.ndarray]:
+    """Draw the clips of ``identities`` and of strangers: clip, split, identity, and beside them their persons (N,).
+
+    Persons below ``identities`` are the listed ones.  Names are given in random order, so that a name tells nothing.
+    """
+    train, val = clips_per_identity(identities, rng).T
+    wanted = round(30_541 / 45_472 * val.sum())
+    stranger = np.minimum(rng.geometric(0.5, size=wanted), 60)
+    stranger = stranger[: np.searchsorted(np.cumsum(stranger), wanted) + 1]
+    stranger[-1] -= stranger.sum() - wanted
+    listed, strangers = np.arange(identities), identities + np.arange(len(stranger))
+    split = np.repeat(["train", "val", "val"], [train.sum(), val.sum(), wanted])
+    person = np.repeat(np.concatenate([listed, listed, strangers]), np.concatenate([train, val, stranger]))
+    parts = []
+    for name in ("train", "val"):
+        members = rng.permutation(np.flatnonzero(split == name))
+        names = [f"IQIYI_VID_{name.upper()}_{i + 1:07d}" for i in range(len(members))]
+        parts.append(pd.DataFrame({"clip": names, "split": name, "person": person[members]}))
+    clips = pd.concat(parts, ignore_index=True)
+    person = clips.pop("person").to_numpy()
+    return clips.assign(identity=np.where(person < identities, person, -1).astype(np.int32)), person
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -415,7 +358,12 @@ def unit(x: np.ndarray) -> np.ndarray:
     return x / np.sqrt(np.einsum("nd,nd->n", x, x))[:, None]
 
 
-def quantile(knots: list[tuple[float, float]], z: np.ndarray) -> np.ndarray:
+def unit_draws(n: int, sd: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw (n, D) directions, normal with standard deviations (D,) float32."""
+    return unit(rng.standard_normal((n, len(sd)), dtype=np.float32) * sd)
+
+
+def quantile(knots: Sequence[tuple[float, float]], z: np.ndarray) -> np.ndarray:
     """Map standard normal values to the distribution whose quantile function passes through the knots.
 
     Interpolated linearly between normal scores, constant beyond the first and the last knot.

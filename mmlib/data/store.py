@@ -8,19 +8,21 @@ name, with `<modality>_start` and `<modality>_count`), `identities.parquet` (the
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmlib.data.writer import SCHEMA_VERSION, SPLITS, StoreWriter, check_clips, map_array
+from mmlib.data.content import fingerprint, read_table
+from mmlib.data.writer import SCHEMA_VERSION, SPLITS, StoreWriter, check_clips, map_array, write_store
 
 _PIECE = 2**20  # numbers converted at a time
 _SHARE = 0.5  # of the free memory of a GPU that the features of one modality may take
@@ -81,12 +83,8 @@ class Resident:
         if out is None:
             out = torch.empty(*rows.shape, dim, device=rows.device)
         if not len(self.feature):  # then all is padding
-            return Batch(
-                out.zero_(),
-                mask,
-                *(None if c is None else out.new_zeros(rows.shape) for c in (self.quality, self.det)),
-                rows,
-            )
+            quality, det = (None if c is None else out.new_zeros(rows.shape) for c in (self.quality, self.det))
+            return Batch(out.zero_(), mask, quality, det, rows)
         target, place = out.view(-1, dim), flat.to(self.feature.device)
         # On a CPU little by little, so that the float16 numbers are still in its cache when they are converted.
         step = max(1, _PIECE // self.feature.shape[1]) if self.feature.device.type == "cpu" else max(1, len(flat))
@@ -96,8 +94,9 @@ class Resident:
                 piece = piece.pin_memory().to(rows.device, non_blocking=True)
             target[i : i + step, : gap.start] = piece[:, : gap.start]
             target[i : i + step, gap.start :] = piece[:, gap.stop :]
-        scores = (None if c is None else c.index_select(0, flat).view(rows.shape) for c in (self.quality, self.det))
-        return Batch(out, mask, *scores, rows=rows)
+        scores = (self.quality, self.det)
+        quality, det = (None if c is None else c.index_select(0, flat).view(rows.shape) for c in scores)
+        return Batch(out, mask, quality, det, rows)
 
 
 @dataclass(frozen=True)
@@ -116,38 +115,31 @@ class ClipStore:
     _resident: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: str | Path) -> "ClipStore":
+    def open(cls, path: str | Path) -> ClipStore:
         """Open and validate the store at `path`, mapping its features without reading them."""
         path = Path(path)
         meta = _read_meta(path / "store.json")
         clips = _read_table(path / "clips.parquet")
         identities = _read_table(path / "identities.parquet")["identity"].to_numpy(object)
+        described = meta["modalities"]
+        check_clips(path, clips, identities, {name: kinds["frames"] for name, kinds in described.items()})
         modalities = {}
-        for name, described in meta["modalities"].items():
-            arrays = {
-                column: _map_column(path / name / f"{column}.npy", column, described)
-                for column in ("feature", *described["columns"])
-            }
-            spans = [
-                clips.pop(f"{name}_{part}").to_numpy(np.int64)
-                for part in ("start", "count")
-                if f"{name}_{part}" in clips
-            ]
-            if len(spans) != 2:
-                raise ValueError(f"{path / 'clips.parquet'}: no columns {name}_start and {name}_count")
+        for name, kinds in described.items():
+            columns = ("feature", *kinds["columns"])
+            arrays = {column: _map_column(path / name / f"{column}.npy", column, kinds) for column in columns}
+            spans = (clips.pop(f"{name}_{part}").to_numpy(np.int64) for part in ("start", "count"))
             modalities[name] = Modality(name, arrays.pop("feature"), arrays, *spans)
-        check_clips(
-            path / "clips.parquet",
-            clips,
-            identities,
-            {m.name: (m.start, m.count, len(m.feature)) for m in modalities.values()},
-        )
         return cls(path, meta, clips, identities, modalities)
 
     @staticmethod
-    def create(path: str | Path, *, simulated: bool, provenance: dict, overwrite: bool = False) -> StoreWriter:
-        """Start a store at `path`; see `StoreWriter`."""
-        return StoreWriter(Path(path), simulated, provenance, overwrite)
+    def create(path: str | Path, **options) -> AbstractContextManager[StoreWriter]:
+        """Start a store at `path`; see `write_store` and `StoreWriter`."""
+        return write_store(Path(path), **options)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Every name and number of the store, hashed: 20 hexadecimal digits; see `mmlib.data.content`."""
+        return fingerprint(self.path, self.meta)
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -156,7 +148,7 @@ class ClipStore:
         self, split: str | None = None, *, labelled: bool | None = None, having: str | None = None
     ) -> np.ndarray:
         """Return the positions of the clips of `split` that have (or have not) an identity and a modality."""
-        if split is not None and split not in SPLITS:
+        if split not in (None, *SPLITS):
             raise ValueError(f"split: {split!r} is none of {', '.join(SPLITS)}")
         chosen = np.ones(len(self), bool)
         if split is not None:
@@ -178,30 +170,20 @@ class ClipStore:
             feature = torch.from_numpy(source.feature)
             if device.type == "cuda" and feature.nbytes < _SHARE * torch.cuda.mem_get_info(device)[0]:
                 feature = feature.to(device)
-            scores = (
-                torch.from_numpy(source.columns[column]).to(device) if column in source.columns else None
-                for column in ("quality", "det")
-            )
-            spans = (torch.tensor(span, device=device) for span in (source.start, source.count))
-            self._resident[name, device] = Resident(feature, *scores, *spans)
+            columns = (source.columns.get(column) for column in ("quality", "det"))
+            quality, det = (None if column is None else torch.from_numpy(column).to(device) for column in columns)
+            start, count = (torch.tensor(span, device=device) for span in (source.start, source.count))
+            self._resident[name, device] = Resident(feature, quality, det, start, count)
         return self._resident[name, device]
 
-    def batch(
-        self,
-        clips: np.ndarray,
-        modality: str = "face",
-        *,
-        sample: str = "all",
-        frames: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Batch:
-        """Gather frames of `clips` (B,) as tensors; see `sample_rows` for `sample`, `frames` and `generator`."""
+    def batch(self, clips: np.ndarray, modality: str = "face", **sampling) -> Batch:
+        """Gather frames of `clips` (B,) as tensors: all, or what `sample_rows` draws, which has the same options."""
         source = self.on(modality)
-        clips = torch.from_numpy(np.asarray(clips, np.int64))
-        rows = sample_rows(source.start[clips], source.count[clips], sample, frames, generator)
+        chosen = torch.from_numpy(np.asarray(clips, np.int64))
+        rows = sample_rows(source.start[chosen], source.count[chosen], **sampling)
         batch = source.gather(rows)
-        for value in batch[:4]:
-            if value is not None and value is not batch.mask:
+        for value in (batch.feature, batch.quality, batch.det):
+            if value is not None:
                 value[~batch.mask] = 0
         return batch
 
@@ -213,17 +195,12 @@ class ClipStore:
         source = self._modality(modality)
         if column == "norm":
             step = max(1, _PIECE // source.feature.shape[1])
-            value = np.concatenate(
-                [
-                    np.zeros(0, np.float32),
-                    *(
-                        torch.from_numpy(source.feature[i : i + step]).float().norm(dim=1).numpy()
-                        for i in range(0, len(source.feature), step)
-                    ),
-                ]
-            )
-        else:
+            pieces = (torch.from_numpy(source.feature[i : i + step]) for i in range(0, len(source.feature), step))
+            value = np.concatenate([np.zeros(0, np.float32), *(piece.float().norm(dim=1).numpy() for piece in pieces)])
+        elif column in source.columns:
             value = source.columns[column]
+        else:
+            raise ValueError(f"{self.path}: {modality} has no {column}, only {[*source.columns]}")
         total = np.concatenate([[0], np.cumsum(value, dtype=float)])
         with np.errstate(invalid="ignore"):
             return (total[source.start + source.count] - total[source.start]) / source.count
@@ -249,8 +226,7 @@ def _read_meta(path: Path) -> dict:
 
 def _read_table(path: Path) -> pd.DataFrame:
     try:
-        with pq.ParquetFile(path) as file:
-            return file.read().to_pandas()
+        return read_table(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: missing") from None
     except (OSError, pa.ArrowException) as error:
@@ -258,12 +234,9 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 
 def _map_column(path: Path, column: str, described: dict) -> np.ndarray:
+    kinds = described["columns"] | {"feature": {"dtype": "<f2", "shape": [described["dim"]]}}
+    dtype, shape = kinds[column]["dtype"], (described["frames"], *kinds[column]["shape"])
     array = map_array(path)
-    if column == "feature":
-        dtype, shape = "<f2", (described["frames"], described["dim"])
-    else:
-        dtype = described["columns"][column]["dtype"]
-        shape = (described["frames"], *described["columns"][column]["shape"])
     if array.dtype.str != dtype or array.shape != shape:
         raise ValueError(f"{path}: {array.dtype.str} {array.shape}, store.json says {dtype} {shape}")
     return array
@@ -299,7 +272,7 @@ def sample_rows(
         raise ValueError(f"frames: {frames!r} with sample={sample!r}; 'all' takes none, others at least 1")
     if generator is None and sample not in ("all", "first"):
         raise ValueError(f"generator: None; sample={sample!r} needs one")
-    if sample == "all":
+    if frames is None:
         frames = max(1, int(count.max())) if len(count) else 1
     step = torch.arange(frames, device=start.device).expand(len(start), -1)
     start, count = start[:, None], count[:, None]
@@ -314,7 +287,7 @@ def sample_rows(
     return torch.where(there, start + within, -1)
 
 
-def _shuffled(count: Tensor, frames: int, generator: torch.Generator) -> Tensor:
+def _shuffled(count: Tensor, frames: int, generator: torch.Generator | None) -> Tensor:
     """Return the first ``frames`` of every clip's frames (B, 1) in random order; beyond its number, anything."""
     # One sort for all clips, by clip and a random key within it.
     owner = torch.repeat_interleave(count[:, 0])

@@ -6,7 +6,7 @@ import pytest
 from conftest import made, of
 
 from mmlib import figures, retrieve, systems
-from mmlib.compare import compare_arms
+from mmlib.compare import compare_arms, steps_frame
 from mmlib.experiment import Experiment
 from mmlib.studies import loss
 
@@ -38,7 +38,7 @@ def test_reach_is_the_first_angle_at_half_of_the_largest_pull():
     curves = pd.DataFrame(
         {"setting": ["a"] * 4 + ["b"] * 4, "angle": [0, 1, 2, 3] * 2, "pull": [0, 2, 4, 2, 0, 1, 2.1, 4]}
     )
-    assert loss.reach(curves) == {"a": 1, "b": 2}
+    assert loss.reach(curves).to_dict() == {"a": 1, "b": 2}
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
@@ -63,11 +63,9 @@ def test_batch_level_focal_term_shares_out_as_the_cross_entropy_does():
     assert clip["share"].iloc[0] > plain["share"].iloc[0] and clip["share"].sum() == pytest.approx(1)
 
 
-def test_batch_sentence_adds_up_the_shares_of_the_hardest_clips():
+def test_share_of_the_hardest_clips_adds_up_their_gradients():
     shares = loss.batch_shares(0.0, (0.9, 0.2, 0.5, 0.6))  # gradients 0.8 + 0.5 of 1.8
-    sentence = loss.batch_sentence(shares)
-    assert sentence.startswith("Of the gradient of 4 clips the 2 hardest get 0.722 under the cross-entropy")
-    assert sentence.endswith("multiplies the gradient of every clip by 1.000.")
+    assert loss.share_of_hardest(shares) == {name: pytest.approx(1.3 / 1.8) for name in shares["loss"].unique()}
 
 
 # -- the arms ------------------------------------------------------------------------------------------------
@@ -90,16 +88,6 @@ def test_arms_are_compared_by_the_names_that_are_given():
     assert table["difference"].tolist() == pytest.approx([20, 0])
 
 
-def test_two_arms_under_one_name_are_refused():
-    with pytest.raises(ValueError, match="two different experiments have arm = 'margin' and seed 0"):
-        compare_arms([ran("margin"), ran("softmax")], by="arm", baseline="margin", names=["margin"] * 2)
-
-
-def test_as_many_names_as_records_are_needed():
-    with pytest.raises(ValueError, match="names has 0 entries for 1 records"):
-        compare_arms([ran("margin")], by="arm", baseline="margin", names=[])
-
-
 @pytest.mark.parametrize("step", loss.STEPS)
 def test_step_changes_one_thing(step):
     one, other = (systems.LOSSES[name] for name in loss.STEPS[step])
@@ -110,68 +98,12 @@ def test_step_changes_one_thing(step):
 
 def test_steps_are_those_whose_two_arms_were_run():
     records, names = worlds({"margin": [0.0, 0.0], "cosine softmax": [-0.1, -0.2], "margin + focal": [0.0, 0.02]})
-    steps = loss.steps_frame(records, names)
+    steps = steps_frame(loss.STEPS, records, names)
     assert steps[["step", "arm", "against", "n"]].values.tolist() == [
         ["a margin", "margin", "cosine softmax", 2],
         ["focal term clip by clip (described)", "margin + focal", "margin", 2],
     ]
     assert steps["difference"].tolist() == pytest.approx([15, 1])
-
-
-def row(difference, low, high, **more):
-    return {"difference": difference, "low": low, "high": high, "n": 5, "interval": "worlds"} | more
-
-
-@pytest.mark.parametrize(
-    "found, words",
-    [
-        (row(0.5, 0.1, 0.9), "gains 0.50 points of MAP@100 (95 % interval +0.10 to +0.90, 5 worlds)"),
-        (row(-0.5, -0.9, -0.1), "loses 0.50 points of MAP@100 (95 % interval -0.90 to -0.10, 5 worlds)"),
-        (
-            row(-0.001, -0.2, 0.2),
-            "changes nothing that can be told apart, +0.00 points of MAP@100 (95 % interval -0.20 to +0.20, 5 worlds)",
-        ),
-        (row(-0.5, np.nan, np.nan), "differs by -0.50 points of MAP@100 (no interval)"),
-    ],
-)
-def test_change_is_said_as_its_interval_has_it(found, words):
-    assert loss.change(found) == words
-
-
-def test_steps_are_told_by_what_their_intervals_support():
-    steps = pd.DataFrame([row(1, 0.5, 1.5, step="a"), row(-1, -2, -0.1, step="b"), row(1, -1, 3, step="c")])
-    assert loss.steps_sentence(steps) == (
-        "These 3 steps bring a gain in 1: a +1.00; a loss in 1: b -1.00; nothing that can be told apart in 1: c +1.00 "
-        "(points of MAP@100)."
-    )
-
-
-def answered(gains):
-    records, names = worlds(gains)
-    return loss.answer(
-        compare_arms(records, "arm", "margin", names=names), loss.steps_frame(records, names), "the simulated clips"
-    )
-
-
-def test_answer_names_the_best_arm_and_what_each_step_is_worth():
-    text = answered(
-        {
-            "margin": [0.0, 0.0],
-            "cosine softmax": [-0.01, -0.01],
-            "margin + focal": [0.02, 0.02],
-            "margin + batch focal": [0.0, 0.0],
-        }
-    )
-    assert text == (
-        "On the simulated clips, margin + focal is the best of 3 other arms and, against the margin alone, gains 2.00 "
-        "points of MAP@100 (95 % interval +2.00 to +2.00, 2 worlds); the margin is worth +1.00 (+1.00 to +1.00) points "
-        "over a cosine softmax, the focal term +2.00 (+2.00 to +2.00) as described and +0.00 (+0.00 to +0.00) as coded."
-    )
-
-
-def test_answer_says_so_where_the_margin_alone_is_best():
-    text = answered({"margin": [0.0, 0.0], "cosine softmax": [-0.01, -0.01]})
-    assert "no other arm has a higher MAP@100 than the margin alone, and the next of 1, cosine softmax, loses" in text
 
 
 # -- the sweeps ----------------------------------------------------------------------------------------------
@@ -210,32 +142,9 @@ def test_sweep_is_compared_world_by_world():
     ]
 
 
-@pytest.mark.parametrize(
-    "found, words",
-    [
-        (
-            {"v0": [0.4, 0.4], "v5": [0.5, 0.7], "v7": [0.52, 0.73]},
-            "The best margin of the sweep is 0.7, the largest tried, +2.50 points from 0.5 "
-            "(+2.00 to +3.00 over 2 seeds, ahead in each).",
-        ),
-        (
-            {"v0": [0.4, 0.4], "v3": [0.49, 0.73], "v5": [0.5, 0.7]},
-            "The best margin of the sweep is 0.3, +1.00 points from 0.5 "
-            "(-1.00 to +3.00 over 2 seeds, not ahead in each).",
-        ),
-        (
-            {"v0": [0.4], "v3": [0.52], "v5": [0.5]},
-            "The best margin of the sweep is 0.3, +2.00 points from 0.5 (one seed).",
-        ),
-        (
-            {"v0": [0.4, 0.4], "v3": [0.5, 0.5], "v5": [0.5, 0.5]},
-            "No margin of the sweep has a higher mean than 0.5; the next is 0.3, +0.00 points.",
-        ),
-    ],
-)
-def test_sweep_is_told_with_its_range(found, words):
-    frame = loss.sweep_frame(swept("margin", **found), "margin", 0.5)
-    assert loss.sweep_sentence(frame, "margin", 0.5) == words
+def test_one_world_of_a_sweep_has_no_range():
+    frame = loss.sweep_frame(swept("margin", v3=[0.52], v5=[0.5]), "margin", 0.5)
+    assert frame["difference"].tolist() == pytest.approx([2, 0]) and frame[["low", "high"]].isna().all(axis=None)
 
 
 # -- what the scores add -------------------------------------------------------------------------------------
@@ -287,26 +196,31 @@ def test_gains_by_frames_keep_their_groups():
     assert frame["difference"].tolist() == pytest.approx([10, 0])
 
 
-def test_scores_are_judged_where_quality_is_lowest():
-    sentence = loss.scores_sentence(loss.gains(*scored()))
-    assert sentence.startswith(
-        "In the fifth of lowest quality the precision changes by +10.00 points with “margin, scores” "
-        "(95 % interval +10.00 to +10.00). In the fifth of highest quality the precision changes by -10.00 points"
-    )
-    assert "gain in 1 of 1 arms and lose in 0" in sentence
+@pytest.mark.parametrize("open_end", [None, 241])
+def test_longest_clips_stand_at_their_shortest(open_end):
+    pairs = [
+        (ran(name, breakdown={"frames": [[30, 40, 3, 0, 0.5], [40, open_end, 2, 0, 0.5]]}), name)
+        for name in ("margin", "margin + focal")
+    ]
+    frame = loss.gains(*zip(*pairs, strict=True), group="frames")
+    assert frame[["start", "end", "middle"]].values.tolist() == [[30, 39, 34.5], [40, 40, 40]]
 
 
-def test_arms_without_scores_are_not_judged():
-    frame = loss.gains([ran("margin")], ["margin"])
-    assert frame.empty and loss.scores_sentence(frame) == "No arm here has scores appended."
+def test_arms_without_a_counterpart_have_no_gain():
+    assert loss.gains([ran("margin")], ["margin"]).empty
 
 
 def test_length_in_scores_is_that_of_the_mean_scores(store):
     found = loss.length_in_scores(of(store, "mlp", "norm"), store)
     clips = store.select("val", labelled=True, having="face")
     length = (store.clip_means("face", "quality")[clips] / 100) ** 2 + store.clip_means("face", "det")[clips] ** 2
-    assert found["normalised"] == pytest.approx((length / (1 + length)).mean(), rel=1e-3)
-    assert 0 < found["raw"] < 0.1 * found["normalised"]
+    normalised, raw = found["share of the squared length"]
+    assert normalised == pytest.approx((length / (1 + length)).mean(), rel=1e-3)
+    assert 0 < raw < 0.1 * normalised
+
+
+def test_length_in_scores_is_empty_where_clips_have_none(bare):
+    assert loss.length_in_scores(of(bare, "mlp", "norm"), bare).empty
 
 
 # -- names ---------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from benchmarks import cost, prediction
+from benchmarks import cost, growth, prediction
 from mmlib import figures
 
 MACHINE = {
@@ -66,6 +66,7 @@ def test_exponent_of_a_power_law_is_found_without_an_interval():
         cost.growth_frame([result(growth=[series("rank", "clips", lambda s: 3 * s**1.5)])])
     ).to_dict("records")
     assert [fit["exponent"], fit["low"], fit["high"]] == pytest.approx([1.5] * 3)
+    assert fit["grows"] == "faster"
     assert (fit["first"], fit["last"], fit["n"]) == (10, 80, 4)
     assert fit["centre"] == pytest.approx(3 * fit["middle"] ** 1.5)
 
@@ -78,6 +79,7 @@ def test_interval_of_an_exponent_is_the_t_interval_of_the_slope():
     ).to_dict("records")
     assert fit["exponent"] == pytest.approx(0.5)
     assert fit["high"] - 0.5 == pytest.approx(12.706 * (1 / 12) ** 0.5, rel=1e-4)
+    assert fit["grows"] == "in proportion"
 
 
 def test_two_sizes_are_no_series():
@@ -91,7 +93,7 @@ RANKED = [
 
 
 def test_prediction_of_a_product_of_sizes_is_the_product():
-    (found,) = prediction.predict([result(growth=RANKED, bf16=1e12)], clips=8_000, identities=500, faces=2).to_dict(
+    (found,) = prediction.predict([result(growth=RANKED, fp32=1e12)], clips=8_000, identities=500, faces=2).to_dict(
         "records"
     )
     assert [found[name] for name in ("power", "low", "high", "line", "seconds")] == pytest.approx(
@@ -101,7 +103,7 @@ def test_prediction_of_a_product_of_sizes_is_the_product():
 
 
 def test_prediction_is_not_below_the_counted_operations():
-    (found,) = prediction.predict([result(growth=RANKED, bf16=1e6)], clips=8_000, identities=500, faces=2).to_dict(
+    (found,) = prediction.predict([result(growth=RANKED, fp32=1e6)], clips=8_000, identities=500, faces=2).to_dict(
         "records"
     )
     assert found["seconds"] == found["floor"] == 2 * 8_000 * 500 * 512 / 1e6
@@ -115,13 +117,13 @@ def test_a_fixed_part_is_not_taken_for_slow_growth():
 
 def test_memory_grows_along_its_line_and_is_held_against_the_machine():
     grown = [series("import", "faces", lambda s: 1e-3 * s, memory=lambda s: 100 + 7 * s)]
-    for clips, verdict in ((1e6, prediction.AS_IT_IS), (1e9, "too large: needs")):
+    for clips, verdict in ((1e6, prediction.AS_IT_IS), (1e9, "too large")):
         (found,) = prediction.predict([result(growth=grown)], clips=clips, identities=5, faces=2, hours=1e9).to_dict(
             "records"
         )
-        assert found["memory"] == pytest.approx(100 + 7 * 2 * clips) and found["verdict"].startswith(verdict)
+        assert found["memory"] == pytest.approx(100 + 7 * 2 * clips) and found["verdict"] == verdict
     (found,) = prediction.predict([result(growth=grown)], clips=1e9, identities=5, faces=2, hours=1).to_dict("records")
-    assert found["verdict"].startswith("too slow and too large")  # 2 million s and 14 GB where there are 3,600 and 10
+    assert found["verdict"] == "too slow and too large"  # 2 million s and 14 GB where there are 3,600 and 10
 
 
 def test_counted_memory_is_classifier_states_logits_and_features():
@@ -129,14 +131,34 @@ def test_counted_memory_is_classifier_states_logits_and_features():
     assert prediction.counted_memory("rank", 7, 10, batch=3) == 17 * 512 * 4 + 10 * 100 * 12
 
 
-def test_prediction_names_what_works_and_what_the_others_need():
+def test_a_part_that_does_not_work_as_measured_names_what_it_needs():
     grown = [*RANKED, series("open", "clips", lambda s: 1e-6 * s)]
-    predicted = prediction.predict([result(growth=grown, bf16=1e12)], clips=1e5, identities=1e5, faces=2)
-    said = prediction.prediction_sentence(predicted)
-    assert said.startswith(
-        "open works as measured; rank would take 116 days and 0.5 GB on A, 2 cores and needs an index"
+    predicted = prediction.predict([result(growth=grown, fp32=1e12)], clips=1e5, identities=1e5, faces=2)
+    assert prediction.works(predicted).to_dict() == {"rank": False, "open": True}
+    shown = prediction.shown(predicted).set_index("part")
+    assert shown.loc["rank", ["time", "verdict", "needs"]].tolist() == [
+        "116 days",
+        "too slow",
+        prediction.REMEDY["rank"],
+    ]
+    assert shown.loc["open", ["at least", "verdict", "needs"]].tolist() == ["", prediction.AS_IT_IS, ""]
+
+
+def test_a_part_works_that_works_on_one_of_two_processors():
+    predicted = pd.DataFrame(
+        {"part": ["rank", "rank", "train"], "verdict": ["too slow", prediction.AS_IT_IS, "too slow"]}
     )
-    assert prediction.shown(predicted)["time"].tolist()[0] == "116 days"
+    assert prediction.works(predicted).to_dict() == {"rank": True, "train": False}
+
+
+def test_every_cost_that_grows_has_a_remedy():
+    assert {"train" if cost == "epoch" else cost for cost in growth.COSTS} <= prediction.REMEDY.keys()
+
+
+def test_an_index_compares_with_the_centres_and_the_clips_of_its_lists():
+    # 10,000 clips in 100 lists of 100: 3 lists are 300 clips and 100 centres, of 512 products and sums each.
+    found = prediction.index(clips=1e4, identities=7, probes=3)
+    assert found == {"lists": 100, "exact": 2 * 1e4 * 7 * 512, "approximate": 2 * 7 * 512 * 400}
 
 
 def test_a_line_stands_beside_the_released_code_and_another_way():
@@ -144,24 +166,41 @@ def test_a_line_stands_beside_the_released_code_and_another_way():
     beside = cost.beside_frame([result([line(reference=other, baseline=other)])])
     assert beside["against"].tolist() == [cost.RELEASED, "another way: by hand"]
     assert beside["times"].tolist() == [3, 3] and beside["times the memory"].tolist() == [0.5, 0.5]
-    assert cost.released_sentence(beside) == (
-        "On the same clips and machine, rank takes 2 s where the released code takes 6 s, 3 times faster."
-    )
+    assert beside[["seconds", "their seconds", "MB", "their MB"]].values.tolist() == [[2, 6, 4, 2]] * 2
 
 
-def test_bars_that_are_missed_are_named():
+def test_a_line_that_took_no_memory_has_no_ratio_of_it():
+    other = {"median": 6.0, "memory": 2e6, "work": "it"}
+    assert cost.beside_frame([result([line(memory=0, reference=other)])])["times the memory"].isna().all()
+
+
+def test_ratios_and_durations_are_written_as_they_are_read():
+    assert (cost.times_text(3.0), cost.times_text(0.5)) == ("3 times faster", "2 times slower")
+
+
+def test_bars_say_what_they_are_against_and_if_they_are_met():
     bars = [
         {"quantity": "seconds", "other": "reference", "bound": 3, "value": 4, "met": True},
         {"quantity": "memory", "other": "", "bound": 3, "value": 4, "met": False},
     ]
-    assert cost.bar_sentence(cost.bar_frame([result([line(bars=bars)])])) == (
-        "1 of 2 bars are met; missed: rank, memory."
-    )
+    frame = cost.bar_frame([result([line(bars=bars)])])
+    assert frame[["quantity", "against", "bound", "value", "met"]].values.tolist() == [
+        ["seconds", cost.RELEASED, 3, 4, "met"],
+        ["memory", "at most, bytes", 3, 4, "missed"],
+    ]
 
 
 def test_work_that_is_the_same_is_not_said_again():
-    frame = cost.line_frame([result([line(work="a"), line(work="a"), line(work="b"), line(work="a")])])
+    frame = cost.line_frame([result([line(work="a"), line("b", work="a"), line(work="b"), line("c", work="a")])])
     assert frame["work"].tolist() == ["a", "the same", "b", "a"]
+
+
+def test_a_line_that_was_not_measured_says_why():
+    skipped = {"name": "challenge, one member", "device": "cpu", "skipped": "hours"}
+    failed = {"name": "book", "device": "cpu", "failed": "no network"}
+    frame = cost.line_frame([result([line(), skipped, failed])])
+    assert frame["work"].tolist() == ["it", "not measured: hours", "not measured: it failed"]
+    assert frame["seconds"].tolist() == pytest.approx([2, float("nan"), float("nan")], nan_ok=True)
 
 
 def test_epochs_share_a_mark():
@@ -189,27 +228,17 @@ def test_extraction_counts_pictures_searched_and_faces():
     # 100 clips of 10 pictures, half an operation each, and of 3 faces: 500 + 300 or 30,000 GFLOP at 10 a second.
     assert (found["hours"] * 3_600).tolist() == pytest.approx([80, 3_050])
     assert found["fits"].tolist() == [True, False]
-    assert "small would take 80 s on A, 2 cores, and needs 2 GFLOP/s to fit" in prediction.extraction_sentence(
-        found, 0.1
-    )
-    assert prediction.extraction_sentence(found, 0.1).endswith("depends on network and machine.")
+    assert (found["needed GFLOP/s"] * 360).tolist() == pytest.approx([800, 30_500])
 
 
 def test_a_file_without_reference_growth_or_networks_is_read_as_such():
-    results = [result([{"name": "challenge", "device": "cpu", "skipped": "hours"}])]
-    beside, predicted = cost.beside_frame(results), prediction.predict(results, clips=5, identities=5, faces=1)
-    assert (
-        prediction.answer(beside, predicted, "5 clips")
-        == "For 5 clips: nothing is predicted, since no growth was measured."
-    )
-    assert cost.left_out(results) == "Not measured: challenge (A, 2 cores): hours."
-    assert cost.released_sentence(beside).startswith("No run of the released code")
-    assert cost.growth_sentence(cost.exponents(cost.growth_frame(results))) == "No series of sizes was measured."
-    assert cost.roofline_sentence(cost.line_frame(results)).startswith("No line")
-    assert cost.bar_sentence(cost.bar_frame(results)).startswith("No bar")
-    assert prediction.extraction_sentence(
-        prediction.extraction_frame(results, clips=1, clip_seconds=1, rate=1, faces=1, gflop={}, hours=1), 1
-    ).startswith("No network was timed")
+    results = [result([{"name": "challenge, one member", "device": "cpu", "skipped": "hours"}])]
+    predicted = prediction.predict(results, clips=5, identities=5, faces=1)
+    assert prediction.works(predicted).empty and prediction.shown(predicted).empty
+    fits = cost.exponents(cost.growth_frame(results))
+    assert fits.empty and cost.beside_frame(results).empty and cost.bar_frame(results).empty
+    asked = {"clips": 1, "clip_seconds": 1, "rate": 1, "faces": 1, "gflop": {}, "hours": 1}
+    assert prediction.extraction_frame(results, **asked).empty
 
 
 def test_files_are_read_by_name_and_others_are_refused(tmp_path):
@@ -218,15 +247,25 @@ def test_files_are_read_by_name_and_others_are_refused(tmp_path):
     for name, commit in (("benchmark_b.json", "two"), ("benchmark_a.json", "one")):
         (tmp_path / name).write_text(json.dumps(result() | {"machine": MACHINE | {"commit": commit}}))
     assert [found["machine"]["commit"] for found in cost.read(tmp_path)] == ["one", "two"]
-    (tmp_path / "benchmark_c.json").write_text('{"schema": 7, "lines": []}')
+    (tmp_path / "benchmark_c.json").write_text('{"schema": 7, "lines": [], "growth": []}')
     with pytest.raises(ValueError, match="benchmark_c.json: not a file of the benchmark command"):
         cost.read(tmp_path)
 
 
-def test_source_says_machine_date_commit_and_a_small_scale():
-    said = cost.provenance([result(), result() | {"scale": "tiny", "machine": MACHINE | {"gpu": "G"}}])
-    assert said.startswith("Measured on 2026-01-02 on A (2 cores, 10 GB, no GPU), torch 2, commit abc and on")
-    assert "and G)" in said and said.endswith("at a small scale that only tries the command.")
+@pytest.mark.parametrize("commit, left", [("old", ["open"]), ("new", ["open", "rank"])])
+def test_lines_whose_code_is_gone_are_left_out_of_the_file_that_has_them(tmp_path, monkeypatch, commit, left):
+    monkeypatch.setattr(cost, "GONE", {"old": ("rank", "growth, rank")})
+    saved = result([line("open"), line("rank")], RANKED) | {"machine": MACHINE | {"commit": commit}}
+    (tmp_path / "benchmark_a.json").write_text(json.dumps(saved))
+    (found,) = cost.read(tmp_path)
+    assert [row["name"] for row in found["lines"]] == left
+    assert len(found["growth"]) == (0 if commit == "old" else 2)
+
+
+def test_machines_are_said_with_date_commit_and_scale():
+    frame = cost.machine_frame([result(), result() | {"scale": "tiny", "machine": MACHINE | {"gpu": "G"}}])
+    assert frame.iloc[0].tolist() == ["2026-01-02", "A", 2, 10, "none", "2", "abc", "full"]
+    assert frame.loc[1, ["GPU", "scale"]].tolist() == ["G", "tiny"]
     assert (
         cost.where(result() | {"machine": MACHINE | {"gpu": "G"}}, "cuda") == "G" and cost.where(result(), "cpu") == CPU
     )

@@ -1,6 +1,5 @@
 import copy
 import shutil
-from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +15,7 @@ from mmlib.ensemble import KINDS
 from mmlib.experiment import Experiment, Training
 from mmlib.rank import COMBINE, Fallback
 from mmlib.records import run
-from mmlib.retrieve import Member, fit, fit_together, gallery_of, missing_scores, retrieve, training_clips
+from mmlib.retrieve import Member, fit, gallery_of, missing_scores, retrieve, train_members, training_clips
 
 # -- scores --------------------------------------------------------------------------------------------------
 
@@ -132,9 +131,8 @@ def test_every_modality_can_be_ranked(store, modality):
 
 def test_trained_model_starts_from_class_means(store):
     label = store.identity_of(store.select("train", labelled=True, having="face"))
-    model, clips, _ = fit(
-        of(store, "mlp", training=replace(BRIEF, lr=1e-30, weight_decay=0.0)), store, device=torch.device("cpu")
-    )
+    found = fit(of(store, "mlp", training=replace(BRIEF, lr=1e-30, weight_decay=0.0)), store, device="cpu")
+    model, clips = found.model, found.clips
     mean = np.array([mean_faces(store, clips)[label == code].mean(axis=0) for code in range(30)])
     cosine = np.einsum("cd,cd->c", mean / np.linalg.norm(mean, axis=1, keepdims=True), model.prototype.detach())
     assert cosine == pytest.approx(np.ones(30), abs=1e-5)
@@ -170,8 +168,6 @@ def test_unknown_modality_is_refused_with_those_there_are(bare):
 
 
 # -- ensembles -----------------------------------------------------------------------------------------------
-
-CPU = torch.device("cpu")
 
 
 def small(store, **options):
@@ -324,19 +320,18 @@ def test_order_of_members_does_not_change_the_ranking(patchy, combine):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_members_repeat_themselves_and_differ_from_the_first(patchy, kind):
-    first, second, again = (fit(small(patchy, ensemble=kind), patchy, member, device=CPU) for member in (0, 1, 1))
-    assert second[2] == again[2] and np.array_equal(second[1], again[1])
-    assert all(torch.equal(a, b) for a, b in zip(second[0].parameters(), again[0].parameters(), strict=True))
-    assert second[2] != first[2] and not torch.equal(
-        second[0].mlp.layers[0].weight,
-        first[0].mlp.layers[0].weight[: len(second[0].mlp.layers[0].weight), : second[0].dim],
-    )
+    first, second, again = (fit(small(patchy, ensemble=kind), patchy, member, device="cpu") for member in (0, 1, 1))
+    assert second.losses == again.losses and np.array_equal(second.clips, again.clips)
+    weights = zip(second.model.parameters(), again.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
+    one, other = (member.model.mlp.layers[0].weight for member in (first, second))
+    assert second.losses != first.losses and not torch.equal(other, one[:, : other.shape[1]])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_members_are_drawn_and_trained_with_seeds_of_their_own(patchy, monkeypatch, kind):
-    seeds = []
-    monkeypatch.setattr(retrieve_module, "seeded", lambda seed: seeds.append(seed) or nullcontext())
+    seeds, plain = [], retrieve_module.seeded
+    monkeypatch.setattr(retrieve_module, "seeded", lambda seed: seeds.append(seed) or plain(seed))
 
     def spy(models, *_, seeds: list, **__):
         trained.extend(seeds)
@@ -344,7 +339,7 @@ def test_members_are_drawn_and_trained_with_seeds_of_their_own(patchy, monkeypat
 
     trained = []
     monkeypatch.setattr(retrieve_module, "train_together", spy)
-    fit_together([(small(patchy, ensemble=kind, seed=7), member) for member in (0, 1, 3)], patchy, device=CPU)
+    train_members([(small(patchy, ensemble=kind, seed=7), member) for member in (0, 1, 3)], patchy, device="cpu")
     assert seeds == trained == [7, [7, 1], [7, 3]]
 
 
@@ -357,7 +352,7 @@ def test_first_member_of_seeds_is_the_plain_model(patchy):
 @pytest.mark.parametrize("kind", KINDS)
 def test_members_are_trained_on_the_clips_of_their_kind(patchy, kind):
     all_clips = training_clips(small(patchy), patchy)
-    clips = fit(small(patchy, ensemble=kind), patchy, 1, device=CPU)[1]
+    clips = fit(small(patchy, ensemble=kind), patchy, 1, device="cpu").clips
     identity = patchy.identity_of(clips)
     assert len(clips) == len(all_clips) and set(clips) <= set(all_clips)
     assert np.array_equal(clips, all_clips) == (kind in ("seeds", "views"))
@@ -392,10 +387,10 @@ def test_training_of_a_view_never_sees_its_block(patchy, tmp_path):
 
     asked = small(patchy, aggregator="NAN + scores", ensemble="views", members=(1,))
     other = altered(patchy, tmp_path / "store", change)
-    (one, _, losses), (two, _, others) = (fit(asked, store, 1, device=CPU) for store in (patchy, other))
-    assert losses == others
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()) if a is not None)
-    assert fit(asked, patchy, 2, device=CPU)[2] != fit(asked, other, 2, device=CPU)[2]
+    one, two = (fit(asked, store, 1, device="cpu") for store in (patchy, other))
+    states = zip(one.model.state_dict().values(), two.model.state_dict().values())
+    assert one.losses == two.losses and all(torch.equal(a, b) for a, b in states if a is not None)
+    assert fit(asked, patchy, 2, device="cpu").losses != fit(asked, other, 2, device="cpu").losses
 
 
 @pytest.mark.parametrize("fields", [{"context": ("face",)}, {"context": ("scene", "scene")}])
@@ -409,19 +404,20 @@ def test_members_that_the_fallback_cannot_have_are_refused_before_anything_is_tr
         Experiment(ensemble="views", regions=4, combine="softmax", fallback=Fallback(members=(8,)))
 
 
-@pytest.mark.parametrize("at_once, calls", [(1, [[0], [2], [1]]), (16, [[0, 2], [1]])])
-def test_trained_members_are_reused_and_added(patchy, monkeypatch, at_once, calls):
-    fitted, plain = [], retrieve_module.fit_together
-    monkeypatch.setattr(
-        retrieve_module,
-        "fit_together",
-        lambda wanted, s, **o: fitted.append([member for _, member in wanted]) or plain(wanted, s, **o),
-    )
+@pytest.mark.parametrize("at_once, passes", [(1, [[0], [2], [1]]), (16, [[0, 2], [1]])])
+def test_trained_members_are_reused_and_added(patchy, monkeypatch, at_once, passes):
+    trained_at_once, plain = [], retrieve_module.train_together
+
+    def spy(models, *args, seeds, **options):
+        trained_at_once.append([0 if seed == 0 else seed[1] for seed in seeds])
+        return plain(models, *args, seeds=seeds, **options)
+
+    monkeypatch.setattr(retrieve_module, "train_together", spy)
     monkeypatch.setitem(retrieve_module.TOGETHER, "cpu", at_once)
     asked, trained = small(patchy, members=(0, 2)), {}
     retrieve(asked, patchy, device="cpu", trained=trained)
     retrieve(replace(asked, members=(2, 1), combine="cosine", scale=3.0), patchy, device="cpu", trained=trained)
-    assert fitted == calls and trained.keys() == {(asked.branch(), member) for member in (0, 1, 2)}
+    assert trained_at_once == passes and trained.keys() == {(asked.branch(), member) for member in (0, 1, 2)}
 
 
 def test_members_trained_together_say_what_members_trained_one_by_one_say(patchy, monkeypatch):
@@ -430,7 +426,7 @@ def test_members_trained_together_say_what_members_trained_one_by_one_say(patchy
     monkeypatch.setitem(retrieve_module.TOGETHER, "cpu", 3)
     together = retrieve(asked, patchy, device="cpu")
     for one, other in zip(alone.members, together.members, strict=True):
-        torch.testing.assert_close(other.embedded, one.embedded, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(other.embed(alone.gallery), one.embed(alone.gallery), rtol=1e-3, atol=1e-3)
     assert np.mean(alone.ranking == together.ranking) > 0.98  # near ties may swap
 
 
@@ -754,7 +750,7 @@ def test_fallback_has_the_class_of_distractors_and_its_gallery_too(patchy, score
 
 def test_distractors_keep_their_number_in_a_stratified_member(patchy):
     asked = small(patchy, distractors="class", ensemble="stratified")
-    clips = fit(asked, patchy, 1, device=CPU)[1]
+    clips = fit(asked, patchy, 1, device="cpu").clips
     assert np.sum(patchy.identity_of(clips) < 0) == np.sum(patchy.identity_of(training_clips(asked, patchy)) < 0) > 0
 
 
@@ -769,7 +765,7 @@ def test_plain_softmax_is_ranked_on_inner_products(patchy, scored):
         patchy,
     )
     member = found.members[0]
-    expected = member.embedded.double() @ member.model.prototype.detach().double().T
+    expected = member.embed(found.gallery).double() @ member.model.prototype.detach().double().T
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
     assert np.abs(scores).max() > 1
 
@@ -778,7 +774,7 @@ def test_plain_softmax_is_ranked_on_inner_products(patchy, scored):
 def test_start_of_the_identities_vectors(patchy, start):
     still = Training(epochs=1, batch=16, frames=4, lr=1e-30, weight_decay=0.0)
     asked = small(patchy, context=(), start=start, training=still)
-    found = fit(asked, patchy, device=CPU)[0].prototype
+    found = fit(asked, patchy, device="cpu").model.prototype
     drawn = retrieve_module.make_model(asked, patchy).prototype
     moved = (found != drawn).any(dim=1).tolist()
     # The last identity has no train clip to start from.

@@ -6,7 +6,7 @@ import pytest
 from conftest import made
 from scipy import stats
 
-from mmlib import records
+from mmlib import metrics, records
 from mmlib.ensemble import KINDS, member_clips
 from mmlib.experiment import Experiment
 from mmlib.retrieve import training_clips
@@ -17,24 +17,24 @@ BASE = Experiment(profile="tiny", context=("scene",))
 
 
 def record(kind="seeds", members=1, seed=0, ap=(0.5,), rule=MAIN, base=BASE, fit=1.0, **measures):
-    combine, scale = RULES[rule]
-    asked = replace(base, ensemble=kind, members=tuple(range(members)), seed=seed, combine=combine, scale=scale)
-    measures = {"map_at_100": float(np.mean(ap))} | measures
+    asked = replace(base, ensemble=kind, members=tuple(range(members)), seed=seed, **RULES[rule])
+    measures = {"map_at_100": float(np.mean(ap)), "disagreement": 0.0} | measures
     return made(asked, ap=list(ap), measures=measures, seconds={"fit": fit})
 
 
 # -- the runs ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("asked", [[4, 1, 2], "[2, 4]", [2, 4]])
-def test_sizes_are_ascending_and_have_one_member(asked):
-    assert ensemble.as_sizes(asked) == [1, 2, 4]
+@pytest.mark.parametrize("asked", [[4, 1, 2], [2, 4]])
+def test_sizes_are_planned_in_order_and_one_member_always(asked):
+    sizes = [len(e.members) for e in ensemble.plan(BASE, ["views"], asked, [0], rules=[MAIN])]
+    assert sizes == [1, 2, 4]
 
 
-@pytest.mark.parametrize("asked", ["[1, 2", [], [1], [0, 2], [2.0], "2 4", [True, 2]])
-def test_sizes_that_are_no_sizes_are_refused(asked):
+@pytest.mark.parametrize("asked", [[], [1], [0, 2]])
+def test_sizes_that_are_no_ensemble_are_refused(asked):
     with pytest.raises(ValueError, match="sizes must be"):
-        ensemble.as_sizes(asked)
+        ensemble.plan(BASE, KINDS, asked, [0])
 
 
 def test_plan_has_every_size_by_the_main_rule_and_the_rest_where_it_is_read():
@@ -54,23 +54,16 @@ def test_plan_trains_every_member_once():
     assert len({(e.branch(), member) for e in asked for member in e.members}) == 4 * 4 * 2
 
 
-def test_worlds_are_made_smaller_never_larger_and_a_store_stays():
-    assert ensemble.in_smaller_worlds(BASE, 50).settings == (("identities", 50),)
-    assert ensemble.in_smaller_worlds(BASE, 60) == ensemble.in_smaller_worlds(BASE, 100) == BASE
-    stored = replace(BASE, data="somewhere")
-    assert ensemble.in_smaller_worlds(stored, 50) == stored
-
-
-def test_records_are_grouped_by_what_their_members_are():
+def test_runs_are_named_by_what_their_members_are():
     bases = {
         "face and scene": BASE,
         "face alone": replace(BASE, context=()),
         "scene alone": replace(BASE, modality=None),
         "random start": replace(BASE, start="random"),
     }
-    groups = ensemble.by_system([record(base=base) for base in bases.values()])
-    assert list(groups) == list(bases)
-    assert [len(group) for group in groups.values()] == [1, 1, 1, 1]
+    runs = ensemble.as_runs(record("views", 2, base=base, rule="ranks") for base in bases.values())
+    assert runs["system"].tolist() == list(bases)
+    assert runs[["kind", "members", "rule", "arm"]].values.tolist() == [["views", 2, "ranks", "views, 2"]] * 4
 
 
 # -- the partition -------------------------------------------------------------------------------------------
@@ -93,18 +86,6 @@ def test_blocks_share_the_variance_of_stored_dimensions(store):
     assert shares["as stored"][3] == pytest.approx(variance[64:96].sum() / variance.sum(), rel=1e-3)
     # 200 frames span 199 dimensions about their mean, so nothing is left from block 8 on
     assert shares["principal axes"][8:].max() < 1e-6
-
-
-def test_sentence_on_blocks_names_the_most_uneven_ones():
-    frame = pd.DataFrame(
-        [(1, "as stored", 0.4), (2, "as stored", 0.6), (1, "principal axes", 0.9), (2, "principal axes", 0.1)],
-        columns=["block", "axes", "share"],
-    )
-    text = ensemble.partition_sentence({"face": frame})
-    assert text == (
-        "A block of the face dimensions as stored holds 0.400 to 0.600 of the variance, "
-        "the first block of principal axes 0.900."
-    )
 
 
 # -- identities lost -----------------------------------------------------------------------------------------
@@ -143,7 +124,7 @@ def test_store_columns_count_labelled_clips_with_a_face(store):
     clips = store.select("train", labelled=True, having="face")
     count = np.bincount(store.identity_of(clips))
     assert row["expected"] == pytest.approx(ensemble.expected_lost(count[count > 0], "bootstrap"))
-    assert row["low"] <= row["mean"] <= row["high"] and row["sd"] > 0
+    assert row["min"] <= row["mean"] <= row["max"] and row["std"] > 0
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +158,7 @@ def test_lost_identities_are_found_again_from_clips_and_seed(tiny):
     expected = pd.Series(np.concatenate(lost)).value_counts()
     assert sum(map(len, lost)) > 0
     assert frame[frame["lost"] > 0].set_index("identity")["lost"].to_dict() == expected.to_dict()
-    assert frame["other"].tolist() == pytest.approx((frame["ap"] / 2).tolist())
+    assert frame["seeds"].tolist() == pytest.approx((frame["bagging"] / 2).tolist())
     assert frame["clips"].sum() == len(tiny[1])
 
 
@@ -192,21 +173,42 @@ def test_records_of_other_clips_are_not_read_as_of_these(tiny):
 def test_what_a_lost_identity_costs_is_measured_on_the_same_identities(tiny):
     single, single_seed, lost = bags(tiny, 1)
     several, several_seed, _ = bags(tiny, 3)
-    table = ensemble.lost_ap([single, single_seed, several, several_seed])
+    table = ensemble.lost_ap(ensemble.as_runs([single, single_seed, several, several_seed]))
     row = table[(table["members"] == 1) & (table["lost by"] == "more than a quarter")].iloc[0]
     ap = np.linspace(0, 1, tiny[3])
     assert row["identities"] == len(lost[0])
     assert row["bagging"] == pytest.approx(ap[lost[0]].mean())  # every identity of a world has a labelled val clip
     assert row["difference"] == pytest.approx(100 * ap[lost[0]].mean() / 2)
+    kept = np.setdiff1d(np.arange(len(ap)), lost[0])
+    row = table[(table["members"] == 1) & (table["lost by"] == "no member")].iloc[0]
+    interval = metrics.bootstrap_interval(ap[kept] - ap[kept] / 2)
+    assert (row["low"], row["high"]) == pytest.approx([100 * bound for bound in interval])
+    assert (row["n"], row["interval"]) == (len(kept), "identities")
     assert table[table["members"] == 3]["identities"].sum() == 20
-    assert "one bag loses" in ensemble.lost_sentence(table).lower()
+
+
+def test_seeds_on_one_store_are_averaged_identity_by_identity(bare, monkeypatch):
+    base = replace(BASE, data=str(bare.path), context=())
+    aps = {("bagging", 0): (0.2, 0.4), ("bagging", 1): (0.6, 0.8), ("seeds", 0): (0.5, 0.5), ("seeds", 1): (0.5, 0.7)}
+    runs = ensemble.as_runs(record(kind, 2, seed, ap, base=base) for (kind, seed), ap in aps.items())
+    part = {
+        0: [(0, 1, 0.2, 0.5), (1, 0, 0.4, 0.5)],
+        1: [(0, 1, 0.6, 0.5), (1, 1, 0.8, 0.7)],
+    }  # seed 0 lost identity 0 alone
+    frames = {
+        seed: pd.DataFrame(rows, columns=["identity", "lost", "bagging", "seeds"]).assign(clips=1)
+        for seed, rows in part.items()
+    }
+    monkeypatch.setattr(ensemble, "lost_by", lambda one, other: frames[one.experiment["seed"]])
+    table = ensemble.lost_ap(pd.concat([runs, runs.assign(members=1)]))
+    row = table[(table["members"] == 2) & (table["lost by"] == "more than a quarter")].iloc[0]
+    assert (row["identities"], row["bagging"], row["seeds"]) == pytest.approx((1.5, (0.4 + 0.8) / 2, (0.5 + 0.7) / 2))
+    assert (row["n"], row["interval"]) == (2, "identities")
 
 
 def test_nothing_is_said_of_losses_that_cannot_be_told(tiny):
     one, other, _ = bags(tiny, 1, train_clips=1)
-    table = ensemble.lost_ap([one, other])
-    assert table.empty
-    assert ensemble.lost_sentence(table) == "Which member lost which identity cannot be said of these records."
+    assert ensemble.lost_ap(ensemble.as_runs([one, other])).empty
 
 
 # -- members, kinds, rules -----------------------------------------------------------------------------------
@@ -222,10 +224,10 @@ POINTS = {
 
 
 @pytest.fixture
-def worlds():
+def runs():
     more = {"member_clip_top1": 0.6, "clip_top1": 0.7, "parameters": 3e6}
     differ = {"seeds": (0.1, 0.0), "views": (0.2, 0.0), "bagging": (0.4, 5.0)}
-    return [
+    main = [
         record(
             kind,
             size,
@@ -238,129 +240,82 @@ def worlds():
         )
         for (kind, size), values in POINTS.items()
         for seed, ap in enumerate(values)
-    ] + [
-        record(kind, size, seed, [ap / 100 - off], rule)
-        for rule, off in (("cosine", 0.02), ("softmax, temperature 1", 0.01))
-        for (kind, size), values in POINTS.items()
-        if size == 2 or kind == "seeds"
-        for seed, ap in enumerate(values)
     ]
+    return ensemble.as_runs(
+        main
+        + [
+            record(kind, size, seed, [ap / 100 - off], rule)
+            for rule, off in (("cosine", 0.02), ("softmax, temperature 1", 0.01))
+            for (kind, size), values in POINTS.items()
+            if size == 2 or kind == "seeds"
+            for seed, ap in enumerate(values)
+        ]
+    )
 
 
-def test_ends_are_the_plain_model_and_every_kind_with_the_most_members(worlds):
-    found = [(name, r.experiment["seed"]) for name, r in ensemble.ends(worlds)]
-    kinds = ("seeds, 1", "seeds, 2", "views, 2", "bagging, 2")
-    assert sorted(found) == sorted((name, seed) for name in kinds for seed in range(3))
-
-
-def test_kinds_and_sizes_are_compared_with_the_plain_model(worlds):
-    table = ensemble.by_members(worlds)
-    assert list(zip(table["kind"], table["members"])) == [
-        ("seeds", 1),
-        ("seeds", 2),
-        ("views", 1),
-        ("views", 2),
-        ("bagging", 1),
-        ("bagging", 2),
-    ]
+def test_kinds_and_sizes_are_compared_with_the_plain_model(runs):
+    table = ensemble.by_members(runs)
+    assert list(zip(table["kind"], table["members"])) == list(POINTS)
     interval = stats.ttest_1samp([3, 3, 4], 0).confidence_interval(0.95)
     row = table.iloc[3]
     assert (row["difference"], row["low"], row["high"]) == pytest.approx((10 / 3, *interval))
     assert table["difference"][0] == 0 and (row["n"], row["interval"]) == (3, "worlds")
 
 
-def test_views_are_compared_with_as_many_seeds(worlds):
-    table = ensemble.between_kinds(worlds).set_index("kind")
+def test_views_are_compared_with_as_many_seeds(runs):
+    table = ensemble.against(ensemble.most(runs), "kind", "seeds").set_index("kind")
     assert table["difference"].to_dict() == pytest.approx({"views": 7 / 3, "seeds": 0, "bagging": -13 / 3})
 
 
-def test_systems_are_compared_with_their_own_plain_model(worlds):
-    other = [replace(r, ap=[r.ap[0] / 2]) for r in worlds]
-    table = ensemble.by_system_and_members({"a": worlds, "b": other}).set_index(["system", "kind", "members"])
-    assert table.loc[("b", "views", 2), "difference"] == pytest.approx(5 / 3)
-    assert ensemble.by_system_and_members({}).empty
+def test_systems_are_compared_with_their_own_plain_model(runs):
+    halved = [replace(each, ap=[each.ap[0] / 2]) for each in runs["record"]]
+    both = pd.concat([runs, runs.assign(system="another", record=halved)])
+    table = ensemble.by_members(both).set_index(["system", "kind", "members"])
+    assert table.loc[("another", "views", 2), "difference"] == pytest.approx(5 / 3)
+    assert table.loc[("face and scene", "views", 2), "difference"] == pytest.approx(10 / 3)
 
 
-def test_rules_stand_beside_one_model_and_the_most_members(worlds):
-    table = ensemble.by_rule(worlds)
+def test_the_most_members_are_those_of_each_system(runs):
+    fewer = runs[runs["members"] == 1].assign(system="another")
+    last = ensemble.most(pd.concat([runs, fewer]))
+    assert last.groupby("system")["members"].unique().map(list).to_dict() == {"another": [1], "face and scene": [2]}
+
+
+def test_rules_stand_beside_one_model_and_the_most_members(runs):
+    table = ensemble.by_rule(runs)
     assert table.columns.tolist() == ["one model", "seeds", "views", "bagging"]
     assert table.index.tolist() == ["softmax", "softmax, temperature 1", "cosine"]
     assert table.loc["cosine"].tolist() == pytest.approx([0.48, 0.49, 1.6 / 3 - 0.02, 1.4 / 3 - 0.02])
-    rules = ensemble.between_rules(worlds).set_index("rule")
+    views = runs[(runs["kind"] == "views") & (runs["members"] == 2)]
+    rules = ensemble.against(views, "rule", MAIN).set_index("rule")
     assert rules.loc["cosine", "difference"] == pytest.approx(-2)
 
 
-def test_diversity_is_that_of_the_most_members(worlds):
-    table = ensemble.diversity(worlds).set_index("kind")
-    assert table.index.tolist() == ["views", "seeds", "bagging"]
-    assert table.loc["bagging"].tolist() == pytest.approx([1.4 / 3, 0.6, 0.7, 0.4, 5, 6, 20])
-
-
-# -- sentences -----------------------------------------------------------------------------------------------
-
-
-def test_sentence_on_kinds_follows_the_intervals(worlds):
-    text = ensemble.kinds_sentence(worlds)
-    assert text.startswith("With 2 members, views are ahead of plain seeds, +2.33 points (+0.90 to +3.77);")
-    assert "bagging is behind plain seeds, -4.33 points" in text
-    assert "over one plain model, views +3.33 points (+1.90 to +4.77) and seeds +1.00 points" in text
-    assert text.endswith("95 % intervals over 3 worlds.")
-    turned = [replace(r, ap=[1 - r.ap[0]]) for r in worlds]
-    assert "views are behind plain seeds, -2.33 points" in ensemble.kinds_sentence(turned)
-    level = [
-        replace(r, ap=[0.5 + 0.01 * (r.experiment["seed"] - 1) * (r.experiment["ensemble"] == "views")]) for r in worlds
-    ]
-    assert "views are not to be told apart from plain seeds, +0.00 points" in ensemble.kinds_sentence(level)
-
-
-def test_sentence_on_starts_compares_as_many_members_and_one_model():
+def test_starts_are_compared_for_one_model_and_for_as_many_members():
     def ran(start, gains):
-        base = replace(BASE, start=start)
         return [
-            record(
-                kind, members, seed, (0.5 + gain + 0.01 * seed,), base=base, disagreement=0.1 if members == 1 else gain
-            )
+            record(kind, members, seed, [0.5 + gain], base=replace(BASE, start=start), disagreement=gain)
             for (kind, members), gain in gains.items()
-            for seed in range(3)
+            for seed in range(2)
         ]
 
     means = ran("class means", {("seeds", 1): 0.2, ("views", 1): 0.1, ("views", 2): 0.21, ("seeds", 2): 0.4})
     random = ran("random", {("seeds", 1): 0.15, ("views", 1): 0.0, ("views", 2): 0.24, ("views", 4): 0.3})
-    text = ensemble.start_sentence(means, random)
-    assert text == (
-        "2 views that start at random change MAP@100 by +3.00 points (+3.00 to +3.00) against as many that start at class "
-        "means, where one model that starts at random changes it by -5.00 points (-5.00 to -5.00); two of these views name "
-        "24.0 % of the clips differently, two from class means 21.0 %; 95 % intervals over 3 worlds."
+    table = ensemble.starts(ensemble.as_runs(means + random)).set_index(["models", "start"])
+    assert table["difference"].to_dict() == pytest.approx(
+        {
+            ("one model", "random"): -5,
+            ("one model", "class means"): 0,
+            ("2 views", "random"): 3,
+            ("2 views", "class means"): 0,
+        }
     )
-    assert ensemble.start_sentence(means, []) == ""
+    assert table.loc["2 views", "disagreement"].to_dict() == pytest.approx({"random": 0.24, "class means": 0.21})
+    alone = ensemble.starts(ensemble.as_runs(means))
+    assert set(alone["start"]) == {"class means"}
 
 
-def test_sentence_on_gains_has_every_kind_best_first(worlds):
-    text = ensemble.gain_sentence(worlds)
-    assert text.index("views +3.33") < text.index("seeds +1.00") < text.index("bagging -3.33")
-
-
-def test_sentences_on_rules_have_their_numbers(worlds):
-    assert "cosine -2.00 (-2.00 to -2.00)" in ensemble.rules_sentence(worlds)
-    text = ensemble.flat_sentence(worlds)
-    assert "temperature 1 reaches 0.5233, the average of cosines 0.5133" in text
-    assert "by -1.00 points with all views, and by -1.00 with one model" in text
-
-
-def test_sentence_on_diversity_begins_with_the_most_different(worlds):
-    text = ensemble.diversity_sentence(ensemble.diversity(worlds))
-    assert text.index("bagging 40.00 %, 0.6000 alone and 0.7000 together") < text.index("seeds 10.00 %")
-
-
-def test_sentence_on_losses_has_the_challenge_and_these_clips(store):
-    table = pd.DataFrame(
-        [
-            ("train", "bootstrap", 0.084, 0.08, 0.09, 0.03, 0, 1),
-            ("train and val", "bootstrap", 0.021, 0, 0.02, 0.01, 0, 1),
-        ],
-        columns=["clips", "procedure", "challenge", "expected", "mean", "sd", "low", "high"],
-    )
-    assert ensemble.loss_sentence(table) == (
-        "A bootstrap loses, drawn from train, 8.4 % of the challenge's identities and 9.0 % of these (standard deviation "
-        "3.0 %); drawn from train and val, 2.1 % of the challenge's identities and 2.0 % of these (standard deviation 1.0 %)."
-    )
+def test_diversity_is_that_of_the_most_members(runs):
+    table = ensemble.diversity(runs).set_index("kind")
+    assert table.index.tolist() == ["views", "seeds", "bagging"]
+    assert table.loc["bagging"].tolist() == pytest.approx([1.4 / 3, 0.6, 0.7, 0.4, 5, 6, 20])

@@ -9,8 +9,10 @@ from conftest import made, of
 from mmlib import retrieve
 from mmlib.data.store import ClipStore
 from mmlib.experiment import Experiment
+from mmlib.rank import Fallback
 from mmlib.studies import inference
-from mmlib.studies.inference import NONE, NONE_FLAT, labelled, pick, rule_frame, with_rule
+from mmlib.studies.inference import NONE, NONE_FLAT, pick, rule_frame, with_rule
+from mmlib.systems import ONE_NAME, ONE_NAME_AS_CODED
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +52,15 @@ def test_a_share_or_a_weight_of_nothing_is_one_rule():
     assert with_rule(BASE, share=0.01) != with_rule(BASE, share=0.0)
 
 
-def test_the_described_rule_is_that_of_the_system():
-    from mmlib.systems import ONE_NAME, ONE_NAME_AS_CODED
-
+def test_the_rules_have_the_constants_of_description_and_code():
     rules = inference.rules(BASE)
-    for name, system in (("described", ONE_NAME), ("coded", ONE_NAME_AS_CODED)):
-        wanted = replace(system.fallback, members=(0,))
-        assert (rules[name].fallback, rules[name].scale) == (wanted, system.scale)
+    assert rules["described"].fallback == Fallback(by="quality", share=0.01, low=0.8, absent=1.0)
+    coded = Fallback(by="norm", threshold=8.867, low=0.8, absent=0.95)
+    assert rules["coded"].fallback == rules["coded, scale 30"].fallback == coded
+    alone = {"members": (0,), "lr": None}  # one model, trained alike, so that nothing but the rule differs
+    systems = ((rules["described"], ONE_NAME), (rules["coded"], ONE_NAME_AS_CODED))
+    assert all(replace(system.fallback, **alone) == rule.fallback for rule, system in systems)
+    assert [rules[name].scale for name in ("described", "coded", "coded, scale 30", NONE_FLAT)] == [30, 1, 30, 1]
 
 
 def test_sweeps_have_every_value_on_every_line():
@@ -71,6 +75,7 @@ def test_sweeps_have_every_value_on_every_line():
     }
     shares = points[(points["line"] == "norm") & (points["x"] == 0.05)]["experiment"].item().fallback
     assert (shares.by, shares.share, shares.low) == ("norm", 0.05, 0.8)
+    assert points["experiment"].map(lambda e: e.fallback.absent).tolist() == [1.0] * 22 + [0.5, 0.8, 0.95, 1.0, 1.2]
 
 
 def test_without_a_scene_there_is_no_rule(bare):
@@ -113,13 +118,13 @@ APS = {
 
 
 @pytest.fixture
-def records():
+def picked():
     named = inference.rules(BASE)
     return pick(ran(named, APS), named)
 
 
-def test_each_rule_is_compared_with_the_same_scores_without_it(records):
-    frame = rule_frame(records).set_index("rule")
+def test_each_rule_is_compared_with_the_same_scores_without_it(picked):
+    frame = rule_frame(*picked).set_index("rule")
     assert frame["difference"].to_dict() == pytest.approx(
         {"described": 3, "coded, scale 30": 3, "clips without a face": 1, NONE: 0, NONE_FLAT: 0, "coded": -10}
     )
@@ -127,25 +132,12 @@ def test_each_rule_is_compared_with_the_same_scores_without_it(records):
     assert frame["map_at_100"].is_monotonic_decreasing
 
 
-def test_the_answer_tells_the_two_rules_apart(records):
-    text = inference.answer(records, "some clips")
-    assert text.startswith("On some clips, the described rules are worth +3.00 points")
-    assert "by the scene alone +1.00 points" in text and "lowest percent by quality +2.00 points" in text
-    assert "over 2 worlds" in text
-
-
-def test_the_coded_rules_are_set_beside_the_described_ones(records):
-    text = inference.coded_sentence(records)
-    assert "coded rules are worth -10.00 points (95 % interval -10.00 to -10.00, a loss)" in text
-    assert "from the described rules by +0.00 points (95 % interval +0.00 to +0.00, nothing)" in text
-    assert "at scale 30 by -15.00 points" in text
-
-
-def test_without_rules_the_sentences_say_so():
-    alone = labelled([record(BASE, [0.5, 0.7])], [NONE])
-    assert "no fallback can be run" in inference.answer(alone, "these clips")
-    assert "Neither" in inference.coded_sentence(alone)
-    assert "nothing to vary" in inference.sweep_sentences(inference.sweeps(replace(BASE, context=())))
+def test_without_a_scene_there_is_the_baseline_alone():
+    named = inference.rules(replace(BASE, context=()))
+    records, names = pick({BASE: record(BASE, [0.5, 0.7])}, {NONE: BASE})
+    assert list(named) == rule_frame(records, names)["rule"].tolist() == [NONE]
+    curve = inference.sweep_frame({BASE: records[0]}, inference.sweeps(replace(BASE, context=())), BASE)
+    assert curve.empty and inference.extremes(curve).empty
 
 
 def test_the_points_of_a_sweep_have_the_values_of_their_experiments():
@@ -158,19 +150,13 @@ def test_the_points_of_a_sweep_have_the_values_of_their_experiments():
     assert curve[["sweep", "line", "x"]].equals(points[["sweep", "line", "x"]])
 
 
-def test_sweep_sentences_name_best_and_worst():
-    curve = pd.DataFrame({"sweep": "share", "line": "norm", "x": [0.0, 0.01, 0.1], "difference": [0.5, 1.25, -1.0]})
-    assert inference.sweep_sentences(curve) == (
-        "Over the share of low clips by norm, MAP@100 is best at 0.01 and worst at 0.1, 2.25 points apart."
-    )
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "says"),
-    [(0.5, 1.5, "a gain"), (-1.5, -0.5, "a loss"), (-1, 1, "not told apart"), (0, 0, "nothing")],
-)
-def test_the_interval_decides_what_a_difference_is_called(low, high, says):
-    assert says in inference.worth({"difference": (low + high) / 2, "low": low, "high": high})
+def test_a_sweep_is_best_and_worst_where_its_differences_are():
+    curve = pd.DataFrame({"sweep": "share", "line": ["norm"] * 3 + ["a"] * 2, "x": [0.0, 0.01, 0.1, 1, 2]})
+    curve["difference"] = [0.5, 1.25, -1, 2, 2]
+    assert inference.extremes(curve).to_dict("records") == [
+        {"sweep": "share", "line": "norm", "best": 0.01, "worst": 0.1, "apart": 2.25},
+        {"sweep": "share", "line": "a", "best": 1, "worst": 1, "apart": 0},
+    ]
 
 
 def test_precision_by_quality_is_compared_within_seed_and_scale():
@@ -181,7 +167,7 @@ def test_precision_by_quality_is_compared_within_seed_and_scale():
         for name, e in named.items()
         for seed in (0, 1)
     ]
-    gain = inference.breakdown_gain(labelled(found, [name for name in named for _ in range(2)]))
+    gain = inference.breakdown_gain(found, [name for name in named for _ in range(2)])
     assert dict(zip(gain["rule"], gain["gain"])) == pytest.approx(
         {NONE: 0, "described": 25, NONE_FLAT: 0, "coded": -12.5}
     )
@@ -189,30 +175,41 @@ def test_precision_by_quality_is_compared_within_seed_and_scale():
 
 
 def test_clips_without_quality_have_no_gain_by_quality():
-    assert inference.breakdown_gain(labelled([record(BASE, [0.5])], [NONE])).empty
+    assert inference.breakdown_gain([record(BASE, [0.5])], [NONE]).empty
 
 
 # -- where the points are lost -------------------------------------------------------------------------------
 
 
 def test_the_ceiling_is_what_a_perfect_ranking_of_faces_reaches(faceless):
-    assert inference.ceiling(faceless) == {
+    assert inference.ceiling(faceless, threshold=4.0) == {
         "relevant": 3,
         "without": 1,
         "map_at_100": 0.75,  # half of identity 0, all of identity 1
         "gallery_without": 2,
+        "below": pytest.approx(2 / 3),  # norms 3 and 1, not 5
     }
 
 
-def test_the_share_below_counts_clips_with_a_face_by_their_mean_norm(faceless):
-    assert [inference.share_below(faceless, threshold) for threshold in (1.0, 1.5, 4.0, 9.0)] == pytest.approx(
-        [0, 1 / 3, 2 / 3, 1]
-    )
+@pytest.mark.parametrize("threshold, share", [(1.0, 0), (1.5, 1 / 3), (8.867, 1)])
+def test_the_share_below_counts_clips_with_a_face_by_their_mean_norm(faceless, threshold, share):
+    assert inference.ceiling(faceless, threshold)["below"] == pytest.approx(share)
 
 
 def test_groups_are_cut_as_the_rule_cuts_them(faceless):
     group = inference.quality_groups(faceless, "quality", shares=(0.34, 0.67))
     assert group.tolist() == ["lowest 34 %", "no face", "the rest", "34–67 %", "no face"]
+    assert list(group.categories) == ["no face", "lowest 34 %", "34–67 %", "the rest"]
+
+
+@pytest.mark.parametrize("shares", [(0.01, 0.05), (0.02, 0.1), (0.67, 0.34), (0.005,), ()])
+def test_no_clip_is_lost_whatever_the_shares(store, shares):
+    found = retrieve.retrieve(of(store, aggregator="norm"), store)
+    group = inference.quality_groups(store, "quality", shares)
+    lost = inference.lost_points(found, store, group)
+    assert lost["clips"].sum() == len(store.select("val", labelled=True))
+    assert lost["lost"].sum() == pytest.approx(100 - 100 * found.ap.mean())
+    assert lost["group"].tolist() == [name for name in group.categories if name in set(lost["group"])]
 
 
 def test_points_lost_are_counted_clip_by_clip(faceless):
@@ -223,29 +220,8 @@ def test_points_lost_are_counted_clip_by_clip(faceless):
         ranking=np.array([[1, 0, -1], [1, -1, -1]]),
         hits=np.array([[False, True, False], [True, False, False]]),
     )
-    group = np.array(["lowest 1 %", "no face", "the rest", "", ""], object)
+    group = pd.Categorical(["low", "no face", "the rest", None, None], ["no face", "low", "the rest"])
     lost = inference.lost_points(found, faceless, group).set_index("group")
-    assert lost["lost"].to_dict() == pytest.approx({"no face": 25, "lowest 1 %": 12.5, "the rest": 0})
-    assert lost["precision"].to_dict() == pytest.approx({"no face": 0, "lowest 1 %": 0.5, "the rest": 1})
+    assert lost["lost"].to_dict() == pytest.approx({"no face": 25, "low": 12.5, "the rest": 0})
+    assert lost["precision"].to_dict() == pytest.approx({"no face": 0, "low": 0.5, "the rest": 1})
     assert lost["clips"].tolist() == [1, 1, 1]
-
-
-def test_points_lost_add_up_to_what_is_missing(store):
-    found = retrieve.retrieve(of(store, aggregator="norm"), store)
-    lost = inference.lost_points(found, store, inference.quality_groups(store, "quality"))
-    assert lost["lost"].sum() == pytest.approx(100 - 100 * found.ap.mean())
-    assert lost["clips"].sum() == len(store.select("val", labelled=True))
-
-
-def test_the_sentence_gives_points_lost_before_and_after():
-    lost = pd.DataFrame(
-        {"group": ["no face", "the rest"] * 2, "clips": [3, 9] * 2, "lost": [4.0, 8.0, 1.0, 8.5],
-         "rule": [NONE, NONE, "described", "described"]}
-    )  # fmt: skip
-    assert inference.where_sentence(lost) == (
-        "From no fallback to the described rules, the points lost go from 4.00 to 1.00 for clips without a face "
-        "(3 clips), from 8.00 to 8.50 for the rest (9 clips)."
-    )
-    assert inference.where_sentence(lost[lost["rule"] == NONE]) == (
-        "Without a rule, no face (3 clips) loses 4.00 points, the rest (9 clips) loses 8.00 points."
-    )

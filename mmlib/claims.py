@@ -1,0 +1,150 @@
+"""Work that many processes share: claim a task by a lock on a file, write a file whole, start more processes.
+
+The files lie in folders that all the processes see, so they may run on one machine or on many.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock, Timeout
+from platformdirs import user_cache_dir
+
+PATIENCE = 1.0  # seconds to wait for a claim, once every task that is left is claimed by others
+Task = TypeVar("Task")
+
+
+def cache_folder() -> Path:
+    """Return the folder of simulated worlds and records: ``MMLIB_CACHE``, else the user's cache folder."""
+    named = os.environ.get("MMLIB_CACHE") or user_cache_dir("mmlib", appauthor=False)
+    try:
+        return Path(named).expanduser().absolute()
+    except RuntimeError:
+        raise ValueError(f"MMLIB_CACHE: there is no such home folder: {named}") from None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def claim(path: Path, wait: float = -1) -> Iterator[bool]:
+    """Hold the lock file ``path`` for a block, and yield whether it is held.
+
+    wait: seconds to wait for another process to let go of it; below 0 without end.  The file stays.  A folder without
+    ``flock`` is refused, as a killed process would leave its claims there for ever; a shared folder must carry it from
+    machine to machine.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if sys.platform != "win32":
+            import fcntl
+
+            with tempfile.TemporaryFile(dir=path.parent) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        hint = "; MMLIB_CACHE names another" if path.is_relative_to(cache_folder()) else ""
+        raise ValueError(f"{path.parent}: a folder where no lock can be held ({error.strerror}){hint}") from None
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=wait)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def share(tasks: Iterable[Task], attempt: Callable) -> Iterator[int]:
+    """Do tasks that other processes may be doing too: those that are free first, the others when they become free.
+
+    attempt: from a task and the seconds to wait for its claims to how much of it is done, which is yielded, and what of
+    it others have claimed.  That is attempted again, as they may die.
+    """
+    tasks, wait = list(tasks), 0.0
+    while tasks:
+        left = []
+        for task in tasks:
+            done, rest = attempt(task, wait)
+            yield done
+            left += [rest] if rest else []
+        wait = PATIENCE if left == tasks else 0.0
+        tasks = left
+
+
+@contextmanager
+def helped(number: int, function: Callable, *arguments: object) -> Iterator[None]:
+    """Have a function called in so many other processes during a block; they end with it, or with this process.
+
+    The function shares what it does by claims, so that nothing is lost with a process that fails.
+    """
+    context = multiprocessing.get_context("spawn")
+    ended, keep = context.Pipe(duplex=False)
+    helpers = [context.Process(target=_help, args=(ended, function, *arguments), daemon=True) for _ in range(number)]
+    for process in helpers:
+        process.start()
+    try:
+        yield
+    finally:
+        for process in helpers:
+            process.terminate()
+        for process in helpers:
+            process.join()
+        keep.close()
+
+
+def _help(ended: Connection, function: Callable, *arguments: object) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that is helped is interrupted too
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # unwind, so that nothing half-made stays
+    threading.Thread(target=_end_with, args=(ended,), daemon=True).start()
+    with suppress(Exception):  # what fails here fails there too
+        function(*arguments)
+
+
+def _end_with(ended: Connection) -> None:
+    with suppress(EOFError, OSError):
+        ended.recv()  # nothing is ever sent: it returns when the process that is helped is gone
+    os._exit(1)
+
+
+def is_helper() -> bool:
+    """Say whether this process was started by another one, which then has the processors to share."""
+    return multiprocessing.parent_process() is not None
+
+
+def remove_locks(folder: Path) -> None:
+    """Remove the locks in a folder that nobody holds; a process that has just opened one notices that it is gone."""
+    for path in folder.glob("*.lock"):
+        with claim(path, 0) as held, suppress(OSError):  # not every system removes a file that is open
+            if held:
+                path.unlink()
+
+
+def clear_partial(path: Path) -> None:
+    """Remove what killed processes left of ``path`` half written; only for a process that has claimed it."""
+    for left in path.parent.glob(f".{path.name}.partial-*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)

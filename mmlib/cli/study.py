@@ -1,0 +1,282 @@
+"""Commands that train, rank, score, and run chapters again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmlib import parameters
+from mmlib.cli.options import Device, Overwrite, Where, argument, command, option, split_pairs, writing
+
+CHAPTERS = Path(__file__).parents[2] / "book" / "chapters"
+System = StrEnum("System", ["one-name", "one-name-as-coded", "face-only"])
+Split = StrEnum("Split", ["val", "test"])
+
+
+@command(
+    "predict store/ --out result.txt",
+    "predict store/ --out quick.txt --members 2 --epochs 2",
+    "predict store/ --out test.txt --system face-only --split test",
+    "predict store/ --out result.txt --shard 1/4",
+    "predict store/ --out result.txt --merge 4",
+)
+def predict(
+    store: Annotated[Path, argument("STORE", "Clip store with labelled train clips.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Submission to write.")] = Path("result.txt"),
+    system: Annotated[
+        System, option("What is trained: the system as described, as its released code has it, or faces alone.")
+    ] = System["one-name"],
+    split: Annotated[Split, option("Whose clips are ranked.")] = Split.val,
+    epochs: Annotated[
+        int | None, option("Epochs of a training; else those of the system.", metavar="N", least=1)
+    ] = None,
+    members: Annotated[
+        int | None, option("Use the first so many members of its ensembles; else all.", metavar="N", least=1)
+    ] = None,
+    seed: Annotated[int, option("Of the training.", least=0)] = 0,
+    labelled_only: Annotated[
+        bool, option("Leave out identities without a labelled clip in the split.", "--labelled-only")
+    ] = False,
+    device: Where = Device.auto,
+    keep_members: Annotated[bool, option("Leave the trained members in FILE.members.", "--keep-members")] = False,
+    shard: Annotated[
+        str | None, option("Rank the I-th of N parts of the clips, and leave FILE to --merge.", metavar="I/N")
+    ] = None,
+    merge: Annotated[
+        int | None, option("Write FILE from N shards; those that are missing are ranked first.", metavar="N", least=1)
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a system and write its submission.
+
+    It trains on the train clips of a store and ranks the val clips for every identity. A run that was stopped
+    goes on with the member it was in when the same command is given again. Commands with other shards of one FILE
+    may run at the same time, on machines that share its folder: each member is trained by one of them.
+    """
+    from mmlib import submit
+
+    asked = {"system": system.value, "split": split.value, "epochs": epochs, "members": members, "seed": seed}
+    asked |= {"device": device.value, "overwrite": overwrite, "progress": sys.stderr.isatty()}
+    with writing(out):
+        if shard is None:
+            asked |= {"labelled_only": labelled_only, "keep_members": keep_members, "shards": merge}
+            report = submit.predict(store, out, **asked)
+        elif merge is not None or labelled_only or keep_members:
+            raise ValueError(
+                "--shard goes without --merge, --labelled-only and --keep-members: they say how FILE is written"
+            )
+        else:
+            report = submit.predict_shard(store, out, *read_shard(shard), **asked)
+    print(*report.lines, sep="\n")
+
+
+@command("evaluate val_gt.txt result.txt", "evaluate val_gt.txt result.txt --json")
+def evaluate(
+    truth: Annotated[Path, argument("GT", "Ground truth, in the format of val_gt.txt.")],
+    result: Annotated[Path, argument("RESULT", "Submission: an identity and its clips a line, best first.")],
+    as_json: Annotated[bool, option("Print one JSON object, with the AP of each identity.", "--json")] = False,
+) -> None:
+    """Print the official score of a submission.
+
+    MAP@100 is a fraction in [0, 1], as is top-1, the share of identities whose first clip is right.
+    """
+    from mmlib.data.submission import count_unknown, read_result, read_val_truth
+    from mmlib.metrics import bootstrap_interval, official_score
+
+    wanted, ranked = read_val_truth(truth), read_result(result)
+    try:
+        score = official_score(wanted, ranked)
+    except ValueError as error:
+        raise ValueError(f"{result}: {error}") from None
+    low, high = bootstrap_interval(score.ap)
+    several = len(score.ap) > 1  # of one identity there is no interval
+    unknown = count_unknown(wanted, ranked)
+    if not score.ap.any():
+        alien = [f"{n} {kind}" for kind, (n, lacking) in unknown.items() if n == lacking]
+        why = f"{truth} names none of its {' and '.join(alien)}" if alien else "no line names a clip of its identity"
+        print(f"mmlib: warning: {result}: nothing was found: {why}; are names written alike?", file=sys.stderr)
+    if as_json:
+        ends = {"low": low, "high": high} if several else {"low": None, "high": None}
+        said = {"map_at_100": score.map_at_k, "top1": score.top1, **ends, "queries": len(score.ap)}
+        for kind, (named, lacking) in unknown.items():
+            said |= {kind: named, f"unknown_{kind}": lacking}
+        # Of an identity that the ground truth repeats, the last line holds.
+        print(json.dumps(said | {"ap": dict(zip(wanted[0], score.ap.tolist()))}))
+        return
+    print(f"MAP@100 {score.map_at_k:.6f}")
+    bounds = f"{low:.6f} to {high:.6f}, a bootstrap over identities" if several else "none, for one identity"
+    print(f"95% interval {bounds}")
+    print(f"top-1 {score.top1:.6f}")
+    print(f"queries {len(score.ap)}")
+    for kind, (named, lacking) in unknown.items():
+        print(f"{kind} in the result {named}, of which the ground truth does not name {lacking}")
+
+
+@command("rerun 04_aggregation -p profile=tiny", "rerun 04 -p 'seeds=[3, 4]' -p data=store/ --out out.ipynb")
+def rerun(
+    chapter: Annotated[str, argument("CHAPTER", "Name or number of a chapter, such as 04_aggregation or 04.")],
+    given: Annotated[
+        list[str] | None,
+        option(
+            "Change a parameter; repeat for more. A wrong name lists them.", "-p", "--parameter", metavar="NAME=VALUE"
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        option("Notebook to write, replaced if it exists; else CHAPTER-rerun.ipynb, here.", metavar="FILE.ipynb"),
+    ] = None,
+) -> None:
+    """Run a chapter with other parameters.
+
+    The executed notebook is kept; that of a run that failed is kept as FILE.failed.ipynb.
+    """
+    try:
+        import papermill
+        from nbclient.exceptions import DeadKernelError
+    except ImportError as error:
+        raise ValueError(f"rerun needs papermill ({error}): pip install -e '.[book]' in the checkout") from None
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it would log is raised too
+    notebook = find_chapter(chapter)
+    values = parameters.read_texts(notebook, split_pairs("-p", given or []))
+    out = Path(f"{notebook.stem}-rerun.ipynb") if out is None else out
+    if out.suffix != ".ipynb":
+        raise ValueError(f"--out {out}: the name of a notebook ends in .ipynb")
+    if out.resolve().is_relative_to(CHAPTERS.resolve()):
+        raise ValueError(f"--out {out}: lies among the chapters, which stay as they are")
+    if out.is_dir():
+        raise ValueError(f"--out {out}: is a folder")
+    partial = out.with_name(f".{out.stem}.partial-{os.getpid()}.ipynb")
+    failed = out.with_name(f"{out.stem}.failed.ipynb")
+    options = {"progress_bar": sys.stderr.isatty(), "extra_arguments": ["--log-level=CRITICAL"]}
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            papermill.execute_notebook(notebook, partial, values, **options)
+            partial.replace(out)
+        except (papermill.PapermillExecutionError, DeadKernelError) as error:
+            partial.replace(failed)
+            raise ValueError(f"{notebook.stem}{_failure(error)}; {failed} shows where") from None
+        finally:
+            partial.unlink(missing_ok=True)
+    print(f"wrote {out}")
+
+
+def _failure(error: Exception) -> str:
+    """Say what a chapter died of; of a missing package, which Python looked for it."""
+    from jupyter_client.kernelspec import get_kernel_spec
+
+    if not hasattr(error, "ename"):
+        return ": the kernel died, perhaps out of memory"
+    missing = error.ename == "ModuleNotFoundError"
+    where = f" in the kernel python3, which runs {get_kernel_spec('python3').argv[0]}" if missing else ""
+    return f", cell {error.cell_index + 1}: {error.ename}: {error.evalue}{where}"
+
+
+@command("keep book/results/full.jsonl.gz", "keep quick.jsonl.gz --profile quick")
+def keep(
+    out: Annotated[
+        Path,
+        argument("FILE", "File of records to write, replaced if it exists; the book reads book/results/full.jsonl.gz."),
+    ],
+    profile: Annotated[str, option("Size of the worlds: tiny, quick or full.")] = "full",
+) -> None:
+    """Keep the records of reruns on whole worlds of one size, for the book to show beside its own.
+
+    They are those in the cache that this version of the code made. Average precisions are kept to four digits.
+    """
+    from mmlib.records import cache_folder, stored, write_results
+
+    records = stored(profile)
+    if not records:
+        raise ValueError(f"{cache_folder()}: no records of simulated {profile!r} worlds by this version of the code")
+    with writing(out):
+        write_results(out, [replace(record, ap=[round(value, 4) for value in record.ap]) for record in records])
+    seeds = sorted({record.experiment["seed"] for record in records})
+    print(f"wrote {len(records)} records, seeds {', '.join(map(str, seeds))}: {out}")
+
+
+@command(
+    "scene store/ official/img/ out/ --weights pretrained",
+    "scene store/ official/img/ out/ --weights seresnext50.safetensors --epochs 20",
+    "scene store/ img/ out/ --architecture narrow_seresnext26",
+)
+def scene(
+    store: Annotated[Path, argument("STORE", "Clip store.")],
+    images: Annotated[Path, argument("IMAGES", "Folder of its clips' pictures, <clip>/<n>.jpg.")],
+    out: Annotated[Path, argument("OUT", "Clip store to write: STORE with other scene features.")],
+    architecture: Annotated[
+        str, option("seresnext50_32x4d, legacy_seresnext50_32x4d, narrow_seresnext26 or narrow_seresnext14.")
+    ] = "seresnext50_32x4d",
+    weights: Annotated[str, option("A file of weights, or pretrained to download timm's; else from scratch.")] = "",
+    epochs: Annotated[int, option("Epochs of fine-tuning.", least=1)] = 20,
+    seed: Annotated[int, option("Of the training and of the pictures drawn.", least=0)] = 0,
+    batch: Annotated[int | None, option("Clips a step; fewer need less memory.", metavar="N", least=1)] = None,
+    device: Where = Device.auto,
+    decoded: Annotated[
+        Path | None, option("Keep the decoded pictures there for further runs.", metavar="FOLDER")
+    ] = None,
+    compile_mode: Annotated[
+        str, option("Compile the network: default, or max-autotune for long runs.", metavar="MODE")
+    ] = "",
+    overwrite: Overwrite = False,
+) -> None:
+    """Fine-tune a scene network and extract its features.
+
+    An SE-ResNeXt learns the identities from one picture a clip; its features become the scene modality of a new
+    clip store. The other modalities are copied. Started by accelerate launch or torchrun, one process a GPU, the
+    processes share every batch.
+    """
+    from mmlib import scene as network
+    from mmlib.data.images import count_converted, index_images
+    from mmlib.data.render import picture_size
+    from mmlib.data.store import ClipStore
+
+    settings = network.settings_for(architecture, weights, epochs=epochs, **{"batch": batch} if batch else {})
+    progress = sys.stderr.isatty()
+    run = network.launched(device.value, progress=progress, compile_mode=compile_mode, decoded=decoded)
+    clips = ClipStore.open(store)
+    listed = index_images(images, clips)
+    rendered = picture_size(listed, clips)
+    with writing(out):
+        _, modes = network.fine_tune_to_store(clips, listed, settings, out, seed=seed, run=run, overwrite=overwrite)
+    if run.index:
+        return  # the first of several processes reports
+    print(*listed.lines(), sep="\n")
+    if converted := count_converted(modes):
+        print(converted)
+    print(
+        f"scene: {sum(modes.values())} clips, {architecture}, "
+        f"{f'weights {weights}' if weights else 'from scratch'}, epochs: {epochs}"
+    )
+    if rendered:
+        print("simulated: the pictures are rendered; no score on them is a result on the challenge")
+
+
+def read_shard(text: str) -> tuple[int, int]:
+    """Read I/N."""
+    number, slash, total = text.partition("/")
+    if not (slash and number.isdecimal() and total.isdecimal()):
+        raise ValueError(f"--shard {text}: expected I/N, such as 1/4")
+    return int(number), int(total)
+
+
+def find_chapter(name: str) -> Path:
+    """Return the notebook of the chapter with that name or number."""
+    chapters = sorted(CHAPTERS.glob("*.ipynb"))
+    if not chapters:
+        raise ValueError(f"{CHAPTERS}: no chapters there; rerun works from a checkout of the repository")
+    stem = name.removesuffix(".ipynb")
+    found = [path for path in chapters if path.stem == stem or path.stem.startswith(f"{stem}_")]
+    if len(found) != 1:
+        listed = ", ".join(path.stem for path in found or chapters)
+        number = "more than one" if found else "no"
+        raise ValueError(f"{name}: {number} chapter has that name; there are {listed}")
+    return found[0]

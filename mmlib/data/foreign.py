@@ -1,0 +1,168 @@
+"""Tables and arrays that others wrote: what is in them, whatever they were written with."""
+
+import re
+import string
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from mmlib.data.content import read_table
+from mmlib.data.submission import NAME_RULE, bad_names
+from mmlib.data.writer import SPLITS, map_array, nonfinite_rows
+
+TEXT, SCORES = ("clip", "identity", "split"), ("quality", "det")
+REQUIRED = (*TEXT, "frame")
+FLOAT = re.compile(r"-?\d+(\.\d+(e\+\d+)?|e\+\d+)", re.ASCII)  # a float as a table of text has it
+NPY = "a .npy"
+MAGIC = {
+    b"PK\3\4": "a zip archive, as np.savez and torch.save write it",
+    b"\x1f\x8b\x08": "compressed by gzip",
+    b"\x89HDF": "an HDF5 file",
+    b"MATLAB": "a MATLAB file",
+    b"PAR1": "a parquet table",
+    b"\x93NUMPY": NPY,
+}
+
+
+def read_rows(path: Path) -> pd.DataFrame:
+    """Read the table of frames, clip, identity and split as text, frame and scores as numbers, and check it.
+
+    Rows come back sorted by clip and frame; their index says which row of the table each was.
+    """
+    try:
+        if path.suffix.lower() in (".parquet", ".pq"):
+            table = read_table(path)
+        else:  # only an empty cell is no identity: someone may be called NA or None
+            empty = {name: [""] for name in (*REQUIRED, *SCORES)}
+            kinds = dict.fromkeys(TEXT, str)
+            table = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=empty, encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing") from None
+    except (ValueError, OSError) as error:  # of which the errors of pandas and pyarrow are kinds
+        raise ValueError(f"{path}: not a readable table ({error})") from None
+    if missing := [name for name in REQUIRED if name not in table]:
+        raise ValueError(f"{path}: no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
+    if not len(table):
+        raise ValueError(f"{path}: no rows")
+    table = table[[*REQUIRED, *(name for name in SCORES if name in table)]].reset_index(drop=True)
+
+    def refuse(wrong: pd.Series, name: str, why: str = "") -> None:
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            value = table[name][row]
+            shown = repr(value) if isinstance(value, str) else value
+            whose = "" if name == "clip" else f"clip {table['clip'][row]}: "
+            raise ValueError(f"{path}, row {row + 1}: {whose}{name} is {shown}{why}")
+
+    for name in TEXT:
+        table[name] = _as_text(table[name], f"{path}: {name}")
+    table["clip"] = table["clip"].str.removesuffix(".mp4")
+    refuse(table["clip"].isna(), "clip")
+    for name in ("clip", "identity"):
+        bad = bad_names(name, table[name].dropna().unique())
+        refuse(table[name].isin(bad), name, f"; {NAME_RULE}")
+    refuse(~table["split"].isin(SPLITS), "split")
+    for name in table.columns.drop([*TEXT]):
+        numbers = pd.to_numeric(table[name], errors="coerce").astype(np.float64)
+        refuse(~np.isfinite(numbers), name)
+        if name == "frame":
+            refuse((numbers < 0) | (numbers >= 2**31) | (numbers % 1 != 0), name)
+            numbers = numbers.astype(np.int64)
+        table[name] = numbers
+    table = table.sort_values(["clip", "frame"], kind="stable")
+    _check_clips(table, path)
+    return table
+
+
+def _as_text(column: pd.Series, where: str) -> pd.Series:
+    """Write cells as words, the same from every format: whole numbers, which a missing cell makes floats, as such."""
+    codes, values = pd.factorize(column.astype(object))
+    texts = (value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value) for value in values)
+    words = [text.strip() for text in texts]
+    floats = [float(word) for word in words if FLOAT.fullmatch(word)]
+    if floats and all(word.isdecimal() or FLOAT.fullmatch(word) for word in words) and not any(np.mod(floats, 1)):
+        if max(map(abs, floats)) >= 2**53:
+            raise ValueError(f"{where} {max(floats):.0f} has lost digits as a float; write numbers that long as text")
+        words = [word if word.isdecimal() else str(int(float(word))) for word in words]
+    return pd.Series(np.array([*(word or None for word in words), None], object)[codes], column.index)
+
+
+def _check_clips(rows: pd.DataFrame, path: Path) -> None:
+    """Refuse a clip with two identities or splits, and a frame that a clip has twice; `rows` are sorted."""
+    clip = rows["clip"].to_numpy()
+    for name in ("identity", "split", "frame"):
+        values = (rows[name].fillna("") if name == "identity" else rows[name]).to_numpy()
+        wrong = (clip[1:] == clip[:-1]) & ((values[1:] == values[:-1]) == (name == "frame"))
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            found = " and ".join(str(rows[name].iloc[row]) for row in (at, at + 1))
+            raise ValueError(f"{path}, row {rows.index[at + 1] + 1}: clip {clip[at]} has {name} {found}")
+
+
+def open_array(path: Path, width: int | None = None) -> np.ndarray:
+    """Map the floats (F, D) of a `.npy`, in either order of its axes, or of raw little-endian float32 of that width."""
+    if not path.exists():
+        raise ValueError(f"{path}: missing")
+    kind = _kind(path)
+    if kind not in ("", NPY):
+        how = "load it with what wrote it and save the array alone, by np.save('features.npy', array)"
+        raise ValueError(f"{path}: {kind}, not one array of numbers; {how}")
+    if kind == NPY or path.suffix.lower() == ".npy":
+        features = map_array(path)
+        if features.ndim != 2 or features.dtype.kind != "f" or width not in (None, features.shape[1]):
+            expected = "(F, D)" if width is None else f"(F, {width})"
+            raise ValueError(f"{path}: {features.dtype} {features.shape}, expected floats {expected}")
+        return features
+    if width is None or width < 1:
+        raise ValueError(f"width: {width!r}, but {path} is raw numbers and needs one")
+    size = path.stat().st_size
+    if not size or size % (4 * width):
+        raise ValueError(f"{path}: {size} bytes are not whole rows of {width} float32")
+    return np.memmap(path, "<f4", "r").reshape(-1, width)
+
+
+def _kind(path: Path) -> str:
+    """Say what a file is by its first and last bytes, `""` where they might be raw numbers."""
+    with open(path, "rb") as file:
+        head, size = file.read(1024), file.seek(0, 2)
+        file.seek(max(0, size - 1))
+        last = file.read()
+    if head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5" and last == b".":
+        return "a pickle"
+    if head and not head.translate(None, string.printable.encode()):
+        return "text"
+    return next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), "")
+
+
+def to_half(block: np.ndarray, rows: pd.DataFrame, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Round the features (n, D) of the frames `rows` (n) to float16; return them and what each has lost, (n,).
+
+    The loss is the largest error over the largest number: 1 where nothing is left, NaN where nothing was.
+    """
+    with np.errstate(over="ignore"):
+        half = block.astype(np.float16)
+    if (bad := nonfinite_rows(half)).size:
+        row, place = bad[0], np.flatnonzero(~np.isfinite(half[bad[0]]))[0]
+        clip, frame = (rows[name].iloc[row] for name in ("clip", "frame"))
+        where = f"{path}, row {rows.index[row] + 1}: clip {clip}, frame {frame}"
+        raise ValueError(f"{where}: feature is {block[row, place]} at position {place}, which float16 cannot hold")
+    peak = np.maximum(block.max(1, initial=0), -block.min(1, initial=0))
+    loss = np.where(peak > 0, 0.0, np.nan)
+    small = np.flatnonzero((peak > 0) & (peak < 2.0**-14))  # only below this it can lose more than 2 ** -11
+    loss[small] = np.abs(block[small] - half[small]).max(1) / peak[small]
+    return half, loss
+
+
+def count_lost(loss: np.ndarray, path: Path) -> tuple[int, int]:
+    """Count the features (F,) that `to_half` has damaged, and those of which nothing is left.
+
+    Where most are damaged the array is refused, for a model would learn from rounding errors.
+    """
+    damaged = loss > 2.0**-8
+    if 2 * damaged.sum() > (~np.isnan(loss)).sum():
+        raise ValueError(
+            f"{path}: too small for float16, as which a store keeps features: in {damaged.sum()} of {len(loss)} rows "
+            "digits are lost; multiply the array by a constant that brings its numbers near 1"
+        )
+    return int(damaged.sum()), int((loss == 1).sum())

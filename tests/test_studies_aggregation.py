@@ -1,0 +1,176 @@
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import made
+
+from mmlib import records, systems
+from mmlib.aggregate import AGGREGATORS, make_aggregator
+from mmlib.data.simulate import Settings, settings_for
+from mmlib.experiment import Experiment
+from mmlib.models import IdentityModel
+from mmlib.studies import aggregation, rates
+from mmlib.studies.aggregation import (
+    frame_weights,
+    grid_frame,
+    grid_settings,
+    grid_verdicts,
+    mixed_clips,
+    weight_on_wrong,
+)
+
+# -- attention -----------------------------------------------------------------------------------------------
+
+
+def models(*names):
+    torch.manual_seed(0)
+    made = {name: IdentityModel(make_aggregator(name, 512), 30, hidden=0) for name in names}
+    for model in made.values():
+        for parameter in model.aggregator.parameters():
+            torch.nn.init.normal_(parameter, std=0.01)
+    return made
+
+
+def test_mixed_clips_show_two_persons(store):
+    clips = mixed_clips(store, 3)
+    face = store.modalities["face"]
+    for clip in clips:
+        wrong = face.columns["wrong"][face.start[clip] : face.start[clip] + face.count[clip]]
+        assert 0.2 <= wrong.mean() <= 0.6 and 12 <= len(wrong) <= 30
+    assert (store.identity_of(clips) >= 0).all() and len(clips) == 3
+
+
+def test_longest_clips_fill_up_where_too_few_are_mixed(store):
+    clips = mixed_clips(store, 10_000)
+    assert sorted(clips) == store.select("val", labelled=True, having="face").tolist()
+
+
+def test_weights_of_a_clip_sum_to_one_over_its_own_frames(store):
+    clips = mixed_clips(store, 4)
+    frame = frame_weights(models("norm", "quality", "NAN", "attention + scores"), store, clips)
+    assert frame.groupby(["clip", "method"])["weight"].sum().to_numpy() == pytest.approx(1, abs=1e-5)
+    count = dict(zip(store.clips["clip"].iloc[clips], store.modalities["face"].count[clips], strict=True))
+    assert (
+        frame.groupby(["clip", "method"]).size() == frame.groupby(["clip", "method"])["clip"].first().map(count)
+    ).all()
+
+
+def test_frames_are_marked_wrong_where_the_store_says_so(store):
+    clips = mixed_clips(store, 2)
+    frame, face = frame_weights(models("norm"), store, clips), store.modalities["face"]
+    expected = np.concatenate([face.columns["wrong"][face.start[c] : face.start[c] + face.count[c]] for c in clips])
+    assert np.array_equal(frame["wrong"], expected)
+
+
+def test_weight_on_wrong_frames_is_their_share_where_all_frames_weigh_the_same(store):
+    row = weight_on_wrong(models("norm"), store).iloc[0]
+    face, shares = store.modalities["face"], []
+    for clip in store.select("val", labelled=True, having="face"):
+        wrong = face.columns["wrong"][face.start[clip] : face.start[clip] + face.count[clip]].mean()
+        shares += [wrong] if 0 < wrong < 1 else []
+    assert row["arm"] == "norm" and row["clips"] == len(shares)
+    assert row["share of frames"] == pytest.approx(np.mean(shares))
+    assert row["share of weight"] == pytest.approx(np.mean(shares), abs=1e-6)
+
+
+def test_arms_stand_by_the_weight_that_they_put_on_wrong_frames(store):
+    frame = weight_on_wrong(models("norm", "quality"), store)
+    assert frame["share of weight"].is_monotonic_increasing and set(frame["arm"]) == {"norm", "quality"}
+
+
+def test_unmarked_frames_are_not_wrong_and_give_no_table(bare):
+    clips, made_models = mixed_clips(bare, 2), {"mean": IdentityModel(make_aggregator("mean", 8), 2, hidden=0)}
+    assert not frame_weights(made_models, bare, clips)["wrong"].any()
+    assert weight_on_wrong(made_models, bare).empty
+
+
+@pytest.mark.parametrize("step", aggregation.STEPS)
+def test_steps_are_between_arms(step):
+    assert set(aggregation.STEPS[step]) <= set(AGGREGATORS)
+
+
+# -- the search for learning rates ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_every_arm_is_given_as_many_trials(name):
+    trials = systems.tuning_grid(name)
+    assert len(set(trials)) == len(trials) == len(systems.tuning_grid("mean"))
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_training_of_an_arm_is_one_that_was_tried(name):
+    assert systems.tuned(name) in systems.tuning_grid(name)
+
+
+def test_training_of_an_arm_was_the_best_short_one_of_the_committed_search():
+    group = {name: Experiment(aggregator=name) for name in AGGREGATORS}
+    found = rates.search_frame(group, records.read_results("04_search.jsonl.gz")).set_index("arm")
+    assert set(found.index) == set(AGGREGATORS)
+    for name, row in found.iterrows():
+        training = systems.tuned(name)
+        assert (row["lr"], row["aggregator_lr"]) == (training.lr, training.aggregator_lr)
+
+
+# -- the sensitivity grid ------------------------------------------------------------------------------------
+
+
+def cell(share, quality, reliability, gain, seeds=(0, 1)):
+    """Records of all arms of a cell, each world with its own small difference."""
+    settings = grid_settings(share, quality, reliability, 60)
+    return [
+        made(
+            Experiment(aggregator=name, seed=seed, settings=settings),
+            ap=[0.5 + (gain + 0.001 * seed) * (name != "quality")],
+        )
+        for name in aggregation.GRID_ARMS
+        for seed in seeds
+    ]
+
+
+def test_grid_settings_scale_the_shares_of_contaminated_clips():
+    world = settings_for("quick", **dict(grid_settings(2.0, 0.0, 0.6, 60)))
+    assert world == replace(
+        Settings(),
+        identities=60,
+        contaminated=2 * Settings().contaminated,
+        wrong_quality=0.0,
+        mostly_wrong=2 * Settings().mostly_wrong,
+        reliability=0.6,
+    )
+
+
+@pytest.mark.parametrize("name", aggregation.GRIDS)
+def test_cells_of_every_grid_are_worlds_that_can_be_drawn(name):
+    cells = [settings_for("quick", **dict(grid_settings(*at, 60))) for at in aggregation.GRIDS[name]]
+    assert len(set(cells)) == len(cells)
+
+
+def test_grid_compares_learned_arms_with_quality_weights_cell_by_cell():
+    frame = grid_frame(cell(0.5, -1.0, 0.95, 0.02) + cell(2.0, -1.0, 0.95, -0.03))
+    assert set(frame["aggregator"]) == set(aggregation.GRID_LEARNED)
+    by_share = frame.groupby("share")["difference"].first()
+    assert by_share.to_dict() == {0.5: pytest.approx(2.05), 2.0: pytest.approx(-2.95)}
+
+
+def test_grid_without_records_is_empty():
+    cells = grid_frame([])
+    assert cells.empty and grid_verdicts(cells).empty and aggregation.grid_axes(cells).empty
+
+
+def test_cell_of_one_world_with_one_ap_a_record_is_open():
+    cells = grid_frame(cell(1.0, -1.0, 0.95, 0.02, seeds=(0,)))
+    assert grid_verdicts(cells)[["cells", "ahead", "behind", "open"]].values.tolist() == [[1, 0, 0, 1]] * 3
+
+
+def test_verdict_counts_the_cells_whose_interval_excludes_zero():
+    cells = pd.DataFrame({"aggregator": ["NAN"] * 4, "low": [0.1, -0.1, -0.3, 0], "high": [0.2, 0.1, -0.2, 0.3]})
+    assert grid_verdicts(cells).values.tolist() == [["NAN", 4, 1, 1, 2]]
+
+
+def test_axes_that_vary_are_told_by_the_means_at_their_ends():
+    frame = aggregation.grid_axes(grid_frame(cell(0.5, -1.0, 0.95, 0.02) + cell(2.0, -1.0, 0.95, -0.03)))
+    assert frame["axis"].tolist() == [aggregation.GRID_AXES["share"]]
+    assert frame.iloc[0, 1:].tolist() == pytest.approx([0.5, 2, 2.05, -2.95])
