@@ -25,8 +25,8 @@ class Bar:
 class Line:
     """A line: ``step`` is ``module:function`` of this package, ``needs`` are the steps that write its data.
 
-    baseline: the step of another way to the same result.  reference: that of the released code.  gpu: whether it runs on
-    a GPU too.  arguments: of the step.
+    baseline: the step of another way to the same result.  reference: that of the released code.  gpu: whether it runs
+    on a GPU too.  arguments: of the step.
     """
 
     name: str

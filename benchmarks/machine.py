@@ -39,7 +39,8 @@ def ceilings(device: str, scale: str = "full") -> dict[str, float]:
     """Measure the ceilings of a roofline (Williams et al., CACM 2009): fp32 and bf16 in FLOP/s, copy in bytes/s.
 
     The first two are products of two square matrices, 2 n^3 operations; copy counts each byte twice, read and written.
-    The best of several tries, so that a disturbed one lowers no ceiling.  At scale ``tiny`` both are an eighth as large.
+    The best of several tries, so that a disturbed one lowers no ceiling.  At scale ``tiny`` both are an eighth as
+    large.
     """
     shrink = 1 if scale == "full" else 8
     side, found = SIDE[device] // (2 if shrink > 1 else 1), {}

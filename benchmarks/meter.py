@@ -69,8 +69,8 @@ class StepFailed(RuntimeError):
 def isolated(step: str, *, device: str = "cpu", **arguments) -> dict:
     """Run ``module:function`` of this package in a process of its own and return what it returned, through JSON.
 
-    It gets the device and the arguments by name.  device: ``cpu`` hides every GPU from the process.  Raises ``StepFailed``
-    with the last line of its errors.
+    It gets the device and the arguments by name.  device: ``cpu`` hides every GPU from the process.  Raises
+    ``StepFailed`` with the last line of its errors.
     """
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -1,7 +1,7 @@
 """The same work by the released code of 2019, imported from a checkout of the user's own.
 
-Its functions are called as they are.  What it needs of a modern installation: ``numpy.math``, which numpy 2 has not, and
-silence about names that numpy has moved.  Nothing of it is part of this project.
+Its functions are called as they are.  What it needs of a modern installation: ``numpy.math``, which numpy 2 has not,
+and silence about names that numpy has moved.  Nothing of it is part of this project.
 """
 
 from __future__ import annotations

@@ -129,8 +129,8 @@ def epoch_bytes(model: IdentityModel, store: ClipStore, clips: np.ndarray, train
     """Return the bytes that an epoch must move at least: frames, and parameters.
 
     Every drawn number of a clip is read as float16 and written as float32: 6 bytes.  In every step each parameter is
-    read forward and backward, its gradient is written and read, each of its optimiser states (one for SGD with momentum,
-    two for AdamW) is read and written, and it is read and written by the update: 4 (6 + 2 states) bytes.
+    read forward and backward, its gradient is written and read, each of its optimiser states (one for SGD with
+    momentum, two for AdamW) is read and written, and it is read and written by the update: 4 (6 + 2 states) bytes.
     """
     widths = {name: store.modalities[name].feature.shape[1] for name in ("face", *model.branches)}
     numbers = len(clips) * (training.frames * widths.pop("face") + sum(widths.values()))

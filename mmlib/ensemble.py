@@ -71,10 +71,8 @@ class Together:
         if any(shape != shapes[0] for shape in shapes):
             raise ValueError("models that are trained together must have the same parameters, of the same shapes")
         self.models = [model.train() for model in models]
-        self._drops = [
-            {f"{name}.keep": layer for name, layer in model.named_modules() if isinstance(layer, Dropout)}
-            for model in models
-        ]
+        named = [model.named_modules() for model in models]
+        self._drops = [{f"{name}.keep": layer for name, layer in part if isinstance(layer, Dropout)} for part in named]
         self.parameters: dict[str, Tensor] = dict(models[0].named_parameters())
         self._buffers: dict[str, Tensor] = {}
         if len(models) > 1:

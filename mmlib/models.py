@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mmlib.aggregate import CONCATS, QUALITY_UNIT, Maybe, require_scores
 
+Discard = tuple[int, int] | None  # a block of blocks
 Contexts = dict[str, tuple[Tensor, Tensor]] | None  # by name the feature (B, D) and whether a clip has it (B,)
 
 
@@ -125,12 +126,12 @@ def region(width: int, block: int, blocks: int) -> slice:
     return slice(block * width // blocks, (block + 1) * width // blocks)
 
 
-def gap(width: int, discard: tuple[int, int] | None) -> slice:
+def gap(width: int, discard: Discard) -> slice:
     """Return which of ``width`` dimensions a model does not see that discards a (block, blocks), or nothing."""
     return region(width, *discard) if discard else slice(0, 0)
 
 
-def kept_width(width: int, discard: tuple[int, int] | None) -> int:
+def kept_width(width: int, discard: Discard) -> int:
     """Return how many of ``width`` dimensions are left without the discarded block."""
     return width - len(range(width)[gap(width, discard)])
 
@@ -161,7 +162,7 @@ class IdentityModel(nn.Module):
         context_dim: int = 128,
         gated: bool = False,
         head: str = "cosine",
-        discard: tuple[int, int] | None = None,
+        discard: Discard = None,
     ):
         super().__init__()
         if concat not in CONCATS:
@@ -172,9 +173,8 @@ class IdentityModel(nn.Module):
             raise ValueError("a model without an aggregator has at least one context, no gates and no scores to append")
         self.aggregator, self.concat, self.head, self.discard = aggregator, concat, head, discard
         own = 0 if aggregator is None else aggregator.out_dim + 2 * (concat in ("normalised", "raw"))
-        widths = {name: kept_width(width, discard) for name, width in (contexts or {}).items()}
-        branches = {name: ContextBranch(width, context_dim, dropout) for name, width in widths.items()}
-        self.branches = nn.ModuleDict(branches)
+        kept = {name: kept_width(width, discard) for name, width in (contexts or {}).items()}
+        self.branches = nn.ModuleDict({name: ContextBranch(dim, context_dim, dropout) for name, dim in kept.items()})
         self.gates = nn.ModuleDict({name: nn.Linear(own + context_dim, 1) for name in self.branches} if gated else {})
         self.dim = own + context_dim * len(self.branches)
         self.mlp = ResidualMLP(self.dim, hidden, dropout) if hidden else nn.Identity()

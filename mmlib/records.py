@@ -275,8 +275,8 @@ def fetch(experiments: Iterable[Experiment], device: str = "auto", *, progress: 
 def workers(trainings: int, device: str) -> int:
     """Return how many processes pay for so many trainings: one on a GPU, which it fills, else one for four of them.
 
-    At most as many as torch would take threads, which ``OMP_NUM_THREADS`` sets, and eight: small matrices leave a second
-    thread idle, a second process not.
+    At most as many as torch would take threads, which ``OMP_NUM_THREADS`` sets, and eight: small matrices leave a
+    second thread idle, a second process not.
     """
     threads = 1 if is_helper() or torch_device(device).type != "cpu" else torch.get_num_threads()
     return max(1, min(threads, 8, trainings // 4))

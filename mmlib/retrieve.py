@@ -245,8 +245,8 @@ class Retrieval:
     gallery rows of every identity, -1 beyond the end; score (C, K): theirs.  predicted (N,): the best identity of each
     clip; by_member (M, N): that of each member, of clips whose score it has a part in, else -1.
 
-    queries (Q,): identities with a labelled clip; ranking and hits (Q, K): of theirs; relevant (Q,): the number of those
-    clips, in the gallery or not, the official denominator.
+    queries (Q,): identities with a labelled clip; ranking and hits (Q, K): of theirs; relevant (Q,): the number of
+    those clips, in the gallery or not, the official denominator.
     """
 
     gallery: np.ndarray

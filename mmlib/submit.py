@@ -1,8 +1,8 @@
 """Predict: train a system of the challenge on a store, rank its clips and write the submission.
 
-Every member of the ensemble is saved when it is trained, in a folder beside the result, and so is the ranking of a shard
-of the clips: a run that was killed goes on where it was, and ends with the result of an unbroken one.  Processes on one
-machine, and commands on many (``predict_shard``), share members and shards by claiming them.
+Every member of the ensemble is saved when it is trained, in a folder beside the result, and so is the ranking of a
+shard of the clips: a run that was killed goes on where it was, and ends with the result of an unbroken one.  Processes
+on one machine, and commands on many (``predict_shard``), share members and shards by claiming them.
 """
 
 from __future__ import annotations
@@ -57,11 +57,12 @@ def predict(
 ) -> Report:
     """Train a system of ``systems.SYSTEMS`` on a store and write its ranking of a split's clips as a submission.
 
-    options: as for ``system_on``.  labelled_only: no line for identities without a labelled clip in the split.  A result
-    that exists is refused unless ``overwrite``, and is then replaced when the new one is complete.  Members that an
-    earlier run of the same system, store and library left in ``members_folder`` are used, whatever split they were for
-    and whatever device they were trained on; the files are removed once the result is there, unless ``keep_members``.
-    shards: merge so many, those of ``predict_shard`` and, where one is missing, one's own; the result is the same.
+    options: as for ``system_on``.  labelled_only: no line for identities without a labelled clip in the split.  A
+    result that exists is refused unless ``overwrite``, and is then replaced when the new one is complete.  Members that
+    an earlier run of the same system, store and library left in ``members_folder`` are used, whatever split they were
+    for and whatever device they were trained on; the files are removed once the result is there, unless
+    ``keep_members``. shards: merge so many, those of ``predict_shard`` and, where one is missing, one's own; the result
+    is the same.
     """
     began, out, folder = time.perf_counter(), Path(out), members_folder(out)
     _check_target(out, overwrite)

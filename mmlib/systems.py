@@ -114,7 +114,7 @@ BUDGET = Training(lr=1e-3, aggregator_lr=1e-3)  # of every rung, but for the rat
 
 
 def in_budget(system: Experiment) -> Experiment:
-    """Return a system with the epochs, batches, optimiser and start of all rungs, and the rates chosen for what it has."""
+    """Return a system with the epochs, batches, optimiser and start of all rungs, and the rates chosen for it."""
     training, asked = BUDGET, system.training
     if asked.gamma:
         loss = "margin + focal" if asked.focal == "clip" else "margin + batch focal"
@@ -134,7 +134,7 @@ _LOW_QUALITY = Fallback(by="quality", share=0.01, low=0.8, absent=1.0, members=_
 _DESCRIBED = replace(_BOTH, aggregator="attention + scores", concat="normalised", context_dim=128, scale=30.0)
 ONE_NAME = in_budget(_arm(_DESCRIBED, {"gamma": 2.0, "focal": "clip"}, members=_ALL, fallback=_LOW_QUALITY))
 
-# LegenDong/IQIYI_VID_FACE_2019, which keeps eleven of sixteen members. Trained as there; the ladder has it ``in_budget``.
+# LegenDong/IQIYI_VID_FACE_2019: eleven of sixteen members. Trained as there; the ladder has it ``in_budget``.
 _ELEVEN, _OTHER_ELEVEN = (0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 15), (1, 2, 3, 4, 6, 8, 10, 11, 12, 14, 15)
 _LOW_NORM = Fallback(by="norm", threshold=8.867, low=0.8, absent=0.95, members=_OTHER_ELEVEN)
 _CODED = replace(_BOTH, aggregator="as coded", concat="frames", context_dim=120, hidden=964, start="random", scale=1.0)
@@ -170,8 +170,8 @@ RUNGS = {  # what each has of the system beyond the one before
 def climb(system: Experiment, *, scene: bool = True, scores: bool = True) -> dict[str, Experiment]:
     """Return the rungs from the baseline to a system ``in_budget``, each with one part of it more than the one before.
 
-    The last rung of ONE_NAME is ONE_NAME itself.  That of ONE_NAME_AS_CODED is the coded system in the budget of all, where
-    the one in SYSTEMS is trained as the released code does.  scene, scores: what the clips have.  Without a scene there
+    The last rung of ONE_NAME is ONE_NAME itself.  That of ONE_NAME_AS_CODED is the coded system in the budget of all,
+    where the one in SYSTEMS is trained as the released code does.  scene, scores: what the clips have.  Without a scene there
     is no such rung and no fallback; without scores the system is that of ``without_scores``.
     """
     top = in_budget(system if scores else without_scores(system))

@@ -15,7 +15,7 @@ from mmlib.aggregate import mean_pool
 from mmlib.data.store import ClipStore, sample_rows
 from mmlib.ensemble import Together
 from mmlib.experiment import Training
-from mmlib.models import IdentityModel, gap, kept_width
+from mmlib.models import Discard, IdentityModel, gap, kept_width
 
 
 def train_together(
@@ -83,9 +83,7 @@ def enough_memory(what: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search(
-            "out of memory|allocate memory|ALLOC_FAILED", str(error)
-        ):
+        if not re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", repr(error)):
             raise
         raise ValueError(f"out of memory: {what}") from None
 
@@ -121,14 +119,7 @@ class Reader:
     for every epoch.
     """
 
-    def __init__(
-        self,
-        models: list[IdentityModel],
-        store: ClipStore,
-        clips: list[np.ndarray],
-        modality: str | None,
-        training: Training,
-    ):
+    def __init__(self, models: list, store: ClipStore, clips: list, modality: str | None, training: Training):
         device, first = models[0].prototype.device, models[0]
         self._sampling = _sampling(first, training.sample, training.frames)
         self._frames = None if modality is None else store.on(modality, device)
@@ -139,11 +130,9 @@ class Reader:
             raise ValueError(f"{store.path}: a training clip has no {modality} to draw frames from")
         union = np.unique(np.concatenate(clips))
         self._place = torch.from_numpy(np.searchsorted(union, np.stack(clips))).to(device)
-        self._contexts = {}
+        self._contexts: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for name in first.branches:
-            known = {
-                discard: contexts(store, name, union, discard, device) for discard in dict.fromkeys(self._discards)
-            }
+            known = {discard: contexts(store, name, union, discard, device) for discard in set(self._discards)}
             self._contexts[name] = [known[discard] for discard in self._discards]
 
     def draw(self, generators: list[torch.Generator]) -> None:
@@ -161,7 +150,7 @@ class Reader:
         if self._frames is not None:
             width, rows = self._frames.feature.shape[1], [rows[place] for rows, place in zip(self._rows, places)]
             gaps = [gap(width, discard) for discard in self._discards]
-            out = self._buffer.resize_(len(rows), *rows[0].shape, width - len(range(width)[gaps[0]]))
+            out = self._buffer.resize_(len(rows), *rows[0].shape, kept_width(width, self._discards[0]))
             batches = [self._frames.gather(r, gap=left, out=one)[1:4] for r, left, one in zip(rows, gaps, out)]
             parts = dict(zip(("mask", "quality", "det"), zip(*batches)))
             inputs = {name: _stack(part) for name, part in parts.items() if part[0] is not None}
@@ -199,13 +188,7 @@ def _blocks(count: np.ndarray, block: int) -> Iterator[np.ndarray]:
 
 @torch.no_grad()
 def contexts(
-    store: ClipStore,
-    name: str,
-    clips: np.ndarray,
-    discard: tuple[int, int] | None,
-    device: torch.device,
-    *,
-    block: int = 2_048,
+    store: ClipStore, name: str, clips: np.ndarray, discard: Discard, device: torch.device, *, block: int = 2_048
 ) -> tuple[Tensor, Tensor]:
     """Return the context feature of clips, (n, D) without the discarded block, and whether they have it, (n,).
 

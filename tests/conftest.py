@@ -104,7 +104,7 @@ def made(asked, key="", **known):
 
 @pytest.fixture(scope="session")
 def patchy(tmp_path_factory):
-    """Six identities and distractors, of which some clips lack the face, some the scene (of one or two images), some both.
+    """Six identities and distractors, of which some clips lack the face, some the scene (one or two images), some both.
 
     The last identity has no train clip.
     """

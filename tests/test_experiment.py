@@ -1,13 +1,19 @@
+import math
 import shutil
+from contextlib import suppress
 from dataclasses import fields, replace
+from itertools import combinations
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import BRIEF, of
 
-from mmlib.experiment import Experiment, Training, as_seeds, smaller, torch_device
+from mmlib.data.store import ClipStore
+from mmlib.experiment import CHOICES, Experiment, Training, smaller, torch_device
 from mmlib.rank import Fallback
 from mmlib.records import run
+from mmlib.retrieve import retrieve
 
 # -- keys ----------------------------------------------------------------------------------------------------
 
@@ -118,35 +124,48 @@ def test_settings_of_the_simulator_mean_nothing_on_a_given_store(store):
     assert of(store, settings=(("identities", 12),), profile="full").key() == of(store).key()
 
 
+# -- what is refused -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_unknown_choice_is_refused_with_those_there_are(name):
+    with pytest.raises(ValueError, match=f"^{name} must be one of {CHOICES[name][0]}, .*, got 'other'$"):
+        Experiment(**{name: "other"})
+
+
 @pytest.mark.parametrize(
     "bad, message",
     [
-        ({"classifier": "svm"}, "classifier must be one of nearest, .*, got 'svm'"),
-        ({"aggregator": "NAN", "classifier": "class means"}, "aggregator 'NAN' is learned, so classifier cannot be"),
-        ({"context": ("scene",), "classifier": "nearest"}, "context, head and a class .* cannot be 'nearest'"),
-        ({"head": "dot", "classifier": "class means"}, "are trained, so classifier cannot be 'class means'"),
-        ({"distractors": "class", "classifier": "class means"}, "are trained, so classifier cannot be 'class means'"),
+        ({"aggregator": "NAN", "classifier": "class means"}, "classifier is 'class means', aggregator is 'NAN'"),
+        ({"context": ("scene",), "classifier": "nearest"}, "classifier is 'nearest', .* context is .'scene'"),
+        ({"head": "dot", "classifier": "class means"}, "classifier is 'class means', .* head is 'dot'"),
+        (
+            {"distractors": "class", "classifier": "class means"},
+            "classifier is 'class means', .* distractors is 'class'",
+        ),
+        ({"concat": "raw", "classifier": "whitened means"}, "classifier is 'whitened means', concat is 'raw'"),
+        ({"concat": "normalised", "classifier": "whitened means"}, "classifier is 'whitened means', concat is 'norm"),
         ({"modality": None}, "modality None needs a context"),
-        ({"head": "dot"}, "a margin needs a cosine, so head cannot be 'dot' with margin 0.5"),
-        ({"members": ()}, r"members must be different numbers >= 0, at least one, got \(\)"),
-        ({"members": (0, 0)}, r"members must be different numbers .*, got \(0, 0\)"),
-        ({"members": (-1,)}, r"members must be different numbers .*, got \(-1,\)"),
+        ({"modality": None, "context": ("scene",), "concat": "frames"}, "need a modality, concat is 'frames'"),
+        ({"modality": None, "context": ("scene",), "fusion": "gated"}, "need a modality, .* fusion is 'gated'"),
+        ({"context": ("face",)}, "context has something twice, modality is 'face'"),
+        ({"context": ["scene"]}, r"must be tuples, context is \['scene'\]"),
+        ({"distractors": "held out", "split": "test"}, "known in val only, distractors is 'held out'"),
+        ({"head": "dot"}, "a margin needs a cosine, head is 'dot', training is .*margin=0.5"),
+        ({"members": ()}, r"members must be different numbers >= 0, members is \(\)"),
+        ({"members": (0, 0)}, r"members must be different numbers >= 0, members is \(0, 0\)"),
+        ({"members": (-1,)}, r"members must be different numbers >= 0, members is \(-1,\)"),
+        ({"members": ("1",)}, r"members must be different numbers >= 0, members is \('1',\)"),
         ({"ensemble": "views", "members": (3, 4), "regions": 4}, "member 4 of views does not exist with 4 regions"),
-        ({"ensemble": "boosting"}, "ensemble must be one of seeds, .*, got 'boosting'"),
-        ({"fusion": "sum"}, "fusion must be one of concat, gated, got 'sum'"),
-        ({"distractors": "some"}, "distractors must be one of all, held out, class, got 'some'"),
-        ({"start": "zero"}, "start must be one of class means, random, got 'zero'"),
-        ({"combine": "median"}, "combine must be one of .*, got 'median'"),
-        ({"fallback": Fallback()}, "a fallback .* needs .* 'softmax' or 'cosine', got 'face' and 'log softmax'"),
-        ({"fallback": Fallback(), "combine": "ranks"}, "a fallback mixes .* got 'face' and 'ranks'"),
-        (
-            {"fallback": Fallback(), "combine": "softmax", "modality": None, "context": ("scene",)},
-            "a fallback mixes .* so it needs a modality .* got None",
-        ),
-        (
-            {"fallback": Fallback(), "combine": "softmax", "classifier": "class means"},
-            "a fallback mixes the scores of two trained models",
-        ),
+        ({"ensemble": "views", "regions": 1}, "regions is 1"),
+        ({"fallback": Fallback()}, "a fallback .* modality is 'face', combine is 'log softmax'"),
+        ({"fallback": Fallback(), "combine": "ranks"}, "a fallback .* combine is 'ranks'"),
+        ({"fallback": Fallback(), "combine": "cosine", "modality": None, "context": ("scene",)}, "modality is None"),
+        ({"fallback": Fallback(), "combine": "softmax", "classifier": "class means"}, "classifier is 'class means'"),
+        ({"fallback": Fallback(context=()), "combine": "softmax"}, "modality None needs a context"),
+        ({"fallback": Fallback(members=()), "combine": "softmax"}, r"members is \(\)"),
+        ({"profile": "huge"}, "profile must be one of .*, got 'huge'"),
+        ({"settings": (("noface", 0.1),)}, "no setting named noface"),
     ],
 )
 def test_experiments_that_cannot_be_are_refused(bad, message):
@@ -154,23 +173,91 @@ def test_experiments_that_cannot_be_are_refused(bad, message):
         Experiment(**bad)
 
 
+@pytest.mark.parametrize("made", [Experiment, Training])
+@pytest.mark.parametrize(
+    "names, bad",
+    [
+        (("epochs", "batch", "frames", "context_dim", "regions"), (0, 1.5, True, "8", None)),
+        (("seed", "hidden"), (-1, 0.5, None)),
+        (("lr", "scale"), (0.0, -1.0, math.nan, math.inf, "0.1", None)),
+        (("aggregator_lr", "weight_decay", "gamma"), (-0.1, math.nan, math.inf)),
+        (("margin",), (-0.1, 1.6, math.nan)),
+        (("dropout",), (-0.1, 1.0, math.nan)),
+        (("shrinkage",), (-0.1, 1.1, math.nan)),
+    ],
+)
+def test_numbers_outside_of_their_range_are_refused_by_name_and_value(made, names, bad):
+    for name in {field.name for field in fields(made)} & set(names):
+        for value in bad:
+            with pytest.raises(ValueError, match=rf"^{name} must be a .*, got {value!r}$"):
+                made(**{name: value})
+
+
+def test_ends_of_the_ranges_are_taken():
+    Training(epochs=1, batch=1, frames=1, aggregator_lr=0.0, weight_decay=0, margin=math.pi / 2, gamma=0)
+    Experiment(
+        context_dim=1, regions=1, hidden=0, dropout=0.0, shrinkage=1, seed=np.int64(0), training=Training(margin=0)
+    )
+
+
+@pytest.mark.parametrize("sample", ["all", "last"])
+def test_sample_that_draws_no_number_of_frames_is_refused(sample):
+    with pytest.raises(ValueError, match=f"sample must be one of first, .*, got '{sample}'"):
+        Training(sample=sample)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Six identities and distractors in every split; faces, scenes and sounds, of which some clips lack one."""
+    rng, place = np.random.default_rng(0), np.arange(120)
+    split, identity = np.repeat(["train", "val", "test"], 40), np.where(place % 5 < 4, place % 6, -1)
+    path, dims = tmp_path_factory.mktemp("world") / "store", {"face": 16, "scene": 16, "audio": 8}
+    count = {name: np.where(place % 7 == i, 0, 1 + (place + i) % 4) for i, name in enumerate(dims)}
+    with ClipStore.create(path, simulated=False, provenance={}) as writer:
+        for name, dim in dims.items():
+            owner = identity.repeat(count[name])
+            feature = rng.normal(size=(7, dim))[owner] + rng.normal(size=(len(owner), dim))
+            scores = {"quality": rng.uniform(5, 150, len(owner)), "det": rng.uniform(0.8, 1, len(owner))}
+            writer.append(name, feature.astype(np.float16), **scores)
+        clips = pd.DataFrame({"clip": [f"c{i:03d}" for i in place], "split": split, "identity": identity})
+        writer.finish(clips, list("012345"), {name: (n.cumsum() - n, n) for name, n in count.items()})
+    return ClipStore.open(path)
+
+
+SHORT = Training(epochs=1, batch=16, frames=3, lr=1e-2)
+TRIED = CHOICES | {
+    "modality": ("face", "scene", None),
+    "context": ((), ("scene",), ("scene", "audio"), ("face",)),
+    "hidden": (0, 6),
+    "dropout": (0.0, 0.5),
+    "regions": (1, 4),
+    "members": ((0,), (0, 2)),
+    "fallback": (None, Fallback(), Fallback(context=("audio",), by="norm", threshold=3.0, absent=None, lr=1e-3)),
+    "training": (
+        SHORT,
+        replace(SHORT, margin=0.0, gamma=2.0, optimiser="sgd", sample="replace"),
+        replace(SHORT, batch=1, sample="draw", focal="batch", gamma=0.5),
+        replace(SHORT, margin=0.0, scale=1.0, sample="first", batch=1000),
+    ),
+}
+
+
+def test_every_combination_runs_to_its_end_or_is_refused_when_it_is_made(world):
+    """Draw 10,000 of all fields, half of them plain; of what can be made run enough to see every pair of values."""
+    rng, made = np.random.default_rng(0), []
+    for _ in range(10_000):
+        drawn = {name: values[rng.integers(len(values)) * rng.integers(2)] for name, values in TRIED.items()}
+        with suppress(ValueError):
+            made.append((Experiment(data=str(world.path), context_dim=3, **drawn), set(combinations(drawn.items(), 2))))
+    pairs = set().union(*(found for _, found in made))
+    assert len(pairs) > 1_650  # of 1,768, among which are those that cannot be
+    while pairs:
+        asked, found = max(made, key=lambda one: len(one[1] & pairs))
+        assert np.isfinite(retrieve(asked, world, device="cpu").ap).all()
+        pairs -= found
+
+
 # -- parameters ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text, seeds",
-    [("[3]", [3]), ("3", [3]), (3, [3]), ([3], [3]), ((0, 2), [0, 2]), ("[2, 0]", [2, 0]), (range(3), [0, 1, 2])],
-)
-def test_seeds_are_read_as_papermill_passes_them(text, seeds):
-    assert as_seeds(text) == seeds
-
-
-@pytest.mark.parametrize(
-    "bad", ["", "[]", [], "[1, 1]", [1, 1], [-1], "-1", "x", "null", 3.5, [1.0], None, True, ["0"]]
-)
-def test_seeds_that_are_none_are_refused_with_their_value(bad):
-    with pytest.raises(ValueError, match="seeds must be .*, got "):
-        as_seeds(bad)
 
 
 def test_unknown_device_is_refused():

@@ -91,7 +91,7 @@ def official(truth, result, k=100):
 
 def test_map_is_the_mean_ap_over_ground_truth_lines():
     score = official({"1": ["a", "b"], "2": ["c"]}, {"2": ["x", "c"], "1": ["a", "x", "b"]})
-    assert score.identities.tolist() == ["1", "2"]
+    assert score.identities.tolist() == ["1", "2"] and score.top1 == 0.5
     np.testing.assert_allclose(score.ap, [(1 + 2 / 3) / 2, 1 / 2], rtol=1e-12)
     assert score.map_at_k == pytest.approx((5 / 6 + 1 / 2) / 2, rel=1e-12)
 
@@ -162,7 +162,7 @@ def test_empty_result_scores_zero():
 CLIPS = st.lists(st.sampled_from("abcdefgh"), max_size=7)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     truth=st.lists(st.tuples(st.sampled_from("12345"), CLIPS), min_size=1, max_size=6),
     result=st.dictionaries(st.sampled_from("123456"), CLIPS, max_size=6),
@@ -182,33 +182,21 @@ def test_official_score_agrees_with_a_slow_script(truth, result):
 # Rankings in arrays
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), queries=st.integers(1, 8), clips=st.integers(1, 30), k=st.integers(1, 12))
 def test_arrays_and_files_score_alike(seed, queries, clips, k):
     rng = np.random.default_rng(seed)
     identity = rng.integers(-1, queries, clips)
-    identity[0] = 0
     ranking = np.full((queries, k), -1)
     for row in ranking:
         chosen = rng.permutation(clips)[: rng.integers(0, min(k, clips) + 1)]
         row[: len(chosen)] = chosen
-    found = metrics.score_ranking(ranking, identity, np.arange(queries), k=k)
-    truth = [[str(clip) for clip in np.flatnonzero(identity == query)] for query in found.identities]
-    result = [[str(clip) for clip in ranking[query] if clip >= 0] for query in found.identities]
-    expected = metrics.official_score((found.identities, truth), (found.identities, result), k=k)
-    np.testing.assert_array_equal(found.ap, expected.ap)
-    np.testing.assert_array_equal(found.first_hit, expected.first_hit)
-    assert found.left_out == queries - len(found.ap)
-
-
-def test_queries_without_relevant_clips_are_left_out_and_counted():
-    score = metrics.score_ranking(np.array([[0], [1], [1]]), np.array([4, -1]), np.array([3, 4, 9]))
-    assert (score.identities.tolist(), score.left_out) == ([4], 2)
-
-
-def test_distractors_and_padding_are_no_hits():
-    score = metrics.score_ranking(np.array([[1, 0, -1], [-1, -1, -1]]), np.array([0, -1, 1]), np.array([0, 1]))
-    assert score.ap.tolist() == [0.5, 0]
+    hits, relevant = metrics.match_ranking(ranking, identity, np.arange(queries))
+    truth = [[str(clip) for clip in np.flatnonzero(identity == query)] for query in range(queries)]
+    result = [[str(clip) for clip in row[row >= 0]] for row in ranking]
+    expected = metrics.official_score((range(queries), truth), (range(queries), result), k=k)
+    np.testing.assert_array_equal(metrics.average_precision(hits, relevant), expected.ap)
+    assert expected.top1 == hits[:, 0].mean()
 
 
 @pytest.mark.parametrize(
@@ -216,14 +204,20 @@ def test_distractors_and_padding_are_no_hits():
     [
         ([[0, 1, 0]], "identity 7 names a clip twice"),
         ([[0, -1, 1]], "identity 7 has a gap"),
-        ([[0, 5]], r"gallery rows 0\.\.5 of 2"),
+        ([[0, 2]], r"gallery rows 0\.\.2 of 2"),
+        ([[-2, 0]], r"gallery rows -2\.\.0 of 2"),
         ([[0], [1]], "expected 1 rows"),
-        ([[0, 1, -1, -1]], "4 clips a query, more than 3"),
+        ([0, 1], "expected 1 rows"),
     ],
 )
 def test_malformed_rankings_are_refused(ranking, message):
     with pytest.raises(ValueError, match=message):
-        metrics.score_ranking(np.array(ranking), np.array([7, -1]), np.array([7]), k=3)
+        metrics.match_ranking(np.array(ranking), np.array([7, -1]), np.array([7]))
+
+
+def test_the_identity_whose_ranking_is_malformed_is_named():
+    with pytest.raises(ValueError, match="identity 9 names a clip twice"):
+        metrics.match_ranking(np.array([[0, 1], [1, 1]]), np.array([7, 9]), np.array([7, 9]))
 
 
 def test_hits_and_relevant_clips_by_hand():
@@ -237,12 +231,9 @@ def test_an_empty_gallery_has_no_hits():
     assert not hits.any() and relevant.tolist() == [0, 0]
 
 
-def test_cmc_and_top1_by_hand():
-    ranking = np.array([[0, 4, 5], [4, 1, 5], [4, 5, 3], [4, 5, -1]])
-    score = metrics.score_ranking(ranking, np.array([0, 1, 3, 2, -1, -1]), np.arange(4), k=3)
-    assert score.first_hit.tolist() == [1, 2, 3, 0]
-    assert score.cmc.tolist() == [0.25, 0.5, 0.75]
-    assert score.top1 == 0.25
+def test_precision_of_a_clip_is_that_at_its_rank_in_its_identitys_ranking():
+    ranking, hits = np.array([[1, 2, 0], [4, 3, -1]]), np.array([[True, False, True], [False, True, False]])
+    assert metrics.clip_precision(ranking, hits, 6).tolist() == [2 / 3, 1, 0, 1 / 2, 0, 0]
 
 
 # Intervals and comparisons
@@ -259,9 +250,9 @@ def test_bootstrap_interval_agrees_with_the_normal_approximation():
 
 def test_bootstrap_interval_covers_the_true_mean_as_often_as_it_says():
     rng = np.random.default_rng(0)
-    intervals = [metrics.bootstrap_interval(rng.random(100), level=0.8, draws=300, seed=n) for n in range(400)]
+    intervals = [metrics.bootstrap_interval(rng.random(100), level=0.8, draws=200, seed=n) for n in range(300)]
     covered = np.mean([low <= 0.5 <= high for low, high in intervals])
-    assert covered == pytest.approx(0.8, abs=0.06)  # three binomial standard deviations
+    assert covered == pytest.approx(0.8, abs=0.07)  # three binomial standard deviations
 
 
 def test_bootstrap_does_not_depend_on_how_it_is_cut_into_chunks(monkeypatch):
@@ -340,11 +331,24 @@ def test_runs_on_different_identities_are_not_paired():
         metrics.paired_test(np.zeros(3), np.zeros(2))
 
 
-@pytest.mark.parametrize("bad", [np.array([0.1, np.nan]), np.array([]), np.zeros((2, 2))])
-def test_intervals_refuse_what_is_no_list_of_numbers(bad):
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (np.array([0.1, np.nan]), "must be finite, got nan at 1"),
+        (np.array([np.inf, 0.1]), "must be finite, got inf at 0"),
+        (np.array([]), r"got shape \(0,\)"),
+        (np.zeros((2, 2)), r"got shape \(2, 2\)"),
+    ],
+)
+def test_intervals_refuse_what_is_no_list_of_numbers(bad, message):
     for function in (metrics.bootstrap_interval, metrics.over_worlds, metrics.standard_error):
-        with pytest.raises(ValueError, match="must be"):
+        with pytest.raises(ValueError, match=message):
             function(bad)
+
+
+def test_one_identity_says_nothing_of_the_spread():
+    one = np.array([0.5])
+    assert np.isnan(metrics.standard_error(one)) and np.isnan(metrics.bootstrap_interval(one)).all()
 
 
 def test_over_worlds_by_hand():

@@ -204,7 +204,7 @@ def scored(monkeypatch):
 
 
 def slow_scores(member, store, clips):
-    """Say what a trained model says of clips (n, C), one clip at a time and in float64; a class of distractors comes last."""
+    """Say what a trained model says of clips (n, C), one by one and in float64; a class of distractors comes last."""
     model, e, out = copy.deepcopy(member.model).double().eval(), member.experiment, []
     for clip in clips:
         inputs, contexts = [None] * 4, {}

@@ -73,7 +73,8 @@ def test_chapters_are_run_with_what_is_asked_and_then_the_book(sweep, tmp_path):
     assert status == 0, said
     runs = tmp_path / "out" / "simulated" / "tiny"
     assert calls(tmp_path) == ["jupyter-book build book/"] + [
-        f"mmlib rerun {name} --out {runs / name}-seed7.ipynb -p seeds=[7] -p profile=tiny -p data=simulated -p device=cpu"
+        f"mmlib rerun {name} --out {runs / name}-seed7.ipynb "
+        "-p seeds=[7] -p profile=tiny -p data=simulated -p device=cpu"
         for name in ("02_metric", "03_baselines")
     ]
     sweep(chapters="02,3", seeds=7, profile="tiny", device="cpu")
