@@ -94,14 +94,14 @@ def share(tasks: Iterable[Task], attempt: Callable) -> Iterator[int]:
 
 
 @contextmanager
-def helped(number: int, function: Callable, *arguments: object) -> Iterator[None]:
+def helped(number: int, function: Callable) -> Iterator[None]:
     """Have a function called in so many other processes during a block; they end with it, or with this process.
 
     The function shares what it does by claims, so that nothing is lost with a process that fails.
     """
     context = multiprocessing.get_context("spawn")
     ended, keep = context.Pipe(duplex=False)
-    helpers = [context.Process(target=_help, args=(ended, function, *arguments), daemon=True) for _ in range(number)]
+    helpers = [context.Process(target=_help, args=(ended, function), daemon=True) for _ in range(number)]
     for process in helpers:
         process.start()
     try:
@@ -114,12 +114,12 @@ def helped(number: int, function: Callable, *arguments: object) -> Iterator[None
         keep.close()
 
 
-def _help(ended: Connection, function: Callable, *arguments: object) -> None:
+def _help(ended: Connection, function: Callable) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that is helped is interrupted too
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # unwind, so that nothing half-made stays
     threading.Thread(target=_end_with, args=(ended,), daemon=True).start()
     with suppress(Exception):  # what fails here fails there too
-        function(*arguments)
+        function()
 
 
 def _end_with(ended: Connection) -> None:

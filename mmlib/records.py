@@ -116,13 +116,16 @@ def code_hash(names: tuple[str, ...]) -> str:
     """
     trees = {name: ast.parse((PACKAGE / name).read_text()) for name in names if name.endswith(".py")}
     parts = {(PACKAGE / name).read_bytes().hex() for name in names if name not in trees}
-    parts |= {repr(part) for tree in trees.values() for part in _tree(tree.body)}
-    bound = [(word, target, module) for module, tree in trees.items() for word, target in _bound(tree)]
-    homes = Counter(word for word, target, _ in bound if word == target)
-    meant: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for word, target, module in bound:
-        home, _, name = target.rpartition(".")
-        meant[word].append((name if home.startswith("mmlib") and homes[name] == 1 else target, module))
+    nodes = [(node, module) for module, tree in trees.items() for node in tree.body]
+    homes = Counter(name for node, _ in nodes for name in _defined(node))
+    meant: dict[str, set[tuple[str, str]]] = defaultdict(set)  # by name: what it means, and in which module
+    for node, module in nodes:
+        own = [(name, name) for name in _defined(node)]
+        for word, target in [*own, *_imported(node)]:
+            home, _, name = target.rpartition(".")
+            meant[word].add((name if home.startswith("mmlib") and homes[name] == 1 else target, module))
+        several = any(homes[name] > 1 for name, _ in own)
+        parts |= {repr(part) + f" in {module}" * several for part in _tree([node])}
     for word, found in meant.items():
         several = len({target for target, _ in found}) > 1
         parts |= {f"{word} is {target}" + f" in {module}" * several for target, module in found}
@@ -144,18 +147,19 @@ def _is_text(node) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def _bound(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Yield the names that a module defines, twice, and those that it imports, with the module and the name there."""
-    for node in tree.body:
-        targets = getattr(node, "targets", [getattr(node, "target", node)])
-        names = [getattr(target, "id", getattr(target, "name", None)) for target in targets]
-        yield from ((name, name) for name in names if name)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            home = f"mmlib.{node.module}" if node.level else node.module
-            yield from ((alias.asname or alias.name, f"{home}.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.Import):
-            yield from ((alias.asname or alias.name, f".{alias.name}") for alias in node.names)
+def _defined(node: ast.stmt) -> list[str]:
+    """Name what a statement defines: a function, a class, or values."""
+    targets = getattr(node, "targets", [getattr(node, "target", node)])
+    names = [getattr(target, "id", getattr(target, "name", None)) for target in targets]
+    return [name for name in names if name]
+
+
+def _imported(node: ast.stmt) -> Iterator[tuple[str, str]]:
+    """Yield the names that a statement and those inside it import, with the module and the name there."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Import | ast.ImportFrom):
+            home = f"mmlib.{part.module}" if getattr(part, "level", 0) else getattr(part, "module", "")
+            yield from ((alias.asname or alias.name, f"{home}.{alias.name}") for alias in part.names)
 
 
 @cache
@@ -194,7 +198,8 @@ def read_results(name: str) -> list[Record]:
 def stored(profile: str) -> list[Record]:
     """Return the cached records of a profile's whole, calibrated worlds, made by this library, in order of keys."""
     found = [Record(**json.loads(path.read_text())) for path in sorted(_records().glob("*.json"))]
-    return [r for r in found if r.simulated and r.experiment["profile"] == profile and not r.experiment["settings"]]
+    asked = ("simulated", profile, [])
+    return [r for r in found if tuple(r.experiment[name] for name in ("data", "profile", "settings")) == asked]
 
 
 def _records() -> Path:
@@ -252,7 +257,7 @@ def _world_name(experiment: Experiment) -> str:
 Tasks = dict[str, dict[str, Experiment]]  # experiments by the name of their claim, then by the key of their record
 
 
-def fetch(experiments: Iterable[Experiment], device: str = "auto", *, progress: bool = False) -> list[Record]:
+def fetch(experiments: Iterable[Experiment], *, device: str = "auto", progress: bool = False) -> list[Record]:
     """Return the records of experiments in their order, making those that are not stored.
 
     On a CPU processes share many trainings (``workers``).  Worlds whose settings are not the calibrated ones are
@@ -266,7 +271,7 @@ def fetch(experiments: Iterable[Experiment], device: str = "auto", *, progress: 
     total = sum(len(task) for batch in batches for task in batch.values())
     make = partial(_make, device=device, progress=progress)
     with tqdm(total=total, desc="run", unit="arm", disable=not progress) as bar:
-        with helped(number - 1, fetch, experiments, device):
+        with helped(number - 1, partial(fetch, experiments, device=device)):
             for made in share(batches, make):
                 bar.update(made)
     return [Record(**json.loads(_path(keys[experiment]).read_text())) for experiment in experiments]
@@ -275,8 +280,8 @@ def fetch(experiments: Iterable[Experiment], device: str = "auto", *, progress: 
 def workers(trainings: int, device: str) -> int:
     """Return how many processes pay for so many trainings: one on a GPU, which it fills, else one for four of them.
 
-    At most as many as torch would take threads, which ``OMP_NUM_THREADS`` sets, and eight: small matrices leave a
-    second thread idle, a second process not.
+    At most as many as torch would take threads, which ``OMP_NUM_THREADS`` sets, and eight: a second thread is idle most
+    of the time, as the matrices are small, a second process is not.
     """
     threads = 1 if is_helper() or torch_device(device).type != "cpu" else torch.get_num_threads()
     return max(1, min(threads, 8, trainings // 4))

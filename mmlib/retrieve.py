@@ -144,6 +144,7 @@ class Member:
     seconds: float
     _embedded: dict[int, tuple[np.ndarray, Tensor]] = field(default_factory=dict)
 
+    @torch.no_grad()
     def embed(self, clips: np.ndarray) -> Tensor:
         """Return the embeddings of clips (n, dim); those of a block of a ranking are kept for the next one."""
         e, known = self.experiment, self._embedded.get(clips[0])
@@ -175,35 +176,30 @@ def fit(experiment: Experiment, store: ClipStore, member: int = 0, **options) ->
     return trained
 
 
-def train_members(
-    wanted: Iterable[Key], store: ClipStore, *, device: str = "auto", progress: bool = False
-) -> dict[Key, Member]:
-    """Train members: those of experiments that differ in their seeds alone, and of one size, in one batched pass."""
-    trained: dict[Key, Member] = {}
+Trained = dict[Key, Member]
+
+
+def train_members(wanted: Iterable[Key], store: ClipStore, *, device: str = "auto", progress: bool = False) -> Trained:
+    """Train members; those of one size, of experiments that differ in their seeds alone, in one batched pass."""
+    trained: Trained = {}
     at = torch_device(device)
     with one_thread(at):
         for group in _started(wanted, store, at):
-            began, members, e = time.perf_counter(), list(group.values()), next(iter(group))[0]
+            began, members = time.perf_counter(), list(group.values())
+            e, models, clips = members[0].experiment, [m.model for m in members], [m.clips for m in members]
+            seeds = [ensemble.member_seed(branch.seed, number) for branch, number in group]
             if e.classifier in TRAINED:
-                losses = train_together(
-                    [member.model for member in members],
-                    store,
-                    [member.clips for member in members],
-                    e.training,
-                    seeds=[ensemble.member_seed(branch.seed, number) for branch, number in group],
-                    modality=e.modality,
-                    progress=progress,
-                )
-                for member, history in zip(members, losses):
-                    member.losses = history
+                options = {"seeds": seeds, "modality": e.modality, "progress": progress}
+                for member, losses in zip(members, train_together(models, store, clips, e.training, **options)):
+                    member.losses = losses
                     member.seconds += (time.perf_counter() - began) / len(members)
             trained |= group
     return trained
 
 
-def _started(wanted: Iterable[Key], store: ClipStore, device: torch.device) -> Iterator[dict[Key, Member]]:
+def _started(wanted: Iterable[Key], store: ClipStore, device: torch.device) -> Iterator[Trained]:
     """Yield members before their training, in groups that can be trained in one pass."""
-    waiting: dict[tuple, dict[Key, Member]] = {}
+    waiting: dict[tuple, Trained] = {}
     for branch, number in dict.fromkeys(wanted):
         began = time.perf_counter()
         model, clips = _start(branch, store, number, device)
@@ -241,12 +237,10 @@ def _start(e: Experiment, store: ClipStore, member: int, device: torch.device) -
 class Retrieval:
     """What a system says of a gallery, and how that agrees with the labels of the split.
 
-    gallery (N,): positions of clips in the store; one that nothing can score is not among them.  best (C, K): the best
-    gallery rows of every identity, -1 beyond the end; score (C, K): theirs.  predicted (N,): the best identity of each
-    clip; by_member (M, N): that of each member, of clips whose score it has a part in, else -1.
-
-    queries (Q,): identities with a labelled clip; ranking and hits (Q, K): of theirs; relevant (Q,): the number of
-    those clips, in the gallery or not, the official denominator.
+    gallery (N,): positions in the store of the clips that something can score.  best (C, K): the best gallery rows of
+    every identity, -1 beyond the end; score (C, K): theirs.  predicted (N,): the best identity of each clip; by_member
+    (M, N): that of each member, of clips whose score it has a part in, else -1.  queries (Q,): identities with labelled
+    clips; ranking, hits (Q, K): of those; relevant (Q,): how many, in the gallery or not, as the official AP divides.
     """
 
     gallery: np.ndarray
@@ -266,24 +260,17 @@ class Retrieval:
         return metrics.average_precision(self.hits, self.relevant)
 
 
-def retrieve(
-    experiment: Experiment,
-    store: ClipStore,
-    *,
-    device: str = "auto",
-    progress: bool = False,
-    trained: dict[Key, Member] | None = None,
-) -> Retrieval:
+def retrieve(experiment: Experiment, store: ClipStore, *, trained: Trained | None = None, **options) -> Retrieval:
     """Train what there is to train, and rank the clips of the experiment's split, some of which must have labels.
 
-    trained: members of earlier calls on the same store; new ones are added.
+    trained: members of earlier calls on the same store; new ones are added.  options: as for ``train_members``.
     """
     e, trained = experiment, {} if trained is None else trained
     if not len(store.select(e.split, labelled=True)):
         raise ValueError(f"{store.path}: no labelled {e.split} clip: nothing to score")
     ranked_gallery(e, store)  # refuses what cannot be ranked before anything is trained
     began, keys = time.perf_counter(), members_of(e)
-    trained.update(train_members([k for k in keys if k not in trained], store, device=device, progress=progress))
+    trained.update(train_members([key for key in keys if key not in trained], store, **options))
     waited = time.perf_counter() - began
     found = rank_clips(e, store, trained)
     fit, rest = sum(trained[key].seconds for key in keys), time.perf_counter() - began - waited
@@ -299,7 +286,7 @@ def blocks_of(experiment: Experiment, store: ClipStore, gallery: np.ndarray) -> 
     return np.split(np.arange(len(gallery)), np.flatnonzero(np.diff(block)) + 1)
 
 
-def rank_clips(e: Experiment, store: ClipStore, trained: dict[Key, Member], part: slice = slice(None)) -> Retrieval:
+def rank_clips(e: Experiment, store: ClipStore, trained: Trained, part: slice = slice(None)) -> Retrieval:
     """Rank the clips of the experiment's split for every identity with its trained members.
 
     part: of the blocks; clips of the others are left out.  Parts merge into the ranking of the whole (``rank.merge``).
@@ -412,13 +399,9 @@ def _breakdown(
         known["wrong"] = (store.clip_means(modality, "wrong")[clips], WRONG_EDGES)
     out = {}
     for name, (value, edges) in known.items():
-        group = np.digitize(
-            value, edges[1:-1]
-        )  # the first and the last hold what lies beyond them, so that none is lost
-        rows = [(low, high, group == i) for i, (low, high) in enumerate(zip(edges, edges[1:]))]
+        group = np.digitize(value, edges[1:-1])  # the first and the last hold what lies beyond them: none is lost
         out[name] = [
-            [low, high, int(inside.sum()), *(round(float(of[inside].mean()), 5) for of in (right, precision))]
-            for low, high, inside in rows
-            if inside.any()
+            [edges[i], edges[i + 1], int(at.sum()), *(round(float(of[at].mean()), 5) for of in (right, precision))]
+            for i, at in ((i, group == i) for i in np.unique(group).tolist())
         ]
     return out

@@ -1,6 +1,6 @@
 """Predict: train a system of the challenge on a store, rank its clips and write the submission.
 
-Every member of the ensemble is saved when it is trained, in a folder beside the result, and so is the ranking of a
+Every member of the ensemble is saved when it is trained, in a folder beside the result, and so is the ranking of every
 shard of the clips: a run that was killed goes on where it was, and ends with the result of an unbroken one.  Processes
 on one machine, and commands on many (``predict_shard``), share members and shards by claiming them.
 """
@@ -33,8 +33,8 @@ from mmlib.systems import SYSTEMS, with_members, without_scores
 
 @dataclass(frozen=True)
 class Report:
-    """What came of a command: members that were trained, by it or one beside it, and that were there; shards likewise;
-    and all of it in lines for a terminal.
+    """What came of a command: members trained, by it or by one beside it, and members that were there before; shards
+    ranked, likewise; and all of it in lines for a terminal.
     """
 
     trained: int
@@ -57,12 +57,11 @@ def predict(
 ) -> Report:
     """Train a system of ``systems.SYSTEMS`` on a store and write its ranking of a split's clips as a submission.
 
-    options: as for ``system_on``.  labelled_only: no line for identities without a labelled clip in the split.  A
-    result that exists is refused unless ``overwrite``, and is then replaced when the new one is complete.  Members that
-    an earlier run of the same system, store and library left in ``members_folder`` are used, whatever split they were
-    for and whatever device they were trained on; the files are removed once the result is there, unless
-    ``keep_members``. shards: merge so many, those of ``predict_shard`` and, where one is missing, one's own; the result
-    is the same.
+    options: as for ``system_on``.  labelled_only: no line for identities without a labelled clip there.  A result that
+    exists is refused unless ``overwrite``, and is replaced when the new one is complete.  Members that an earlier
+    run of the same system, store and library left in ``members_folder`` are used, whatever split they were for and
+    whatever device they were trained on; the files are removed once the result is there, unless ``keep_members``.
+    shards: merge so many, those of ``predict_shard`` and, where one is missing, one's own; the result is the same.
     """
     began, out, folder = time.perf_counter(), Path(out), members_folder(out)
     _check_target(out, overwrite)
@@ -77,10 +76,9 @@ def predict(
         every = list(range(1, work.shards + 1))
         trained, loaded, ranked = work.rank_shards(every, progress)
         best = rank.merge([_read_shard(work.shard(number)) for number in every], k=RESULT_LIMIT).clip.numpy()
+        names = store.clips["clip"].to_numpy(object)[work.gallery]
         _check_target(out, overwrite)
-        write_result(
-            out, store.identities[identities], best[identities], store.clips["clip"].to_numpy(object)[work.gallery]
-        )
+        write_result(out, store.identities[identities], best[identities], names)
         work.remove(keep_members)
         foreign = len({*folder.glob("*.pt")} - {*work.members.values()})
     has = {name: source.count[work.gallery] > 0 for name, source in store.modalities.items()}
@@ -168,9 +166,8 @@ class Work:
 
     def __getstate__(self) -> dict:
         """Leave out what another process opens and loads itself."""
-        return {
-            name: value for name, value in vars(self).items() if name not in ("store", "gallery", "blocks", "models")
-        }
+        own = ("store", "gallery", "blocks", "models")
+        return {name: value for name, value in vars(self).items() if name not in own}
 
     @cached_property
     def store(self) -> ClipStore:
@@ -215,7 +212,7 @@ class Work:
         step = min(retrieve.TOGETHER[torch_device(self.device).type], -(-len(self.experiment.members) // self.shards))
         groups = [missing[at : at + step] for at in range(0, len(missing), step)]
         with tqdm(total=len(missing), desc="members", unit="member", disable=not progress) as bar:
-            with helped(workers(len(self.members), self.device) - 1, self.rank_shards, shards):
+            with helped(workers(len(self.members), self.device) - 1, partial(self.rank_shards, shards)):
                 for done in share(groups, partial(self._train, progress=progress)):
                     bar.update(done)
                 for _ in share(asked, self._rank):

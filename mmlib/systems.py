@@ -13,8 +13,6 @@ from mmlib.aggregate import LEARNED
 from mmlib.experiment import Experiment, Training
 from mmlib.rank import Fallback
 
-# -- rates ----------------------------------------------------------------------------------------------------------
-
 SEARCH_SEEDS = TUNING_SEEDS = (100, 101)  # worlds that no comparison uses
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 EPOCHS = (8, 16)
@@ -67,9 +65,6 @@ def tuning_grid(aggregator: str) -> list[Training]:
     return [Training(epochs=epochs, **rate) for epochs in EPOCHS for rate in rates]
 
 
-# -- arms -----------------------------------------------------------------------------------------------------------
-
-
 def _arm(base: Experiment, training: dict | None = None, **fields) -> Experiment:
     return replace(base, training=replace(base.training, **training or {}), **fields)
 
@@ -108,14 +103,12 @@ def search(group: dict[str, Experiment], profile: str = "quick", seeds: tuple = 
     return [_arm(arm, trial, profile=profile, seed=seed) for arm, trial, seed in worlds]
 
 
-# -- systems --------------------------------------------------------------------------------------------------------
-
 BUDGET = Training(lr=1e-3, aggregator_lr=1e-3)  # of every rung, but for the rates that a search chose
 
 
 def in_budget(system: Experiment) -> Experiment:
     """Return a system with the epochs, batches, optimiser and start of all rungs, and the rates chosen for it."""
-    training, asked = BUDGET, system.training
+    asked, training = system.training, BUDGET
     if asked.gamma:
         loss = "margin + focal" if asked.focal == "clip" else "margin + batch focal"
         lr = CHOSEN[f"{loss}, scores" if system.concat == "normalised" else loss]
@@ -134,7 +127,7 @@ _LOW_QUALITY = Fallback(by="quality", share=0.01, low=0.8, absent=1.0, members=_
 _DESCRIBED = replace(_BOTH, aggregator="attention + scores", concat="normalised", context_dim=128, scale=30.0)
 ONE_NAME = in_budget(_arm(_DESCRIBED, {"gamma": 2.0, "focal": "clip"}, members=_ALL, fallback=_LOW_QUALITY))
 
-# LegenDong/IQIYI_VID_FACE_2019: eleven of sixteen members. Trained as there; the ladder has it ``in_budget``.
+# LegenDong/IQIYI_VID_FACE_2019, which keeps eleven of sixteen members; with its training.
 _ELEVEN, _OTHER_ELEVEN = (0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 15), (1, 2, 3, 4, 6, 8, 10, 11, 12, 14, 15)
 _LOW_NORM = Fallback(by="norm", threshold=8.867, low=0.8, absent=0.95, members=_OTHER_ELEVEN)
 _CODED = replace(_BOTH, aggregator="as coded", concat="frames", context_dim=120, hidden=964, start="random", scale=1.0)
@@ -170,8 +163,8 @@ RUNGS = {  # what each has of the system beyond the one before
 def climb(system: Experiment, *, scene: bool = True, scores: bool = True) -> dict[str, Experiment]:
     """Return the rungs from the baseline to a system ``in_budget``, each with one part of it more than the one before.
 
-    The last rung of ONE_NAME is ONE_NAME itself.  That of ONE_NAME_AS_CODED is the coded system in the budget of all,
-    where the one in SYSTEMS is trained as the released code does.  scene, scores: what the clips have.  Without a scene there
+    The last rung of ONE_NAME is ONE_NAME itself.  That of ONE_NAME_AS_CODED is the coded system in the budget of all;
+    the one in SYSTEMS is trained as the released code does.  scene, scores: what the clips have.  Without a scene there
     is no such rung and no fallback; without scores the system is that of ``without_scores``.
     """
     top = in_budget(system if scores else without_scores(system))

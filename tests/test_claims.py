@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -195,7 +196,7 @@ def wait_for(condition, what):
 
 def test_helpers_end_with_the_block_that_they_help(tmp_path):
     with pytest.raises(KeyError):
-        with helped(2, note, tmp_path):
+        with helped(2, partial(note, tmp_path)):
             wait_for(lambda: len([*tmp_path.iterdir()]) == 2, "a helper does not start")
             raise KeyError
     assert [path.read_text() for path in tmp_path.iterdir()] == ["True", "True"] and not is_helper()
@@ -208,7 +209,7 @@ def fail(folder):
 
 
 def test_helper_that_fails_is_not_heard(tmp_path, capfd):
-    with helped(1, fail, tmp_path):
+    with helped(1, partial(fail, tmp_path)):
         wait_for((tmp_path / "failed").exists, "the helper does not start")
         time.sleep(0.2)
     assert capfd.readouterr() == ("", "")
@@ -218,9 +219,9 @@ ORPHANS = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_claims import helped, note
+from test_claims import helped, note, partial
 if __name__ == "__main__":
-    with helped(2, note, Path(sys.argv[2])):
+    with helped(2, partial(note, Path(sys.argv[2]))):
         time.sleep(600)
 """
 

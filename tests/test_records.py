@@ -111,6 +111,10 @@ def test_hash_sees_which_of_two_functions_of_one_name_is_imported(package):
     assert one != two
 
 
+def test_hash_sees_which_of_two_modules_has_which_value(package):
+    assert package(a="BLOCK = 1", b="BLOCK = 2") != package(a="BLOCK = 2", b="BLOCK = 1")
+
+
 def test_hash_is_blind_to_the_module_of_a_function(package):
     function = "def f(x): return np.sort(x)"
     before = package(a=f"import numpy as np\n{function}", b="y = 1", c="from mmlib.a import f\nz = f(1)")
@@ -575,8 +579,8 @@ def test_other_processes_help_with_many_trainings_of_several_branches(patchy, ca
     ordered, helped = [], []
 
     @contextmanager
-    def helping(number, function, *arguments):
-        helped.append((number, function, arguments))
+    def helping(number, function):
+        helped.append((number, function))
         yield
 
     monkeypatch.setattr(records, "helped", helping)
@@ -584,7 +588,12 @@ def test_other_processes_help_with_many_trainings_of_several_branches(patchy, ca
     monkeypatch.setattr(records.torch, "get_num_threads", lambda: threads)
     with pytest.raises(FileNotFoundError):  # nobody has made them
         fetch(asked, device="cpu")
-    assert helped == [(helpers, fetch, (asked, "cpu"))]
+    ((number, function),) = helped
+    assert number == helpers and (function.func, function.args, function.keywords) == (
+        fetch,
+        (asked,),
+        {"device": "cpu"},
+    )
     assert [list(task.values()) for task in ordered] == [asked[1:], asked[:1]]  # the longest first
 
 
@@ -640,7 +649,7 @@ from pathlib import Path
 from test_records import asked_of, measured, noting
 from mmlib import records
 noting(Path(sys.argv[3]))
-made = records.fetch(asked_of(Path(sys.argv[2])), "cpu")
+made = records.fetch(asked_of(Path(sys.argv[2])), device="cpu")
 print([measured(record) for record in made])
 """
 HERE = Path(__file__).parent
@@ -699,7 +708,7 @@ def test_killed_sweep_is_finished_by_two_processes_and_nothing_runs_twice(patchy
     other = sweep(patchy.path, after)
     monkeypatch.setattr(retrieve, "retrieve", retrieve.retrieve)
     noting(after)
-    mine = fetch(asked_of(patchy.path), "cpu")
+    mine = fetch(asked_of(patchy.path), device="cpu")
     printed = other.communicate(timeout=300)[0]
     assert other.returncode == 0 and printed == f"{[measured(record) for record in mine]}\n"
     every = {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}

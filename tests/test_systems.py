@@ -32,7 +32,7 @@ CODED = ONE_NAME_AS_CODED
 
 @pytest.fixture(scope="module")
 def official():
-    """What a model asks of a store of the challenge's widths: faces of 512, scenes of 2048 dimensions."""
+    """What a model asks of a store of the challenge's widths: faces of 512 dimensions, scenes of 2048."""
     widths = {"face": 512, "scene": 2048}
     modalities = {name: SimpleNamespace(feature=np.zeros((0, dim))) for name, dim in widths.items()}
     return SimpleNamespace(modalities=modalities, identities=np.arange(5))
