@@ -149,7 +149,7 @@ def finish(row: dict, ceilings: dict[str, float], bars: tuple[Bar, ...]) -> dict
 
 
 def shares(row: dict, ceilings: dict[str, float]) -> dict[str, float]:
-    """Return the shares of the compute ceiling of the row's precision and of the copy ceiling, and the larger of them."""
+    """Return shares of the compute ceiling of the row's precision and of the copy ceiling, and the larger one."""
     if row["flops"] is None:
         return {}
     found = {
