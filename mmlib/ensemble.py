@@ -73,7 +73,8 @@ class Together:
         self.models = [model.train() for model in models]
         named = [model.named_modules() for model in models]
         self._drops = [{f"{name}.keep": layer for name, layer in part if isinstance(layer, Dropout)} for part in named]
-        self.parameters, self._buffers = dict(models[0].named_parameters()), {}
+        self.parameters: dict[str, Tensor] = dict(models[0].named_parameters())
+        self._buffers: dict[str, Tensor] = {}
         if len(models) > 1:
             self.parameters, self._buffers = stack_module_state(models)
 

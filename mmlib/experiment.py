@@ -41,10 +41,10 @@ POSITIVE, FROM_ZERO, FROM_ONE = (Interval(low, np.inf, end) for low, end in ((0,
 class Training:
     """What decides a training run.
 
-    epochs; batch: clips, two at least; frames: frames drawn a clip and step, by ``sample`` of ``ClipStore.batch``; lr of
-    the MLP and classifier, and of the aggregator (whose gradients are some orders smaller), both falling to 0 along a
-    cosine; weight_decay; margin in radians, 0 for a plain (cosine) softmax; scale of the cosines; gamma of the focal term,
-    ``focal`` "clip" or "batch"; optimiser "adamw", or "sgd" with momentum .9 as in the released code.
+    epochs; batch: clips, two at least; frames: frames drawn a clip and step, by ``sample`` of ``ClipStore.batch``; lr
+    of the MLP and classifier, and of the aggregator (whose gradients are some orders smaller), both falling to 0 along
+    a cosine; weight_decay; margin in radians, 0 for a plain (cosine) softmax; scale of the cosines; gamma of the focal
+    term, ``focal`` "clip" or "batch"; optimiser "adamw", or "sgd" with momentum .9 as in the released code.
     """
 
     epochs: int = 8
@@ -174,16 +174,11 @@ class Experiment:
 
     def second(self) -> Experiment:
         """Return the experiment of the fallback's model."""
-        asked = self.fallback or Fallback()
-        alone = replace(
-            self, modality=None, context=asked.context, aggregator="norm", concat="none", fusion="concat", fallback=None
-        )
-        return replace(
-            alone,
-            members=asked.members,
-            regions=2 * self.regions,
-            training=replace(self.training, lr=asked.lr or self.training.lr),
-        )
+        if self.fallback is None:
+            raise ValueError("an experiment without a fallback has no second model")
+        asked, training = self.fallback, replace(self.training, lr=self.fallback.lr or self.training.lr)
+        alone = replace(self, modality=None, context=asked.context, concat="none", fusion="concat", fallback=None)
+        return replace(alone, aggregator="norm", members=asked.members, regions=2 * self.regions, training=training)
 
     @property
     def simulated(self) -> bool:
