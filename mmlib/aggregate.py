@@ -13,6 +13,7 @@ as they are.
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +40,12 @@ def _einsum(equation: str, *operands: Tensor) -> Tensor:
         return torch.einsum(equation, *operands)
 
 
-def require_scores(user: str, **scores: Maybe) -> None:
-    """Refuse to go on without the scores that ``user`` needs, by name."""
+def require_scores(user: str, **scores: Maybe) -> list[Tensor]:
+    """Return the scores that ``user`` needs, or refuse to go on without one, by name."""
     for name, value in scores.items():
         if value is None:
             raise ValueError(f"{user} needs {name} scores, but these clips have none ({name} is None)")
+    return [value for value in scores.values() if value is not None]
 
 
 def _average(x: Tensor, weight: Tensor) -> Tensor:
@@ -86,21 +88,17 @@ def quality_pool(x: Tensor, mask: Tensor, quality: Tensor, det: Tensor) -> Tenso
     return _average(x, torch.where(none, 1.0, weight))
 
 
-def best_pool(x: Tensor, mask: Tensor, quality: Tensor, share: float = 0.5) -> Tensor:
-    """Average the raw embeddings of the frames of highest quality, a share in (0, 1] of the clip's, rounded up.
+def best_half_pool(x: Tensor, mask: Tensor, quality: Tensor) -> Tensor:
+    """Average the raw embeddings of the half of a clip's frames, rounded up, that has the highest quality.
 
     Frames that tie with the last one kept are kept too, else their order would decide. Source: the 2019 solution of
-    zheey, which keeps .5.
+    zheey.
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share must lie in (0, 1], got {share!r}")
-    require_scores("pooling of the best frames", quality=quality)
-    # The small step keeps .07 * 100 = 7.000000000000001 from becoming 8.
-    keep = (mask.sum(dim=1).double() * share - 1e-9).ceil().long()
+    require_scores("pooling of the best half", quality=quality)
     quality = torch.where(mask, quality, -torch.inf)
     ordered = F.pad(quality.sort(dim=1, descending=True).values, (0, 1))  # padded, so that T may be 0
-    last = ordered.gather(1, (keep - 1).clamp(min=0)[:, None])
-    return norm_pool(x, mask & (quality >= last))
+    last = (mask.sum(dim=1, keepdim=True) - 1).clamp(min=0) // 2
+    return norm_pool(x, mask & (quality >= ordered.gather(1, last)))
 
 
 # Attention over frames: each takes `scores` (B, T, S), further coordinates of every frame, apart from x.
@@ -108,7 +106,7 @@ def best_pool(x: Tensor, mask: Tensor, quality: Tensor, share: float = 0.5) -> T
 
 def frame_scores(quality: Maybe, det: Maybe) -> Tensor:
     """Return quality / 100 and det of each frame, (B, T, 2), what the 2019 code appends to the raw embeddings."""
-    require_scores("scores=True", quality=quality, det=det)
+    quality, det = require_scores("scores=True", quality=quality, det=det)
     return torch.stack([quality / QUALITY_UNIT, det], dim=-1)
 
 
@@ -156,8 +154,14 @@ def _gram(x: Tensor, scores: Maybe, rows: slice = slice(None)) -> Tensor:
     return gram if scores is None else gram + _gram(scores.to(x.dtype), None, rows)
 
 
-class _FrameAttention(nn.Module):
-    """Pool with weights: ``_pool`` of a subclass returns the clip feature (B, out_dim) and the weights (B, T)."""
+class Aggregator(nn.Module):
+    """Pool the frames of clips with weights."""
+
+    out_dim: int
+
+    def _pool(self, x: Tensor, mask: Tensor, quality: Maybe, det: Maybe) -> tuple[Tensor, Tensor]:
+        """Return the clip feature (B, out_dim) and the weights (B, T)."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, mask: Tensor, quality: Maybe = None, det: Maybe = None) -> Tensor:
         return self._pool(x, mask, quality, det)[0]
@@ -167,7 +171,7 @@ class _FrameAttention(nn.Module):
         return self._pool(x, mask, quality, det)[1]
 
 
-class ScoreAttention(_FrameAttention):
+class ScoreAttention(Aggregator):
     """Learn weights from the scores alone: softmax over a clip's frames of w . (quality / 100, det, norm / 20).
 
     The learned counterpart of a hand-made quality weight, three numbers that start at 0, which is `norm_pool`. It
@@ -185,7 +189,7 @@ class ScoreAttention(_FrameAttention):
         return _sum(x, None, weight), weight
 
 
-class NAN(_FrameAttention):
+class NAN(Aggregator):
     """Pool by one or two attention blocks: r0 from `query`, then, of two, q1 = tanh(weight r0 + bias) and r from q1.
 
     All parameters start at 0, so an untrained NAN is `norm_pool`; with two blocks the first query moves one step
@@ -205,13 +209,13 @@ class NAN(_FrameAttention):
     def _pool(self, x, mask, quality, det) -> tuple[Tensor, Tensor]:
         scores = frame_scores(quality, det) if self.scores else None
         found = nan_pool(x, mask, self.query, scores)
-        if self.weight is None:
+        if self.weight is None or self.bias is None:
             return found
         query = torch.tanh(_einsum("bd,ed->be", found[0], self.weight) + self.bias)
         return nan_pool(x, mask, query, scores)
 
 
-class ChannelAttention(_FrameAttention):
+class ChannelAttention(Aggregator):
     """Mix frames, x' = gamma A x + x, A from `channel_map`, then pool them by one NAN block, as One Name describes.
 
     gamma and the query start at 0, so the untrained module is `norm_pool`. The learned temperature starts at 100:
@@ -221,8 +225,7 @@ class ChannelAttention(_FrameAttention):
 
     def __init__(self, dim: int, *, invert: bool = False, scores: bool = False):
         super().__init__()
-        self.invert = invert
-        self.scores = scores
+        self.invert, self.scores = invert, scores
         self.out_dim = dim + 2 * scores
         self.gamma = nn.Parameter(torch.zeros(()))
         self.log_temperature = nn.Parameter(torch.tensor(100.0).log())
@@ -249,7 +252,7 @@ class ChannelAttention(_FrameAttention):
         return _sum(x, scores, weight), weight
 
 
-class CodedAttention(nn.Module):
+class CodedAttention(Aggregator):
     """Aggregate a fixed number of frames as the released One Name code does, frames being the channels.
 
     1x1 convolutions T -> T/2 make theta and phi (each with batch norm) and g (without); A = softmax_j of the
@@ -274,8 +277,8 @@ class CodedAttention(nn.Module):
         self.phi = nn.Sequential(nn.Conv1d(frames, half, 1), nn.BatchNorm1d(half))
         self.g = nn.Conv1d(frames, half, 1)
         self.expand = nn.Sequential(nn.Conv1d(half, frames, 1), nn.BatchNorm1d(frames))
-        nn.init.zeros_(self.expand[1].weight)
-        nn.init.zeros_(self.expand[1].bias)
+        for start in self.expand[1].parameters():
+            nn.init.zeros_(start)
         self.query = nn.Parameter(torch.zeros(self.out_dim))
 
     def forward(self, x: Tensor, mask: Tensor, quality: Maybe = None, det: Maybe = None) -> Tensor:
@@ -321,12 +324,12 @@ class CodedAttention(nn.Module):
         return attention, torch.cat([torch.cat([square, total[:, None]], 1), torch.cat([total, corner])[None]])
 
 
-def _rows(layer: nn.Conv1d) -> Tensor:
+def _rows(layer: Any) -> Tensor:
     """Write a 1x1 convolution as a matrix on its input and ones: (out, in + 1)."""
     return torch.cat([layer.weight[..., 0], layer.bias[:, None]], dim=1)
 
 
-def _normalised(norm: nn.BatchNorm1d, rows: Tensor, gram: Tensor | None, clips: int, dim: int) -> Tensor:
+def _normalised(norm: Any, rows: Tensor, gram: Any, clips: int, dim: int) -> Tensor:
     """Follow rows (C, n) by batch norm.
 
     gram (n, n): products of what the rows add up, ones last, summed over dim and averaged over clips; unused when
@@ -346,7 +349,7 @@ def _normalised(norm: nn.BatchNorm1d, rows: Tensor, gram: Tensor | None, clips: 
     return scale[:, None] * rows + F.pad(shift[:, None], (rows.shape[-1] - 1, 0))
 
 
-class FixedPool(nn.Module):
+class FixedPool(Aggregator):
     """Give a pooling function without parameters the call signature of the learned aggregators."""
 
     def __init__(self, dim: int, pool: Callable[..., Tensor]):
@@ -364,11 +367,11 @@ class FixedPool(nn.Module):
 
 
 # Name in the book -> constructor from the width D of an embedding.
-AGGREGATORS: dict[str, Callable[[int], nn.Module]] = {
+AGGREGATORS: dict[str, Callable[[int], Aggregator]] = {
     "mean": lambda dim: FixedPool(dim, lambda x, mask, q, d: mean_pool(x, mask)),
     "norm": lambda dim: FixedPool(dim, lambda x, mask, q, d: norm_pool(x, mask)),
     "quality": lambda dim: FixedPool(dim, quality_pool),
-    "best half": lambda dim: FixedPool(dim, lambda x, mask, q, d: best_pool(x, mask, q)),
+    "best half": lambda dim: FixedPool(dim, lambda x, mask, q, d: best_half_pool(x, mask, q)),
     "learned scores": ScoreAttention,
     "NAN": NAN,
     "NAN, two blocks": lambda dim: NAN(dim, two_blocks=True),
@@ -382,7 +385,7 @@ LEARNED = {name for name in AGGREGATORS if name not in ("mean", "norm", "quality
 NEEDS_SCORES = {name for name in AGGREGATORS if "scores" in name} | {"quality", "best half", "as coded"}
 
 
-def make_aggregator(name: str, dim: int) -> nn.Module:
+def make_aggregator(name: str, dim: int) -> Aggregator:
     """Build an aggregator of ``AGGREGATORS`` for embeddings of width ``dim``."""
     if name not in AGGREGATORS:
         raise ValueError(f"aggregator must be one of {', '.join(AGGREGATORS)}, got {name!r}")

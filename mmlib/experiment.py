@@ -174,16 +174,11 @@ class Experiment:
 
     def second(self) -> Experiment:
         """Return the experiment of the fallback's model."""
-        asked = self.fallback or Fallback()
-        alone = replace(
-            self, modality=None, context=asked.context, aggregator="norm", concat="none", fusion="concat", fallback=None
-        )
-        return replace(
-            alone,
-            members=asked.members,
-            regions=2 * self.regions,
-            training=replace(self.training, lr=asked.lr or self.training.lr),
-        )
+        if self.fallback is None:
+            raise ValueError("an experiment without a fallback has no second model")
+        asked, training = self.fallback, replace(self.training, lr=self.fallback.lr or self.training.lr)
+        alone = replace(self, modality=None, context=asked.context, concat="none", fusion="concat", fallback=None)
+        return replace(alone, aggregator="norm", members=asked.members, regions=2 * self.regions, training=training)
 
     @property
     def simulated(self) -> bool:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmlib.aggregate import CONCATS, QUALITY_UNIT, Maybe, require_scores
+from mmlib.aggregate import CONCATS, QUALITY_UNIT, Aggregator, Maybe, require_scores
 
 Discard = tuple[int, int] | None  # a block of blocks
 Contexts = dict[str, tuple[Tensor, Tensor]] | None  # by name the feature (B, D) and whether a clip has it (B,)
@@ -36,6 +37,8 @@ class Dropout(nn.Module):
     that a model sees the same masks whether it is trained alone or beside others; left empty, every pass draws its own
     from torch's generator.
     """
+
+    keep: Tensor
 
     def __init__(self, width: int, p: float):
         super().__init__()
@@ -61,7 +64,12 @@ class MaskedBatchNorm(nn.BatchNorm1d):
     need two rows: with fewer, nothing is learned and the running ones stay.
     """
 
-    def forward(self, x: Tensor, present: Tensor) -> Tensor:
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
+    def forward(self, x: Tensor, present: Tensor) -> Tensor:  # type: ignore[override]
         mean, variance = self.running_mean, self.running_var
         if self.training:
             weight = present.to(mean.dtype)
@@ -90,8 +98,9 @@ class ResidualMLP(nn.Module):
     def __init__(self, dim: int, hidden: int, dropout: float):
         super().__init__()
         first = [nn.Linear(dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.PReLU(), Dropout(hidden, dropout)]
-        self.layers = nn.Sequential(*first, nn.Linear(hidden, dim, bias=False), nn.BatchNorm1d(dim))
-        nn.init.zeros_(self.layers[-1].weight)
+        last = nn.BatchNorm1d(dim)
+        nn.init.zeros_(last.weight)
+        self.layers = nn.Sequential(*first, nn.Linear(hidden, dim, bias=False), last)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x)
@@ -150,9 +159,13 @@ class IdentityModel(nn.Module):
     block of the embeddings and of every context that the model does not see, as in ``gap``.
     """
 
+    dim: int
+    centre: Tensor
+    whitening: Maybe
+
     def __init__(
         self,
-        aggregator: nn.Module | None,
+        aggregator: Aggregator | None,
         identities: int,
         *,
         hidden: int,
@@ -190,24 +203,23 @@ class IdentityModel(nn.Module):
 
         x (B, T, D) and the contexts are without the block that the model discards, ``gap``.
         """
-        parts = [] if self.aggregator is None else [self._clip_feature(x, mask, quality, det)]
+        parts = [] if self.aggregator is None else [self._clip_feature(self.aggregator, x, mask, quality, det)]
         for name, branch in self.branches.items():
-            feature, present = contexts[name]
-            reduced = branch(feature, present)
+            reduced = branch(*(contexts or {})[name])
             if name in self.gates:
                 reduced = reduced * torch.sigmoid(self.gates[name](torch.cat([*parts[:1], reduced], 1)))
             parts.append(reduced)
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
-    def _clip_feature(self, x: Tensor, mask: Tensor, quality: Maybe, det: Maybe) -> Tensor:
-        feature = self.aggregator(x, mask, quality, det)
+    def _clip_feature(self, aggregator: Aggregator, x: Maybe, mask: Any, quality: Maybe, det: Maybe) -> Tensor:
+        feature = aggregator(x, mask, quality, det)
         if self.whitening is not None:
             feature = (F.normalize(feature, dim=1) - self.centre) @ self.whitening
         if self.concat == "normalised":
             norm = feature.norm(dim=1, keepdim=True)
             feature = feature / torch.where(norm > 0, norm, 1.0)  # F.normalize has a slope of 1e12 at a zero feature
         if self.concat in ("normalised", "raw"):
-            require_scores("concat", quality=quality, det=det)
+            quality, det = require_scores("concat", quality=quality, det=det)
             weight = mask / mask.sum(1, keepdim=True).clamp(min=1)
             scores = torch.stack([(quality * weight).sum(1) / QUALITY_UNIT, (det * weight).sum(1)], 1)
             feature = torch.cat([feature, scores.to(feature.dtype)], dim=1)

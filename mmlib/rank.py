@@ -239,8 +239,9 @@ class Fallback:
         >>> Fallback(share=0.5, low=0.8).weights(np.array([3.0, 1.0, 2.0, 9.0]))
         array([0. , 0.8, 0.8, 0. ])
         """
-        lowest = np.argsort(value, kind="stable")[: int(self.share * len(value) + 1e-9)]
-        low = lowest if self.threshold is None else np.flatnonzero(value < self.threshold)
         weight = np.full(len(value), self.weight)
-        weight[low] = self.low
+        if self.threshold is None:
+            weight[np.argsort(value, kind="stable")[: int(self.share * len(value) + 1e-9)]] = self.low
+        else:
+            weight[value < self.threshold] = self.low
         return weight

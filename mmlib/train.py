@@ -122,11 +122,11 @@ class Reader:
     def __init__(self, models: list, store: ClipStore, clips: list, modality: str | None, training: Training):
         device, first = models[0].prototype.device, models[0]
         self._sampling = _sampling(first, training.sample, training.frames)
-        self._frames = None if modality is None else store.on(modality, device)
+        self._frames = frames = None if modality is None else store.on(modality, device)
         self._clips = torch.from_numpy(np.stack(clips)).to(device)
         self._buffer = torch.empty(0, device=device)
         self._discards = [model.discard for model in models]
-        if modality is not None and self._sampling[0] == "draw" and (self._frames.count[self._clips] == 0).any():
+        if frames is not None and self._sampling[0] == "draw" and (frames.count[self._clips] == 0).any():
             raise ValueError(f"{store.path}: a training clip has no {modality} to draw frames from")
         union = np.unique(np.concatenate(clips))
         self._place = torch.from_numpy(np.searchsorted(union, np.stack(clips))).to(device)
@@ -139,7 +139,8 @@ class Reader:
         """Draw the frames of an epoch for every clip of every model."""
         if self._frames is not None:
             start, count = self._frames.start[self._clips], self._frames.count[self._clips]
-            self._rows = [sample_rows(*span, *self._sampling, g) for *span, g in zip(start, count, generators)]
+            sample, frames = self._sampling
+            self._rows = [sample_rows(s, c, sample, frames, g) for s, c, g in zip(start, count, generators)]
 
     def read(self, places: Tensor) -> dict:
         """Return the inputs of ``IdentityModel`` for the clips at ``places`` (M, B), as ``Together`` takes them.
@@ -233,10 +234,11 @@ def pooled_features(
     for places in _blocks(count, block):
         at, to = (torch.from_numpy(part).to(device) for part in (clips[places], places))
         with enough_memory(_longest(store, modality or next(iter(model.branches)), clips[places[-1]])):
-            inputs = [None] * 4
+            frames_of = None
             if modality is not None:
                 rows = sample_rows(source.start[at], source.count[at], sample, frames, generator)
-                inputs = source.gather(rows, gap=gap(source.feature.shape[1], model.discard))[:4]
+                frames_of = source.gather(rows, gap=gap(source.feature.shape[1], model.discard))
             context = {name: contexts(store, name, clips[places], model.discard, device) for name in model.branches}
-            out[to] = model.pool(*inputs, context)
+            x, mask, quality, det = frames_of[:4] if frames_of else (None,) * 4
+            out[to] = model.pool(x, mask, quality, det, context)
     return out

@@ -42,7 +42,7 @@ POOLS = {
     "mean": lambda x, m, q, d: aggregate.mean_pool(x, m),
     "norm": lambda x, m, q, d: aggregate.norm_pool(x, m),
     "quality": aggregate.quality_pool,
-    "best half": lambda x, m, q, d: aggregate.best_pool(x, m, q),
+    "best half": lambda x, m, q, d: aggregate.best_half_pool(x, m, q),
     "score attention": trained(aggregate.ScoreAttention(DIM)),
     "nan": trained(aggregate.NAN(DIM)),
     "nan two": trained(aggregate.NAN(DIM, two_blocks=True)),
@@ -180,31 +180,17 @@ def test_quality_pool_of_only_bad_frames_is_norm_pool():
     )
 
 
-def test_best_pool_takes_the_best_frames():
+def test_best_half_is_rounded_up_and_of_the_frames_that_exist():
     x = torch.tensor([[[1.0], [10.0], [100.0], [1000.0]]])
-    mask = torch.tensor([[True, True, True, False]])
     quality = torch.tensor([[5.0, 7.0, 6.0, 99.0]])
-    found = [aggregate.best_pool(x, mask, quality, share).item() for share in (0.3, 0.5, 1.0)]
-    assert found == [10, 55, 37]  # ceil(.9) = 1 frame, ceil(1.5) = 2 and 3
+    found = [aggregate.best_half_pool(x, torch.arange(4)[None] < n, quality).item() for n in (1, 2, 3, 4)]
+    assert found == [1, 10, 55, 505]
 
 
-def test_best_share_is_not_rounded_up_by_float_noise():
-    x = torch.arange(100.0)[None, :, None]
-    mask = torch.ones(1, 100, dtype=torch.bool)
-    assert aggregate.best_pool(x, mask, x[..., 0], 0.07).item() == 96  # 93..99: seven frames, not eight
-
-
-def test_best_pool_keeps_frames_that_tie_with_the_last():
+def test_best_half_keeps_frames_that_tie_with_the_last():
     x = torch.tensor([[[1.0], [10.0], [100.0]]])
-    quality = torch.tensor([[5.0, 5.0, 4.0]])
-    assert aggregate.best_pool(x, torch.ones(1, 3, dtype=torch.bool), quality, 0.1).item() == 5.5
-
-
-@pytest.mark.parametrize("share", [0.0, -0.5, 1.5, math.nan])
-def test_best_pool_refuses_a_meaningless_share(share):
-    x, mask, quality, _ = clips()
-    with pytest.raises(ValueError, match="share must lie in"):
-        aggregate.best_pool(x, mask, quality, share)
+    quality = torch.tensor([[5.0, 4.0, 4.0]])
+    assert aggregate.best_half_pool(x, torch.ones(1, 3, dtype=torch.bool), quality).item() == 37
 
 
 def test_nan_pool_weighs_by_softmax():
@@ -510,7 +496,7 @@ def test_quality_pools_say_when_scores_are_missing():
     with pytest.raises(ValueError, match="needs det scores"):
         aggregate.quality_pool(x, mask, quality, None)
     with pytest.raises(ValueError, match="needs quality scores"):
-        aggregate.best_pool(x, mask, None)
+        aggregate.best_half_pool(x, mask, None)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import BRIEF, of
 
 from mmlib.data.store import ClipStore
@@ -251,10 +252,12 @@ def test_every_combination_runs_to_its_end_or_is_refused_when_it_is_made(world):
             made.append((Experiment(data=str(world.path), context_dim=3, **drawn), set(combinations(drawn.items(), 2))))
     pairs = set().union(*(found for _, found in made))
     assert len(pairs) > 1_650  # of 1,768, among which are those that cannot be
+    state = torch.get_rng_state()
     while pairs:
         asked, found = max(made, key=lambda one: len(one[1] & pairs))
         assert np.isfinite(retrieve(asked, world, device="cpu").ap).all()
         pairs -= found
+    assert torch.equal(torch.get_rng_state(), state)  # nothing draws from torch's own generator
 
 
 # -- parameters ----------------------------------------------------------------------------------------------

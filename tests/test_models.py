@@ -48,7 +48,7 @@ def model(aggregator="mean", identities=3, dim=DIM, **options):
         ("mean", lambda x, mask, quality, det: aggregate.mean_pool(x, mask)),
         ("norm", lambda x, mask, quality, det: aggregate.norm_pool(x, mask)),
         ("quality", aggregate.quality_pool),
-        ("best half", lambda x, mask, quality, det: aggregate.best_pool(x, mask, quality)),
+        ("best half", lambda x, mask, quality, det: aggregate.best_half_pool(x, mask, quality)),
     ],
 )
 def test_fixed_aggregator_is_its_function(name, expected):
