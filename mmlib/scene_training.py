@@ -158,7 +158,7 @@ def fine_tune(
     watched = np.sort(rng.permutation(watched)[:watch])
     shape: dict[str, Any] = {"size": settings.size, "resize": settings.resize, "seed": seed, "device": at}
     kept = list(image_batches(images, blocks_of(run.share(watched), 64), **shape))  # the same after every epoch
-    history, sizes = [], torch.tensor([len(clips), len(clips), len(watched)])
+    history: list[dict[str, float]] = []
     for epoch in tqdm(range(settings.epochs), "fine-tune", unit="epoch", mininterval=1, disable=not run.progress):
         model.train()
         total = torch.zeros(3, device=at)  # the loss, clips recognised in train and in val
@@ -186,7 +186,8 @@ def fine_tune(
                 total[2] += (model(batch.pixels).argmax(1) == identity).sum()
         if together:
             torch.distributed.all_reduce(total)
-        loss, train, val = (total.cpu() / sizes).tolist()
+        (loss, train), known = (total[:2] / len(clips)).tolist(), total[2].item()
+        val = known / len(watched) if len(watched) else float("nan")
         if not np.isfinite(loss):
             raise ValueError(f"training diverged: loss {loss} in epoch {epoch + 1} of {settings}")
         history.append({"epoch": epoch + 1, "loss": loss, "train": train, "val": val})
