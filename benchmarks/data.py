@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
+import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from mmlib.data.iqiyi import export_folder, import_folder
+from mmlib.data.iqiyi import export_folder, import_folder, pickle_path
 from mmlib.data.store import ClipStore
 
 FACE, SCENE = 512, 2048  # dimensions of the official features
@@ -107,13 +110,58 @@ def write_store(
         )
 
 
+def write_faces(path: Path, clips: Iterable[tuple[str, list]]) -> None:
+    """Write clips and their faces [frame, box, det, quality, feature] with the opcodes that Python 2 used.
+
+    Its byte strings are what no pickler of Python 3 writes. The names of numpy come first, not in the first array.
+    """
+    places = itertools.count(4)  # in the memo
+
+    def remembered(opcodes: bytes) -> bytes:
+        return opcodes + b"r" + struct.pack("<I", next(places))
+
+    def text(words: bytes) -> bytes:
+        return b"U" + bytes([len(words)]) + words
+
+    def record(frame: bytes, box: list[float], det: float, quality: float, feature: np.ndarray) -> bytes:
+        start = remembered(b"]") + b"(" + remembered(text(frame)) + remembered(b"]")
+        scores = struct.pack(">cdcd", b"G", det, b"G", quality)
+        array = remembered(b"h\1h\2K\0\x85U\1b\x87R") + b"(K\1M" + struct.pack("<H", len(feature)) + b"\x85h\3\x89"
+        payload = b"T" + struct.pack("<I", feature.nbytes) + feature.tobytes()
+        return b"".join(
+            (start, b"(", *(struct.pack(">cd", b"G", x) for x in box), b"e", scores, array, payload, b"tbe")
+        )
+
+    with open(path, "wb") as file:
+        file.write(b"\x80\2cnumpy.core.multiarray\n_reconstruct\nq\0010cnumpy\nndarray\nq\0020")
+        file.write(b"cnumpy\ndtype\nU\2f2K\0K\1\x87R(K\3U\1<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tbq\0030}(")
+        for name, records in clips:
+            file.write(text(name.encode()) + b"](" + b"".join(record(*of) for of in records) + b"e")
+        file.write(b"u.")
+
+
+def export_python2(store: ClipStore, folder: Path) -> None:
+    """Write a store as the challenge's files, the faces as Python 2 wrote them."""
+    export_folder(store, folder)
+    face, names = store.modalities["face"], store.clips["clip"].to_numpy(object)
+
+    def faces(clip: int) -> list:
+        rows = slice(face.start[clip], face.start[clip] + face.count[clip])
+        columns = (face.columns[name][rows].tolist() for name in ("frame", "box", "det", "quality"))
+        return [[b"%d" % frame, *rest] for frame, *rest in zip(*columns, face.feature[rows])]
+
+    for split in ("train", "val"):
+        clips = store.select(split)
+        write_faces(pickle_path(folder, "face", split), ((names[clip], faces(clip)) for clip in clips))
+
+
 def make_faces(folder: str, scale: str, **_) -> dict:
     """Write ``folder/faces``: official pickles, the faces in that of val, 30 a clip; train has one clip."""
     clips = SCALES[scale].imported // 30 + 1
     split = np.array(["train"] + ["val"] * (clips - 1))
     store = Path(folder, "faces-store")
     write_store(store, np.full(clips, 30), split, np.zeros(clips, int), 1)
-    export_folder(ClipStore.open(store), Path(folder, "faces"))
+    export_python2(ClipStore.open(store), Path(folder, "faces"))
     return {}
 
 
@@ -129,7 +177,7 @@ def make_clips(folder: str, scale: str, **_) -> dict:
     drawn = Path(folder, "clips-drawn")
     write_store(drawn, count, split, identity, s.identities, scene=SCENE)
     store = ClipStore.open(drawn)
-    export_folder(store, Path(folder, "official"))
+    export_python2(store, Path(folder, "official"))
     import_folder(Path(folder, "official"), Path(folder, "clips"), progress=False)
     scenes = Path(folder, "scenes")
     scenes.mkdir()

@@ -1,45 +1,55 @@
 """The challenge's own files to a ClipStore and back.
 
 A folder holds `feat/<modality>_<split>.pickle`, `train_gt.txt` and `val_gt.txt`. The pickles are dicts from
-clip to records, written by Python 2; `mmlib.data.rows.LAYOUTS` gives the records of each modality.
+clip to records, written by Python 2; `LAYOUTS` gives the records of each modality.
 """
 
 import json
+import tempfile
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress
 
-from mmlib.data.pickles import Spool, collection_paused, read_pickle
-from mmlib.data.python2 import DictPickler, pack_floats, split_rows
-from mmlib.data.rows import LAYOUTS, Records, gather_records
+from mmlib.data.pickles import SHORT, Array, Spool, collection_paused, read_pickle, write_pickle
 from mmlib.data.store import SPLITS, ClipStore, Modality, StoreWriter
-from mmlib.data.submission import (
-    read_result,
-    read_train_truth,
-    read_val_truth,
-    write_result,
-    write_train_truth,
-    write_val_truth,
-)
-from mmlib.data.writer import partial_folder
-
-__all__ = [
-    "ImportReport",
-    "export_folder",
-    "import_folder",
-    "pickle_path",
-    "read_result",
-    "read_train_truth",
-    "read_val_truth",
-    "write_result",
-]
+from mmlib.data.submission import read_train_truth, read_val_truth, write_train_truth, write_val_truth
+from mmlib.data.writer import nonfinite_rows, partial_folder
 
 ORIGIN = "origin.json"  # beside exported files: whether they are simulated, and where they come from
-BLOCK = 2**13  # frames copied at once
+CHUNK, BLOCK = 2**8, 2**14  # clips, and of their records how many, that are checked and stored at once
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Fields of a record in their order, and the dtype and width of its feature."""
+
+    fields: tuple[str, ...]
+    dtype: str = "float16"
+    width: int = 512
+
+
+LAYOUTS = {
+    "face": Layout(("frame", "box", "det", "quality", "feature")),
+    "head": Layout(("frame", "box", "det", "feature")),
+    "body": Layout(("frame", "box", "feature")),
+    "audio": Layout(("feature",)),  # a clip has one array, not a list of records
+    "scene": Layout(("frame", "feature"), "float32", 2048),  # not official: image index and feature
+}
+
+
+RULES = {
+    "frame": "frame is not a number from 0",
+    "box": "box is not 0 <= x1 <= x2, 0 <= y1 <= y2",
+    "det": "det score is not a finite float",
+    "quality": "quality score is not a finite float",
+}
 
 
 @dataclass
@@ -57,20 +67,18 @@ class ImportReport:
 
     def lines(self) -> list[str]:
         """Say it in sentences for a terminal."""
-        lines = [
-            f"{split}: {clips} clips, {self.faceless[split]} without a face" for split, clips in self.clips.items()
-        ]
+        lines = [f"{split}: {n} clips, {self.faceless[split]} without a face" for split, n in self.clips.items()]
         lines += [f"{modality}: {frames} frames" for modality, frames in self.frames.items()]
         lines.append(f"val: {self.distractors} distractors (clips that val_gt.txt does not name)")
         lines.append(f"train: {self.unlabelled} clips that train_gt.txt does not name, kept without identity")
         if self.absent:
             lines.append(f"absent: {', '.join(self.absent)}")
-        lines += [
-            f"refused: {number} records, {reason}; first: {first}" for reason, (number, first) in self.refused.items()
-        ]
-        if not self.refused:
-            lines.append("refused: no record")
-        return [*lines, f"{self.seconds:.1f} s"]
+        refused = [f"refused: {n} records, {rule}; first: {first}" for rule, (n, first) in self.refused.items()]
+        return [*lines, *(refused or ["refused: no record"]), f"{self.seconds:.1f} s"]
+
+
+class BadRecord(ValueError):
+    """A record that cannot be: the rule that it breaks, and what does."""
 
 
 def pickle_path(folder: Path, modality: str, split: str) -> Path:
@@ -80,123 +88,113 @@ def pickle_path(folder: Path, modality: str, split: str) -> Path:
 
 
 def import_folder(
-    folder: str | Path,
-    store_path: str | Path,
-    *,
-    skip_bad_records: bool = False,
-    overwrite: bool = False,
-    progress: bool = True,
+    folder: Path, store: Path, *, skip_bad_records: bool = False, overwrite: bool = False, progress: bool = True
 ) -> ImportReport:
     """Turn the challenge's files into a store.
 
     Faces of train and val and both ground truths must be there; all else is taken where present. Clips of
     a split are those of any of its pickles. Identities are the lines of `val_gt.txt` in order, then those
-    that only `train_gt.txt` names, in the order in which it does. A bad record stops the import, or with
-    `skip_bad_records` is counted and left out; see `records.gather_records`.
+    that only `train_gt.txt` names, in the order in which it does. A bad record raises ValueError with file, clip,
+    frame and value, or with `skip_bad_records` is counted and left out.
     """
     began = time.perf_counter()
-    folder = Path(folder)
-    train, (identities, val) = _read_truth(folder)
+    truth, identities = _read_truth(folder)
     report = ImportReport(absent=[] if (folder / "img").is_dir() else ["img/"])
-    origin = _read_origin(folder)
-    found: dict[str, list[pd.DataFrame]] = {}
-    columns = (
-        "[progress.description]{task.description}",
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    found = []
     with (
-        ClipStore.create(store_path, overwrite=overwrite, **origin) as writer,
-        Progress(*columns, disable=not progress, transient=True) as bar,
+        ClipStore.create(store, overwrite=overwrite, **_read_origin(folder)) as writer,
+        Progress(disable=not progress, transient=True) as bar,
+        collection_paused(),
     ):
-        for modality in LAYOUTS:
-            for split in SPLITS:
-                path = pickle_path(folder, modality, split)
-                if not path.exists():
-                    report.absent.append(path.relative_to(folder).as_posix())
-                    continue
-                records, first = _stream(path, modality, writer, bar, skip_bad_records)
-                found.setdefault(modality, []).append(
-                    pd.DataFrame(
-                        {
-                            "clip": records.clips,
-                            "split": split,
-                            "count": records.count,
-                            "start": first + np.cumsum(records.count) - records.count,
-                        }
-                    )
-                )
-                for reason, (number, example) in records.refused.items():
-                    number += report.refused.get(reason, (0, ""))[0]
-                    report.refused[reason] = number, report.refused.get(reason, (0, example))[1]
-        spans = {modality: pd.concat(parts, ignore_index=True) for modality, parts in found.items()}
-        clips = pd.concat([part[["clip", "split"]] for part in spans.values()]).drop_duplicates()
-        _check_one_split(folder, clips)
-        _check_truth(folder, clips, train, val)
-        code = {identity: place for place, identity in enumerate(identities)}
-        label = dict(zip(train["clip"], train["identity"].map(code)))
-        label |= {clip: code[identity] for identity, of in zip(identities, val) for clip in of}
-        clips["identity"] = clips["clip"].map(label).fillna(-1).astype(np.int32)
-        aligned = {
-            modality: span.set_index("clip")[["start", "count"]].reindex(clips["clip"], fill_value=0)
-            for modality, span in spans.items()
-        }
-        writer.finish(clips, identities, {m: (span["start"], span["count"]) for m, span in aligned.items()})
-    found_in = clips["split"].value_counts()
-    report.clips = {split: int(found_in[split]) for split in SPLITS if split in found_in}
-    report.frames = {modality: int(span["count"].sum()) for modality, span in spans.items()}
-    faceless = aligned["face"]["count"].to_numpy() == 0
-    report.faceless = {split: int(faceless[clips["split"] == split].sum()) for split in report.clips}
-    nameless = clips["identity"] < 0
-    report.distractors = int((nameless & (clips["split"] == "val")).sum())
-    report.unlabelled = int((nameless & (clips["split"] == "train")).sum())
+        for modality, split in product(LAYOUTS, SPLITS):
+            path = pickle_path(folder, modality, split)
+            if path.exists():
+                reader = _Reader(path, modality, writer, report.refused if skip_bad_records else None)
+                found.append(reader.stream(bar).assign(modality=modality, split=split))
+            elif modality == "face" and split != "test":
+                raise ValueError(f"{path}: missing")
+            else:
+                report.absent.append(path.relative_to(folder).as_posix())
+        spans = pd.concat(found).pivot(index=["clip", "split"], columns="modality", values=["start", "count"])
+        spans = spans.fillna(0).astype(np.int64)
+        clips = spans.index.to_frame(index=False)
+        _check_clips(folder, clips, truth)
+        clips = clips.merge(truth, "left")[["clip", "split", "identity"]]
+        clips["identity"] = pd.Index(identities).get_indexer(clips["identity"])
+        writer.finish(
+            clips, identities, {name: (spans["start", name], spans["count", name]) for name in spans["count"]}
+        )
+    count = spans["count"]
+    report.frames = {modality: int(count[modality].sum()) for modality in LAYOUTS if modality in count}
+    faceless = (count["face"] == 0).groupby("split").agg(["size", "sum"])
+    for split in filter(faceless.index.__contains__, SPLITS):
+        report.clips[split], report.faceless[split] = faceless.loc[split].tolist()
+    nameless = clips.loc[clips["identity"] < 0, "split"].value_counts()
+    report.distractors, report.unlabelled = int(nameless.get("val", 0)), int(nameless.get("train", 0))
     report.seconds = time.perf_counter() - began
     return report
 
 
 def export_folder(store: ClipStore, folder: str | Path, *, overwrite: bool = False) -> None:
-    """Write `store` as the challenge's files, the pickles byte for byte as Python 2 wrote them.
+    """Write `store` as the challenge's files; loaders read them as the official ones, with `encoding="bytes"`.
 
     What the files have no place for is left out: columns of truth and the identities of test clips.
     """
     for modality in store.modalities.values():
         _check_exportable(store, modality)
-    with partial_folder(Path(folder), "feat", overwrite) as partial:
-        (partial / "feat").mkdir()
-        for modality in store.modalities.values():
-            for split in SPLITS:
-                if len(clips := store.select(split)):
-                    _export(store, modality, clips, pickle_path(partial, modality.name, split))
+    with partial_folder(Path(folder), "feat", overwrite) as made:
+        (made / "feat").mkdir()
+        for modality, split in product(store.modalities.values(), SPLITS):
+            if len(clips := store.select(split)):
+                write_pickle(pickle_path(made, modality.name, split), _official_items(store, modality, clips))
         names = store.clips["clip"].to_numpy(object)
         train, val = (store.select(split, labelled=True) for split in ("train", "val"))
-        write_train_truth(partial / "train_gt.txt", names[train], store.identities[store.identity_of(train)])
+        write_train_truth(made / "train_gt.txt", names[train], store.identities[store.identity_of(train)])
         code = store.identity_of(val)
         order = np.argsort(code, kind="stable")
         lists = np.split(names[val[order]], np.searchsorted(code[order], np.arange(1, len(store.identities))))
-        write_val_truth(partial / "val_gt.txt", store.identities, lists)
+        write_val_truth(made / "val_gt.txt", store.identities, lists)
         origin = {key: store.meta[key] for key in ("simulated", "provenance")}
-        (partial / ORIGIN).write_text(json.dumps(origin) + "\n")
+        (made / ORIGIN).write_text(json.dumps(origin) + "\n")
 
 
-def _read_truth(folder: Path) -> tuple[pd.DataFrame, tuple[list[str], list[list[str]]]]:
-    for split in ("train", "val"):
-        if not pickle_path(folder, "face", split).exists():
-            raise ValueError(f"{pickle_path(folder, 'face', split)}: missing")
+def _check_exportable(store: ClipStore, modality: Modality) -> None:
+    name, width, layout = modality.name, modality.feature.shape[1], LAYOUTS.get(modality.name)
+    if layout is None or width != layout.width:
+        raise ValueError(f"{store.path}: the official files have no {name} of {width} dimensions")
+    if missing := [column for column in layout.fields[:-1] if column not in modality.columns]:
+        raise ValueError(f"{store.path}: {name} has no {', '.join(missing)}, which the official files need")
+
+
+def _official_items(store: ClipStore, modality: Modality, clips: np.ndarray) -> Iterator[tuple[bytes, object]]:
+    layout, names = LAYOUTS[modality.name], store.clips["clip"].to_numpy(object)
+    for clip in clips:
+        rows = slice(modality.start[clip], modality.start[clip] + modality.count[clip])
+        fields = {name: modality.columns[name][rows].tolist() for name in layout.fields[:-1]}
+        fields["feature"] = np.array(modality.feature[rows], layout.dtype)
+        if modality.name == "scene":
+            yield names[clip].encode(), list(zip(*fields.values()))
+        elif modality.name != "audio":
+            fields["frame"] = [b"%d" % frame for frame in fields["frame"]]
+            yield names[clip].encode(), list(map(list, zip(*fields.values())))
+        elif len(fields["feature"]):
+            yield names[clip].encode(), fields["feature"][0]
+
+
+def _read_truth(folder: Path) -> tuple[pd.DataFrame, list[str]]:
+    """Read both ground truths: split, line, clip and identity of each clip that is named, and the identities."""
     train = read_train_truth(folder / "train_gt.txt")
     identities, clips = read_val_truth(folder / "val_gt.txt")
-    seen: dict[str, int] = {}
-    for number, names in enumerate(zip(identities, clips), 1):
-        for kind, name in (("identity", names[0]), *(("clip", clip) for clip in names[1])):
-            if f"{kind} {name}" in seen:
-                raise ValueError(
-                    f"{folder / 'val_gt.txt'}, line {number}: {kind} {name} is named twice, "
-                    f"first on line {seen[f'{kind} {name}']}"
-                )
-            seen[f"{kind} {name}"] = number
-    only_train = train.loc[~train["identity"].isin(identities), "identity"].unique().tolist()
-    return train, (identities + only_train, clips)
+    val = pd.DataFrame({"identity": identities, "clip": clips})
+    named = val.explode("clip").dropna()
+    for what, names in (("identity", val["identity"]), ("clip", named["clip"])):
+        if (again := names.duplicated().to_numpy()).any():
+            name = names[again].iloc[0]
+            first, line = names.index[names == name][:2] + 1
+            where = f"{folder / 'val_gt.txt'}, line {line}"
+            raise ValueError(f"{where}: {what} {name} is named twice, first on line {first}")
+    truth = pd.concat([train, named], keys=["train", "val"], names=["split", "line"]).reset_index()
+    return truth, list(dict.fromkeys([*identities, *train["identity"]]))
 
 
 def _read_origin(folder: Path) -> dict:
@@ -210,83 +208,143 @@ def _read_origin(folder: Path) -> dict:
         raise ValueError(f"{folder / ORIGIN}: not an origin ({error!r})") from None
 
 
-def _stream(path: Path, modality: str, writer: StoreWriter, bar: Progress, skip: bool) -> tuple[Records, int]:
-    """Read a pickle, check it and append it: its records and the row of the first."""
-    layout = LAYOUTS[modality]
-    spool = Spool(writer.partial / "spool", layout.dtype, layout.width)
-    task = bar.add_task(f"read {path.name}", total=path.stat().st_size)
-    try:
-        with collection_paused():
-            loaded = read_pickle(path, spool, lambda size: bar.advance(task, size))
-            bar.update(task, description=f"check {path.name}")
-            records = gather_records(loaded, modality, spool, path, skip)
-        bar.remove_task(task)
-        rows = records.columns.pop("row")
-        task = bar.add_task(f"store {path.name}", total=len(rows) * layout.width * 2)
-        first = None
-        for at in range(0, max(len(rows), 1), BLOCK):
-            feature = spool.read(rows[at : at + BLOCK])
-            columns = {name: column[at : at + BLOCK] for name, column in records.columns.items()}
-            row = writer.append(modality, feature, **columns)
-            first = row if first is None else first
-            bar.advance(task, feature.nbytes)
-        bar.remove_task(task)
-    finally:
-        spool.close()
-    return records, first
-
-
-def _check_one_split(folder: Path, clips: pd.DataFrame) -> None:
-    twice = clips[clips["clip"].duplicated(keep=False)]
-    if len(twice):
-        clip = twice["clip"].iloc[0]
-        splits = " and ".join(twice.loc[twice["clip"] == clip, "split"])
+def _check_clips(folder: Path, clips: pd.DataFrame, truth: pd.DataFrame) -> None:
+    for clip, of in clips[clips["clip"].duplicated(keep=False)].groupby("clip", sort=False):
+        splits = " and ".join(of["split"])
         raise ValueError(f"{folder / 'feat'}: clip {clip} is named twice, in the pickles of {splits}")
+    there = truth.merge(clips, "left", indicator="there")["there"] == "both"
+    for row in truth[~there.to_numpy()].itertuples():
+        where = f"{folder / f'{row.split}_gt.txt'}, line {row.line + 1}"
+        raise ValueError(f"{where}: clip {row.clip} has no features in any pickle of {row.split}")
 
 
-def _check_truth(folder: Path, clips: pd.DataFrame, train: pd.DataFrame, val: list[list[str]]) -> None:
-    for split, lists in (("train", [[clip] for clip in train["clip"]]), ("val", val)):
-        known = set(clips.loc[clips["split"] == split, "clip"])
-        for number, named in enumerate(lists, 1):
-            for clip in named:
-                if clip not in known:
-                    raise ValueError(
-                        f"{folder / f'{split}_gt.txt'}, line {number}: clip {clip} has no "
-                        f"features in any pickle of {split}"
-                    )
+class _Reader:
+    """Check one official pickle and stream it to a store.
 
+    Frames are integers that never fall within a clip; 0 <= x1 <= x2 and 0 <= y1 <= y2; scores are finite Python floats
+    (integers are refused, as by the published loaders); features are finite, of the official dtype and width.
+    refused: where bad records are counted, which else raise.
+    """
 
-def _check_exportable(store: ClipStore, modality: Modality) -> None:
-    if modality.name not in LAYOUTS:
-        raise ValueError(f"{store.path}: modality {modality.name} has no official file")
-    layout = LAYOUTS[modality.name]
-    if modality.feature.shape[1] != layout.width:
-        raise ValueError(
-            f"{store.path}: {modality.name} has {modality.feature.shape[1]} dimensions, "
-            f"the official files {layout.width}"
-        )
-    missing = [name for name in layout.fields[:-1] if name not in modality.columns]
-    if missing:
-        raise ValueError(f"{store.path}: {modality.name} has no {', '.join(missing)}, which the official files need")
+    def __init__(self, path: Path, modality: str, writer: StoreWriter, refused: dict[str, tuple[int, str]] | None):
+        self._path, self._modality, self._layout = path, modality, LAYOUTS[modality]
+        self._writer, self._refused = writer, refused
 
+    def stream(self, bar: Progress) -> pd.DataFrame:
+        """Append all good records to the store: clip, start and count of each clip."""
+        name, layout = self._path.name, self._layout
+        task = bar.add_task(f"read {name}", total=self._path.stat().st_size)
+        with tempfile.TemporaryFile(dir=self._writer.partial, buffering=2**20) as file:
+            self._spool = Spool(file, layout.dtype, layout.width, partial(bar.advance, task))
+            loaded, foreign = read_pickle(self._path, self._spool)
+            bar.remove_task(task)
+            self._clips = _clip_names(self._path, loaded)
+            self._count, self._bad = np.zeros((2, len(self._clips)), np.int64)
+            self._owner = np.full(self._spool.rows, -1, np.int32)  # of each feature
+            self._last = 0
+            first = self._append([], np.zeros(0, np.int64))
+            keys = list(loaded)
+            for at in bar.track(range(0, len(keys), CHUNK), description=f"store {name}"):
+                values = [loaded.pop(key) for key in keys[at : at + CHUNK]]  # so that memory falls
+                if self._modality == "audio":
+                    values = [[(value,)] for value in values]
+                values = [value if type(value) in (list, tuple) else [value] for value in values]
+                owner = np.repeat(np.arange(at, at + len(values)), list(map(len, values)))
+                self._append(list(chain.from_iterable(values)), owner)
+        self._check_all_used(foreign)
+        start = first + np.cumsum(self._count) - self._count
+        return pd.DataFrame({"clip": self._clips, "start": start, "count": self._count})
 
-def _export(store: ClipStore, modality: Modality, clips: np.ndarray, path: Path) -> None:
-    layout = LAYOUTS[modality.name]
-    if modality.name == "audio":
-        clips = clips[modality.count[clips] > 0]
-    names = store.clips["clip"].to_numpy(object)
-    with open(path, "wb") as file, DictPickler(file, len(clips), layout.dtype, layout.width) as pickler:
-        for clip in clips:
-            rows = slice(modality.start[clip], modality.start[clip] + modality.count[clip])
-            features = split_rows(modality.feature[rows].astype(layout.dtype, copy=False))
-            columns = {name: column[rows] for name, column in modality.columns.items()}
-            if modality.name == "audio":
-                pickler.write_array(names[clip], features[0])
-            elif modality.name == "scene":
-                pickler.write_pairs(names[clip], zip(columns["frame"].tolist(), features))
+    def _append(self, records: list, owner: np.ndarray) -> int | None:
+        """Store records (n) of the clips `owner` (n,), all at once or, if one is bad, by halves, down to that one."""
+        try:
+            columns = self._parse(records, owner)
+        except BadRecord as error:
+            if half := len(records) // 2:
+                self._append(records[:half], owner[:half])
+                self._append(records[half:], owner[half:])
             else:
-                frames = map(b"%d".__mod__, columns["frame"].tolist())
-                kinds = [name for name in layout.fields if name in ("det", "quality")]
-                scores = np.array([columns[name] for name in kinds]).reshape(len(kinds), len(features)).T
-                boxes = pack_floats(columns["box"])
-                pickler.write_records(names[clip], zip(frames, boxes, pack_floats(scores), features))
+                self._refuse(error, records[0], owner[0])
+            return None
+        np.add.at(self._count, owner, 1)
+        return self._writer.append(self._modality, columns.pop("feature"), **columns)
+
+    def _refuse(self, error: BadRecord, record: object, owner: int) -> None:
+        self._bad[owner] += 1
+        where = f"{self._path}: clip {self._clips[owner]}, record {self._count[owner] + self._bad[owner]}"
+        if self._layout.fields[0] == "frame" and type(record) in (list, tuple) and record:
+            where += f" (frame {SHORT.repr(record[0])})"
+        fields = record if type(record) in (list, tuple) else [record]
+        nested = chain.from_iterable(field for field in fields if type(field) in (list, tuple))
+        rows = self._spool.rows_of([field for field in chain(fields, nested) if isinstance(field, Array)])
+        self._owner[rows[rows >= 0]] = owner
+        rule, message = error.args[0], f"{where}: {': '.join(error.args)}"
+        if self._refused is None:
+            raise ValueError(f"{message} (--skip-bad-records leaves such records out)") from None
+        count, first = self._refused.get(rule, (0, message))
+        self._refused[rule] = count + 1, first
+
+    def _parse(self, records: list, owner: np.ndarray) -> dict[str, np.ndarray]:
+        """Turn records (n) into columns (n, ...), or raise BadRecord for one of them."""
+        fields, width = self._layout.fields, self._layout.width
+        if not (set(map(type, records)) <= {list, tuple} and set(map(len, records)) <= {len(fields)}):
+            raise BadRecord(f"record without its {len(fields)} fields", SHORT.repr(records[0]))
+        if len(records) > BLOCK:
+            raise BadRecord("too many at once", "")
+        values = dict(zip(fields, zip(*records) if records else [()] * len(fields)))
+        features = values.pop("feature")
+        columns = {name: _column(name, self._spool.values(of)) for name, of in values.items()}
+        rows = self._spool.rows_of(features)
+        columns["feature"] = self._spool.read(rows)
+        if (rows < 0).any() or len(nonfinite_rows(columns["feature"])):
+            reason = f"feature is not {self._layout.dtype} ({width},), finite in float16"
+            raise BadRecord(reason, self._spool.describe(features[0]))
+        if "frame" in columns:
+            place = np.append(self._last, owner << 32 | columns["frame"])
+            if (np.diff(place) < 0).any():
+                raise BadRecord("frames out of order", f"{columns['frame'][0]} after {self._last & 2**32 - 1}")
+            self._last = place[-1]
+        self._owner[rows] = owner
+        return columns
+
+    def _check_all_used(self, foreign: set[str]) -> None:
+        lost = self._owner < 0
+        if foreign and not self._bad.any():
+            raise ValueError(f"{self._path}: names {min(foreign)}, outside of all records; nothing was run")
+        if lost.any() and not foreign:
+            later = sorted({*self._owner[np.argmax(lost) :]} - {-1})
+            clip = self._clips[later[0]] if later else "one of the last"
+            what = f"{lost.sum()} features belong to no clip"
+            raise ValueError(f"{self._path}: {what}, because a clip is named twice: {clip}")
+
+
+def _clip_names(path: Path, keys: Iterable) -> list[str]:
+    names = {}
+    for key in keys:
+        name = key.decode(errors="surrogateescape") if type(key) is bytes else key
+        if type(name) is not str or name.split() != [name] or not name.isprintable():
+            raise ValueError(f"{path}: clip name {SHORT.repr(key)} is not text without spaces")
+        if names.setdefault(name.removesuffix(".mp4"), name) != name:
+            raise ValueError(f"{path}: clip {name.removesuffix('.mp4')} is named twice, with and without .mp4")
+    return list(names)
+
+
+def _column(name: str, values: Sequence) -> np.ndarray:
+    """Turn a field of n records into an array (n, ...), or raise BadRecord if one of them breaks its rule."""
+    kinds, right = set(map(type, values)), False
+    try:
+        if name == "frame" and kinds <= {bytes, str, int}:
+            column = np.fromiter(map(int, values), np.int64, len(values))
+            right = (column >= 0) & (column < 2**31)
+        elif name == "box" and kinds <= {list, tuple} and set(map(type, chain.from_iterable(values))) <= {float, int}:
+            column = np.array(values, np.float64).reshape(len(values), 4)
+            low, high = column[:, :2], column[:, 2:]
+            right = (low >= 0) & (low <= high) & (high < np.inf)
+        elif name in ("det", "quality") and kinds <= {float}:
+            column = np.array(values, np.float64)
+            right = np.isfinite(column)
+    except (ValueError, OverflowError):  # no number, not four, too large
+        pass
+    if not np.all(right):
+        raise BadRecord(RULES[name], SHORT.repr(values[0]))
+    return column
