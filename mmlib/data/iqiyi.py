@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain, product
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import numpy as np
 import pandas as pd
 from rich.progress import Progress
 
-from mmlib.data.pickles import SHORT, Array, Spool, collection_paused, read_pickle, write_pickle
+from mmlib.data.pickles import SHORT, Spool, collection_paused, read_pickle, write_pickle
 from mmlib.data.store import SPLITS, ClipStore, Modality, StoreWriter
 from mmlib.data.submission import read_train_truth, read_val_truth, write_train_truth, write_val_truth
 from mmlib.data.writer import nonfinite_rows, partial_folder
@@ -41,14 +40,6 @@ LAYOUTS = {
     "body": Layout(("frame", "box", "feature")),
     "audio": Layout(("feature",)),  # a clip has one array, not a list of records
     "scene": Layout(("frame", "feature"), "float32", 2048),  # not official: image index and feature
-}
-
-
-RULES = {
-    "frame": "frame is not a number from 0",
-    "box": "box is not 0 <= x1 <= x2, 0 <= y1 <= y2",
-    "det": "det score is not a finite float",
-    "quality": "quality score is not a finite float",
 }
 
 
@@ -92,10 +83,9 @@ def import_folder(
 ) -> ImportReport:
     """Turn the challenge's files into a store.
 
-    Faces of train and val and both ground truths must be there; all else is taken where present. Clips of
-    a split are those of any of its pickles. Identities are the lines of `val_gt.txt` in order, then those
-    that only `train_gt.txt` names, in the order in which it does. A bad record raises ValueError with file, clip,
-    frame and value, or with `skip_bad_records` is counted and left out.
+    Faces of train and val and both ground truths must be there; all else is taken where present. Clips of a split are
+    those of any of its pickles. Identities are the lines of `val_gt.txt` in order, then those that only `train_gt.txt`
+    names. A bad record raises ValueError, or with `skip_bad_records` is counted and left out.
     """
     began = time.perf_counter()
     truth, identities = _read_truth(folder)
@@ -116,15 +106,11 @@ def import_folder(
             else:
                 report.absent.append(path.relative_to(folder).as_posix())
         spans = pd.concat(found).pivot(index=["clip", "split"], columns="modality", values=["start", "count"])
-        spans = spans.fillna(0).astype(np.int64)
-        clips = spans.index.to_frame(index=False)
+        start, count = (spans[part].fillna(0).astype(np.int64) for part in ("start", "count"))
+        clips = count.index.to_frame(index=False)
         _check_clips(folder, clips, truth)
-        clips = clips.merge(truth, "left")[["clip", "split", "identity"]]
-        clips["identity"] = pd.Index(identities).get_indexer(clips["identity"])
-        writer.finish(
-            clips, identities, {name: (spans["start", name], spans["count", name]) for name in spans["count"]}
-        )
-    count = spans["count"]
+        clips["identity"] = [truth.get(clip, (0, -1))[1] for clip in count.index]
+        writer.finish(clips, identities, {name: (start[name], count[name]) for name in count})
     report.frames = {modality: int(count[modality].sum()) for modality in LAYOUTS if modality in count}
     faceless = (count["face"] == 0).groupby("split").agg(["size", "sum"])
     for split in filter(faceless.index.__contains__, SPLITS):
@@ -140,8 +126,11 @@ def export_folder(store: ClipStore, folder: str | Path, *, overwrite: bool = Fal
 
     What the files have no place for is left out: columns of truth and the identities of test clips.
     """
-    for modality in store.modalities.values():
-        _check_exportable(store, modality)
+    for name, modality in store.modalities.items():
+        layout, width = LAYOUTS.get(name), modality.feature.shape[1]
+        if layout is None or width != layout.width or not {*layout.fields[:-1]} <= modality.columns.keys():
+            has = f"{name} of {width} dimensions with {', '.join(modality.columns)}"
+            raise ValueError(f"{store.path}: {has}, the official files have {layout}")
     with partial_folder(Path(folder), "feat", overwrite) as made:
         (made / "feat").mkdir()
         for modality, split in product(store.modalities.values(), SPLITS):
@@ -156,14 +145,6 @@ def export_folder(store: ClipStore, folder: str | Path, *, overwrite: bool = Fal
         write_val_truth(made / "val_gt.txt", store.identities, lists)
         origin = {key: store.meta[key] for key in ("simulated", "provenance")}
         (made / ORIGIN).write_text(json.dumps(origin) + "\n")
-
-
-def _check_exportable(store: ClipStore, modality: Modality) -> None:
-    name, width, layout = modality.name, modality.feature.shape[1], LAYOUTS.get(modality.name)
-    if layout is None or width != layout.width:
-        raise ValueError(f"{store.path}: the official files have no {name} of {width} dimensions")
-    if missing := [column for column in layout.fields[:-1] if column not in modality.columns]:
-        raise ValueError(f"{store.path}: {name} has no {', '.join(missing)}, which the official files need")
 
 
 def _official_items(store: ClipStore, modality: Modality, clips: np.ndarray) -> Iterator[tuple[bytes, object]]:
@@ -181,20 +162,21 @@ def _official_items(store: ClipStore, modality: Modality, clips: np.ndarray) -> 
             yield names[clip].encode(), fields["feature"][0]
 
 
-def _read_truth(folder: Path) -> tuple[pd.DataFrame, list[str]]:
-    """Read both ground truths: split, line, clip and identity of each clip that is named, and the identities."""
+def _read_truth(folder: Path) -> tuple[dict[tuple[str, str], tuple[int, int]], list[str]]:
+    """Read both ground truths: for each clip and split that is named its line and identity, and the identities."""
     train = read_train_truth(folder / "train_gt.txt")
     identities, clips = read_val_truth(folder / "val_gt.txt")
-    val = pd.DataFrame({"identity": identities, "clip": clips})
-    named = val.explode("clip").dropna()
-    for what, names in (("identity", val["identity"]), ("clip", named["clip"])):
-        if (again := names.duplicated().to_numpy()).any():
-            name = names[again].iloc[0]
-            first, line = names.index[names == name][:2] + 1
-            where = f"{folder / 'val_gt.txt'}, line {line}"
-            raise ValueError(f"{where}: {what} {name} is named twice, first on line {first}")
-    truth = pd.concat([train, named], keys=["train", "val"], names=["split", "line"]).reset_index()
-    return truth, list(dict.fromkeys([*identities, *train["identity"]]))
+    code = {name: place for place, name in enumerate(dict.fromkeys([*identities, *train["identity"]]))}
+    truth = {(clip, "train"): (row + 1, code[identity]) for row, clip, identity in train.itertuples()}
+    seen: dict[str, int] = {}
+    for line, (identity, of) in enumerate(zip(identities, clips), 1):
+        for what in (f"identity {identity}", *(f"clip {clip}" for clip in of)):
+            if what in seen:
+                where = f"{folder / 'val_gt.txt'}, line {line}"
+                raise ValueError(f"{where}: {what} is named twice, first on line {seen[what]}")
+            seen[what] = line
+        truth.update({(clip, "val"): (line, code[identity]) for clip in of})
+    return truth, list(code)
 
 
 def _read_origin(folder: Path) -> dict:
@@ -208,14 +190,13 @@ def _read_origin(folder: Path) -> dict:
         raise ValueError(f"{folder / ORIGIN}: not an origin ({error!r})") from None
 
 
-def _check_clips(folder: Path, clips: pd.DataFrame, truth: pd.DataFrame) -> None:
+def _check_clips(folder: Path, clips: pd.DataFrame, truth: dict[tuple[str, str], tuple[int, int]]) -> None:
     for clip, of in clips[clips["clip"].duplicated(keep=False)].groupby("clip", sort=False):
         splits = " and ".join(of["split"])
         raise ValueError(f"{folder / 'feat'}: clip {clip} is named twice, in the pickles of {splits}")
-    there = truth.merge(clips, "left", indicator="there")["there"] == "both"
-    for row in truth[~there.to_numpy()].itertuples():
-        where = f"{folder / f'{row.split}_gt.txt'}, line {row.line + 1}"
-        raise ValueError(f"{where}: clip {row.clip} has no features in any pickle of {row.split}")
+    for clip, split in sorted(truth.keys() - zip(clips["clip"], clips["split"]), key=truth.get):
+        where = f"{folder / f'{split}_gt.txt'}, line {truth[clip, split][0]}"
+        raise ValueError(f"{where}: clip {clip} has no features in any pickle of {split}")
 
 
 class _Reader:
@@ -232,26 +213,34 @@ class _Reader:
 
     def stream(self, bar: Progress) -> pd.DataFrame:
         """Append all good records to the store: clip, start and count of each clip."""
-        name, layout = self._path.name, self._layout
-        task = bar.add_task(f"read {name}", total=self._path.stat().st_size)
-        with tempfile.TemporaryFile(dir=self._writer.partial, buffering=2**20) as file:
-            self._spool = Spool(file, layout.dtype, layout.width, partial(bar.advance, task))
-            loaded, foreign = read_pickle(self._path, self._spool)
-            bar.remove_task(task)
+        with (
+            tempfile.TemporaryFile(dir=self._writer.partial, buffering=2**20) as spooled,
+            bar.open(self._path, "rb", description=f"read {self._path.name}") as file,
+        ):
+            self._spool = Spool(spooled, self._layout.dtype, self._layout.width)
+            loaded, foreign = read_pickle(self._path, file, self._spool)
             self._clips = _clip_names(self._path, loaded)
             self._count, self._bad = np.zeros((2, len(self._clips)), np.int64)
             self._owner = np.full(self._spool.rows, -1, np.int32)  # of each feature
             self._last = 0
             first = self._append([], np.zeros(0, np.int64))
             keys = list(loaded)
-            for at in bar.track(range(0, len(keys), CHUNK), description=f"store {name}"):
+            for at in bar.track(range(0, len(keys), CHUNK), description=f"store {self._path.name}"):
                 values = [loaded.pop(key) for key in keys[at : at + CHUNK]]  # so that memory falls
                 if self._modality == "audio":
                     values = [[(value,)] for value in values]
                 values = [value if type(value) in (list, tuple) else [value] for value in values]
                 owner = np.repeat(np.arange(at, at + len(values)), list(map(len, values)))
                 self._append(list(chain.from_iterable(values)), owner)
-        self._check_all_used(foreign)
+        bad, lost = self._bad.sum(), np.flatnonzero(self._owner < 0)
+        if foreign and not bad:
+            raise ValueError(f"{self._path}: names {min(foreign)}, outside of all records; nothing was run")
+        if len(lost) > bad * len(self._layout.fields):  # a bad record hardly has more features than that
+            later = sorted({*self._owner[lost[0] :]} - {-1})
+            clip = self._clips[later[0]] if later else "one of the last"
+            raise ValueError(
+                f"{self._path}: {len(lost)} features belong to no clip, because one is named twice: {clip}"
+            )
         start = first + np.cumsum(self._count) - self._count
         return pd.DataFrame({"clip": self._clips, "start": start, "count": self._count})
 
@@ -274,10 +263,6 @@ class _Reader:
         where = f"{self._path}: clip {self._clips[owner]}, record {self._count[owner] + self._bad[owner]}"
         if self._layout.fields[0] == "frame" and type(record) in (list, tuple) and record:
             where += f" (frame {SHORT.repr(record[0])})"
-        fields = record if type(record) in (list, tuple) else [record]
-        nested = chain.from_iterable(field for field in fields if type(field) in (list, tuple))
-        rows = self._spool.rows_of([field for field in chain(fields, nested) if isinstance(field, Array)])
-        self._owner[rows[rows >= 0]] = owner
         rule, message = error.args[0], f"{where}: {': '.join(error.args)}"
         if self._refused is None:
             raise ValueError(f"{message} (--skip-bad-records leaves such records out)") from None
@@ -287,10 +272,8 @@ class _Reader:
     def _parse(self, records: list, owner: np.ndarray) -> dict[str, np.ndarray]:
         """Turn records (n) into columns (n, ...), or raise BadRecord for one of them."""
         fields, width = self._layout.fields, self._layout.width
-        if not (set(map(type, records)) <= {list, tuple} and set(map(len, records)) <= {len(fields)}):
+        if len(records) > BLOCK or set(map(type, records)) - {list, tuple} or set(map(len, records)) - {len(fields)}:
             raise BadRecord(f"record without its {len(fields)} fields", SHORT.repr(records[0]))
-        if len(records) > BLOCK:
-            raise BadRecord("too many at once", "")
         values = dict(zip(fields, zip(*records) if records else [()] * len(fields)))
         features = values.pop("feature")
         columns = {name: _column(name, self._spool.values(of)) for name, of in values.items()}
@@ -300,22 +283,12 @@ class _Reader:
             reason = f"feature is not {self._layout.dtype} ({width},), finite in float16"
             raise BadRecord(reason, self._spool.describe(features[0]))
         if "frame" in columns:
-            place = np.append(self._last, owner << 32 | columns["frame"])
+            place = np.append(self._last, owner << 32 | columns["frame"])  # ascends through clips and their frames
             if (np.diff(place) < 0).any():
                 raise BadRecord("frames out of order", f"{columns['frame'][0]} after {self._last & 2**32 - 1}")
             self._last = place[-1]
         self._owner[rows] = owner
         return columns
-
-    def _check_all_used(self, foreign: set[str]) -> None:
-        lost = self._owner < 0
-        if foreign and not self._bad.any():
-            raise ValueError(f"{self._path}: names {min(foreign)}, outside of all records; nothing was run")
-        if lost.any() and not foreign:
-            later = sorted({*self._owner[np.argmax(lost) :]} - {-1})
-            clip = self._clips[later[0]] if later else "one of the last"
-            what = f"{lost.sum()} features belong to no clip"
-            raise ValueError(f"{self._path}: {what}, because a clip is named twice: {clip}")
 
 
 def _clip_names(path: Path, keys: Iterable) -> list[str]:
@@ -346,5 +319,6 @@ def _column(name: str, values: Sequence) -> np.ndarray:
     except (ValueError, OverflowError):  # no number, not four, too large
         pass
     if not np.all(right):
-        raise BadRecord(RULES[name], SHORT.repr(values[0]))
+        rule = {"frame": "a number from 0", "box": "0 <= x1 <= x2, 0 <= y1 <= y2"}.get(name, "a finite float")
+        raise BadRecord(f"{name} is not {rule}", SHORT.repr(values[0]))
     return column

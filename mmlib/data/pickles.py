@@ -13,13 +13,12 @@ import reprlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from io import BufferedRandom, BufferedReader, RawIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 BLOCK = 2**20  # bytes read or written at once
-PORTION = 2**14  # features between two reports of progress
 KEPT = 256  # bytes of an array that is no feature
 SHORT = reprlib.Repr()
 SHORT.maxother = 60
@@ -54,11 +53,10 @@ class Foreign:
 class Spool:
     """Equally long features in `file`, each known by its row, and what there is of other arrays."""
 
-    def __init__(self, file: BinaryIO, dtype: str, width: int, progress: Callable[[int], None] = lambda _: None):
-        self.dtype, self.width, self.rows = np.dtype(dtype), width, 0
+    def __init__(self, file: BufferedRandom, dtype: str, width: int):
+        self.dtype, self.width, self.rows, self._file = np.dtype(dtype), width, 0, file
         self._places = array("i")  # of each array: its row, or if it is no feature its place among the others from -1
         self._others = [("nothing", (), b"", 0)]
-        self._progress, self._file = progress, file
 
     def number(self) -> int:
         """Return a number for an array whose content is still to come."""
@@ -77,8 +75,6 @@ class Spool:
         self._file.write(payload)
         self._places[number] = self.rows
         self.rows += 1
-        if not self.rows % PORTION:  # seldom: a listener may keep an object, and that the memory around it
-            self._progress(PORTION * size)
 
     def rows_of(self, values: Sequence) -> np.ndarray:
         """Return the rows of features (n,), negative where a value is none."""
@@ -87,7 +83,7 @@ class Spool:
         return np.frombuffer(self._places, np.int32)[np.fromiter(values, np.int64, len(values))]
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Return the features at `rows` (n,) as (n, D) float16, of a negative one some other."""
+        """Return the features at `rows` (n,) as (n, D) float16, for a negative row some other."""
         if not len(rows) or not self.rows:
             return np.empty((0, self.width), np.float16)
         # mapped anew each time, so that pages once read do not stay resident
@@ -96,12 +92,14 @@ class Spool:
             return mapped[np.maximum(rows, 0)].astype(np.float16, copy=False)
 
     def values(self, values: Sequence) -> Sequence:
-        """Put for short arrays the lists, or for those of one element the numbers or texts, that they hold."""
+        """Put for each short array the list, or if it has one element the number or text, that it holds."""
         if not any(issubclass(kind, Array) for kind in set(map(type, values))):
             return values
-        places = [self._places[value] if isinstance(value, Array) else 0 for value in values]
-        others = [self._others[-1 - place][:3] if place < 0 else ("", (), b"") for place in places]
-        return [_plain(*other, otherwise=value) for other, value in zip(others, values)]
+        return [self._value(value) if isinstance(value, Array) else value for value in values]
+
+    def _value(self, number: Array) -> object:
+        place = self._places[number]
+        return number if place >= 0 else _plain(*self._others[-1 - place][:3], otherwise=number)
 
     def describe(self, value: object) -> str:
         """Say what a value is that is no feature, or not a finite one."""
@@ -115,8 +113,8 @@ class Spool:
         return f"{feature[bad]} at position {bad}"
 
 
-def read_pickle(path: Path, spool: Spool) -> tuple[dict, set[str]]:
-    """Load the dict in `path`, its arrays going to `spool`, and the foreign names that it holds.
+def read_pickle(path: Path, raw: RawIOBase, spool: Spool) -> tuple[dict, set[str]]:
+    """Load the dict in `path`, opened as `raw`, its arrays going to `spool`, and the foreign names that it holds.
 
     Memory is that of the containers for a file of Python 2 or of `write_pickle`. Other pickles of Python 3 have the
     bytes of all arrays remembered to the end, as in `pickle.load`, unless they are of protocol 5.
@@ -124,10 +122,9 @@ def read_pickle(path: Path, spool: Spool) -> tuple[dict, set[str]]:
     size = path.stat().st_size
     copyreg.clear_extension_cache()  # of live objects, which come without find_class
     try:
-        with open(path, "rb", buffering=BLOCK) as file:
-            unpickler = _Unpickler(file, spool)
-            loaded = unpickler.load()
-            rest = size - file.tell()
+        file = BufferedReader(raw, BLOCK)
+        unpickler = _Unpickler(file, spool)
+        loaded = unpickler.load()
     except OSError:
         raise
     except MemoryError:
@@ -139,9 +136,10 @@ def read_pickle(path: Path, spool: Spool) -> tuple[dict, set[str]]:
         raise ValueError(f"{path}: not a pickle of features, after {spool.rows} of them: {message}") from None
     finally:
         copyreg.clear_extension_cache()
-    if type(loaded) is not dict or rest:
-        what = f"{SHORT.repr(loaded)} and {rest} bytes after it" if rest else SHORT.repr(loaded)
-        raise ValueError(f"{path}: holds {what}, not a dict of clips; nothing was run")
+    if rest := size - file.tell():
+        raise ValueError(f"{path}: {rest} bytes after the pickle's end")
+    if type(loaded) is not dict:
+        raise ValueError(f"{path}: holds {SHORT.repr(loaded)}, not a dict of clips; nothing was run")
     return loaded, unpickler.foreign
 
 
@@ -175,11 +173,14 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> object:
         full = f"{module}.{name}".replace("numpy._core.", "numpy.core.").replace("__builtin__.", "builtins.")
-        if full in self._known:
-            return self._known[full]
-        shown = ascii(f"{module}.{name}")[1:-1]
-        self.foreign.add(shown)
-        return type(shown, (Foreign,), {"__slots__": (), "__module__": "builtins"})  # whose name is not written
+        if full not in self._known:
+            self._known[full] = _foreign(full)
+            self.foreign.add(self._known[full].__name__)
+        return self._known[full]
+
+
+def _foreign(name: str) -> type[Foreign]:
+    return type(ascii(name)[1:-1], (Foreign,), {"__slots__": (), "__module__": "builtins"})  # which is not written
 
 
 class _Known:
@@ -202,7 +203,7 @@ class _Dtype:
 
     __slots__ = ("code",)
 
-    def __init__(self, code: bytes | str, *_):
+    def __init__(self, code: object, *_):
         self.code = _text(code)
 
     def __setstate__(self, state: tuple) -> None:
@@ -232,7 +233,7 @@ def _stand_ins(spool: Spool) -> dict[str, _Known]:
         return number
 
     def scalar(dtype: _Dtype, payload: bytes) -> object:
-        return _plain(dtype.code, (), payload, otherwise=Foreign())
+        return _plain(dtype.code, (), payload, otherwise=_foreign(f"numpy.{dtype.code}")())
 
     known = {
         "numpy.ndarray": None,  # passed on, not called
@@ -244,7 +245,6 @@ def _stand_ins(spool: Spool) -> dict[str, _Known]:
         "numpy.core.numeric._frombuffer": from_buffer,
         "_codecs.encode": _encode,
         "builtins.bytes": b"".lower,  # of nothing: no size is taken
-        "builtins.dict": _dict,
         "collections.OrderedDict": _dict,
         "collections.defaultdict": _dict,
     }
@@ -272,5 +272,5 @@ def _encode(text: str, codec: bytes | str) -> bytes:
     return text.encode("latin1")
 
 
-def _text(code: bytes | str) -> str:
-    return code if isinstance(code, str) else code.decode("latin1")
+def _text(code: object) -> str:
+    return code.decode("latin1") if isinstance(code, bytes) else str(code)
