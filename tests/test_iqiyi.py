@@ -514,9 +514,9 @@ def test_a_pickle_that_makes_no_sense_is_one_clear_error(folder, program):
     "value, named",
     [
         ([], r"holds \[\], not a dict"),
-        ({1: []}, "clip name 1 is not text"),
-        ({b"\xff": []}, "is not text"),
-        ({b"A\nB": []}, r"clip name b'A\\nB' is not text without spaces"),
+        ({1: []}, "clip name 1 is not printable"),
+        ({b"\xff": []}, "is not printable"),
+        ({b"A\nB": []}, r"clip name b'A\\nB' is not printable text without spaces"),
         ({b"VAL_1": [], b"VAL_1.mp4": []}, "clip VAL_1 is named twice"),
     ],
 )

@@ -235,7 +235,7 @@ class _Reader:
         bad, lost = self._bad.sum(), np.flatnonzero(self._owner < 0)
         if foreign and not bad:
             raise ValueError(f"{self._path}: names {min(foreign)}, outside of all records; nothing was run")
-        if len(lost) > bad * len(self._layout.fields):  # a bad record hardly has more features than that
+        if len(lost) > bad * len(self._layout.fields) and not foreign:  # no bad record has more features than that
             later = sorted({*self._owner[lost[0] :]} - {-1})
             clip = self._clips[later[0]] if later else "one of the last"
             raise ValueError(
@@ -296,7 +296,7 @@ def _clip_names(path: Path, keys: Iterable) -> list[str]:
     for key in keys:
         name = key.decode(errors="surrogateescape") if type(key) is bytes else key
         if type(name) is not str or name.split() != [name] or not name.isprintable():
-            raise ValueError(f"{path}: clip name {SHORT.repr(key)} is not text without spaces")
+            raise ValueError(f"{path}: clip name {SHORT.repr(key)} is not printable text without spaces")
         if names.setdefault(name.removesuffix(".mp4"), name) != name:
             raise ValueError(f"{path}: clip {name.removesuffix('.mp4')} is named twice, with and without .mp4")
     return list(names)

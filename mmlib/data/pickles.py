@@ -63,18 +63,19 @@ class Spool:
         self._places.append(-1)
         return len(self._places) - 1
 
-    def add(self, number: int, code: str, shape: tuple, payload: bytes) -> None:
+    def add(self, number: int, code: str, shape: tuple, payload: bytes | bytearray) -> None:
         """Keep one array: a feature on disk, of another dtype or shape a description and its first bytes."""
         size = len(payload)
         if code[1:] != self.dtype.str[1:] or shape != (self.width,) or size != self.width * self.dtype.itemsize:
             self._others.append((code, shape, payload[:KEPT], size))
             self._places[number] = -len(self._others)
-            return
-        if code != self.dtype.str:
-            payload = np.frombuffer(payload, code).astype(self.dtype).tobytes()
-        self._file.write(payload)
-        self._places[number] = self.rows
-        self.rows += 1
+        else:
+            content = payload if code == self.dtype.str else np.frombuffer(payload, code).astype(self.dtype).data
+            self._file.write(content)
+            self._places[number] = self.rows
+            self.rows += 1
+        if type(payload) is bytearray:
+            del payload[:]  # an unpickler keeps it to the end; clear would not give its memory back
 
     def rows_of(self, values: Sequence) -> np.ndarray:
         """Return the rows of features (n,), negative where a value is none."""
@@ -227,9 +228,7 @@ def _stand_ins(spool: Spool) -> dict[str, _Known]:
 
     def from_buffer(buffer: bytes | bytearray, dtype: _Dtype, shape: tuple, order: str) -> Array:
         number = SpooledArray(spool.number())
-        spool.add(number, dtype.code, shape, buffer[:])
-        if type(buffer) is bytearray:
-            buffer.clear()  # the unpickler keeps it to the end
+        spool.add(number, dtype.code, shape, buffer)
         return number
 
     def scalar(dtype: _Dtype, payload: bytes) -> object:
@@ -266,10 +265,10 @@ def _dict(*given) -> dict:
     return dict(given[0] if given and type(given[0]) is list else ())
 
 
-def _encode(text: str, codec: bytes | str) -> bytes:
+def _encode(text: str, codec: bytes | str) -> bytes | bytearray:
     if _text(codec) != "latin1":
         raise pickle.UnpicklingError(f"bytes encoded as {codec!r}")
-    return text.encode("latin1")
+    return text.encode("latin1") if len(text) < KEPT else bytearray(text, "latin1")  # see Spool.add
 
 
 def _text(code: object) -> str:
