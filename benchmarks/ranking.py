@@ -10,7 +10,7 @@ import torch
 from benchmarks.data import FACE, SCALES
 from benchmarks.meter import measure
 from mmlib import metrics, rank
-from mmlib.data.iqiyi import read_result, read_val_truth, write_result
+from mmlib.data.submission import read_result, read_val_truth, write_result
 from mmlib.data.submission import write_val_truth
 
 K = 100

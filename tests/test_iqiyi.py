@@ -541,7 +541,7 @@ def test_bytes_after_the_pickle_are_refused(folder):
 def test_a_clip_named_twice_in_one_pickle_is_refused(folder, between):
     clips = [("X", 1), ("A", 2), *between, ("A", 1), ("Z", 1)]
     write_faces(pickle_path(folder, "face", "val"), [(clip, [face(12)] * frames) for clip, frames in clips])
-    assert_refused(folder, "val_v2.pickle: 2 features belong to no clip, because one is named twice: A$")
+    assert_refused(folder, "val_v2.pickle: 2 features of no clip, because one is named twice: A$")
 
 
 # What is refused: records

@@ -11,10 +11,11 @@ import pickle
 import re
 import reprlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from io import BufferedRandom, BufferedReader, RawIOBase
+from io import BufferedReader
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ BLOCK = 2**20  # bytes read or written at once
 KEPT = 256  # bytes of an array that is no feature
 SHORT = reprlib.Repr()
 SHORT.maxother = 60
-SHORT.repr_int = SHORT.repr_instance  # which has words for integers of more digits than Python writes
+SHORT.repr_int = SHORT.repr_instance  # type: ignore[method-assign]  # integers may have too many digits for repr
 PLAIN = re.compile(r"[<>|=]?[biufcSU]\d{1,3}")  # dtypes of numbers and text
 
 
@@ -53,10 +54,10 @@ class Foreign:
 class Spool:
     """Equally long features in `file`, each known by its row, and what there is of other arrays."""
 
-    def __init__(self, file: BufferedRandom, dtype: str, width: int):
+    def __init__(self, file: IO[bytes], dtype: str, width: int):
         self.dtype, self.width, self.rows, self._file = np.dtype(dtype), width, 0, file
         self._places = array("i")  # of each array: its row, or if it is no feature its place among the others from -1
-        self._others = [("nothing", (), b"", 0)]
+        self._others: list[tuple[str, tuple, bytes | bytearray, int]] = [("nothing", (), b"", 0)]
 
     def number(self) -> int:
         """Return a number for an array whose content is still to come."""
@@ -109,12 +110,12 @@ class Spool:
         if (place := self._places[value]) < 0:
             code, shape, _, size = self._others[-1 - place]
             return f"{code} {shape} of {size} bytes"
-        feature = self.read([place])[0]
+        feature = self.read(np.array([place]))[0]
         bad = np.argmin(np.isfinite(feature))
         return f"{feature[bad]} at position {bad}"
 
 
-def read_pickle(path: Path, raw: RawIOBase, spool: Spool) -> tuple[dict, set[str]]:
+def read_pickle(path: Path, raw: Any, spool: Spool) -> tuple[dict, set[str]]:
     """Load the dict in `path`, opened as `raw`, its arrays going to `spool`, and the foreign names that it holds.
 
     Memory is that of the containers for a file of Python 2 or of `write_pickle`. Other pickles of Python 3 have the
@@ -176,7 +177,7 @@ class _Unpickler(pickle.Unpickler):
         full = f"{module}.{name}".replace("numpy._core.", "numpy.core.").replace("__builtin__.", "builtins.")
         if full not in self._known:
             self._known[full] = _foreign(full)
-            self.foreign.add(self._known[full].__name__)
+            self.foreign.add(full)
         return self._known[full]
 
 
@@ -189,7 +190,7 @@ class _Known:
 
     __slots__ = ("_call",)
 
-    def __init__(self, call: Callable | None = None):
+    def __init__(self, call: Any):
         self._call = call
 
     def __call__(self, *given) -> object:
@@ -211,7 +212,7 @@ class _Dtype:
         self.code = _text(state[1]) + self.code.lstrip("<>|=")
 
 
-def _stand_ins(spool: Spool) -> dict[str, _Known]:
+def _stand_ins(spool: Spool) -> dict[str, object]:
     """Make what stands for the known names; arrays go to `spool` when their content arrives."""
 
     class SpooledArray(Array):
@@ -234,7 +235,7 @@ def _stand_ins(spool: Spool) -> dict[str, _Known]:
     def scalar(dtype: _Dtype, payload: bytes) -> object:
         return _plain(dtype.code, (), payload, otherwise=_foreign(f"numpy.{dtype.code}")())
 
-    known = {
+    known: dict[str, Any] = {
         "numpy.ndarray": None,  # passed on, not called
         "numpy.memmap": None,
         "builtins.list": None,
@@ -250,7 +251,7 @@ def _stand_ins(spool: Spool) -> dict[str, _Known]:
     return {name: _Known(call) for name, call in known.items()}
 
 
-def _plain(code: str, shape: tuple, payload: bytes, otherwise: object) -> object:
+def _plain(code: str, shape: tuple, payload: bytes | bytearray, otherwise: object) -> object:
     """Return numbers or text as Python has them: those of a short vector as a list, one alone by itself."""
     if PLAIN.fullmatch(code) and type(shape) is tuple and len(shape) <= 1:
         try:
