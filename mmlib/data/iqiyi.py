@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -141,8 +142,8 @@ def export_folder(store: ClipStore, folder: str | Path, *, overwrite: bool = Fal
         write_train_truth(made / "train_gt.txt", names[train], store.identities[store.identity_of(train)])
         code = store.identity_of(val)
         order = np.argsort(code, kind="stable")
-        lists = np.split(names[val[order]], np.searchsorted(code[order], np.arange(1, len(store.identities))))
-        write_val_truth(made / "val_gt.txt", store.identities, lists)
+        parts = np.split(names[val[order]], np.searchsorted(code[order], np.arange(1, len(store.identities))))
+        write_val_truth(made / "val_gt.txt", store.identities, [part.tolist() for part in parts])
         origin = {key: store.meta[key] for key in ("simulated", "provenance")}
         (made / ORIGIN).write_text(json.dumps(origin) + "\n")
 
@@ -194,7 +195,7 @@ def _check_clips(folder: Path, clips: pd.DataFrame, truth: dict[tuple[str, str],
     for clip, of in clips[clips["clip"].duplicated(keep=False)].groupby("clip", sort=False):
         splits = " and ".join(of["split"])
         raise ValueError(f"{folder / 'feat'}: clip {clip} is named twice, in the pickles of {splits}")
-    for clip, split in sorted(truth.keys() - zip(clips["clip"], clips["split"]), key=truth.get):
+    for clip, split in sorted(truth.keys() - zip(clips["clip"], clips["split"]), key=truth.__getitem__):
         where = f"{folder / f'{split}_gt.txt'}, line {truth[clip, split][0]}"
         raise ValueError(f"{where}: clip {clip} has no features in any pickle of {split}")
 
@@ -223,7 +224,7 @@ class _Reader:
             self._count, self._bad = np.zeros((2, len(self._clips)), np.int64)
             self._owner = np.full(self._spool.rows, -1, np.int32)  # of each feature
             self._last = 0
-            first = self._append([], np.zeros(0, np.int64))
+            first = self._writer.append(self._modality, **self._parse([], np.zeros(0, np.int64)))
             keys = list(loaded)
             for at in bar.track(range(0, len(keys), CHUNK), description=f"store {self._path.name}"):
                 values = [loaded.pop(key) for key in keys[at : at + CHUNK]]  # so that memory falls
@@ -234,17 +235,15 @@ class _Reader:
                 self._append(list(chain.from_iterable(values)), owner)
         bad, lost = self._bad.sum(), np.flatnonzero(self._owner < 0)
         if foreign and not bad:
-            raise ValueError(f"{self._path}: names {min(foreign)}, outside of all records; nothing was run")
-        if len(lost) > bad * len(self._layout.fields):  # a bad record hardly has more features than that
+            raise ValueError(f"{self._path}: names {min(foreign)!a}, outside of all records; nothing was run")
+        if len(lost) > bad * len(self._layout.fields) and not foreign:  # no bad record has more features than that
             later = sorted({*self._owner[lost[0] :]} - {-1})
             clip = self._clips[later[0]] if later else "one of the last"
-            raise ValueError(
-                f"{self._path}: {len(lost)} features belong to no clip, because one is named twice: {clip}"
-            )
+            raise ValueError(f"{self._path}: {len(lost)} features of no clip, because one is named twice: {clip}")
         start = first + np.cumsum(self._count) - self._count
         return pd.DataFrame({"clip": self._clips, "start": start, "count": self._count})
 
-    def _append(self, records: list, owner: np.ndarray) -> int | None:
+    def _append(self, records: list, owner: np.ndarray) -> None:
         """Store records (n) of the clips `owner` (n,), all at once or, if one is bad, by halves, down to that one."""
         try:
             columns = self._parse(records, owner)
@@ -254,11 +253,11 @@ class _Reader:
                 self._append(records[half:], owner[half:])
             else:
                 self._refuse(error, records[0], owner[0])
-            return None
-        np.add.at(self._count, owner, 1)
-        return self._writer.append(self._modality, columns.pop("feature"), **columns)
+        else:
+            np.add.at(self._count, owner, 1)
+            self._writer.append(self._modality, **columns)
 
-    def _refuse(self, error: BadRecord, record: object, owner: int) -> None:
+    def _refuse(self, error: BadRecord, record: Any, owner: int) -> None:
         self._bad[owner] += 1
         where = f"{self._path}: clip {self._clips[owner]}, record {self._count[owner] + self._bad[owner]}"
         if self._layout.fields[0] == "frame" and type(record) in (list, tuple) and record:
@@ -292,11 +291,11 @@ class _Reader:
 
 
 def _clip_names(path: Path, keys: Iterable) -> list[str]:
-    names = {}
+    names: dict[str, str] = {}
     for key in keys:
         name = key.decode(errors="surrogateescape") if type(key) is bytes else key
         if type(name) is not str or name.split() != [name] or not name.isprintable():
-            raise ValueError(f"{path}: clip name {SHORT.repr(key)} is not text without spaces")
+            raise ValueError(f"{path}: clip name {SHORT.repr(key)} is not printable text without spaces")
         if names.setdefault(name.removesuffix(".mp4"), name) != name:
             raise ValueError(f"{path}: clip {name.removesuffix('.mp4')} is named twice, with and without .mp4")
     return list(names)
@@ -304,7 +303,8 @@ def _clip_names(path: Path, keys: Iterable) -> list[str]:
 
 def _column(name: str, values: Sequence) -> np.ndarray:
     """Turn a field of n records into an array (n, ...), or raise BadRecord if one of them breaks its rule."""
-    kinds, right = set(map(type, values)), False
+    kinds, right = set(map(type, values)), np.zeros(1, bool)
+    column: np.ndarray = right
     try:
         if name == "frame" and kinds <= {bytes, str, int}:
             column = np.fromiter(map(int, values), np.int64, len(values))

@@ -11,10 +11,11 @@ import pickle
 import re
 import reprlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from io import BufferedRandom, BufferedReader, RawIOBase
+from io import BufferedReader
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ BLOCK = 2**20  # bytes read or written at once
 KEPT = 256  # bytes of an array that is no feature
 SHORT = reprlib.Repr()
 SHORT.maxother = 60
-SHORT.repr_int = SHORT.repr_instance  # which has words for integers of more digits than Python writes
+SHORT.repr_int = SHORT.repr_instance  # type: ignore[method-assign]  # integers may have too many digits for repr
 PLAIN = re.compile(r"[<>|=]?[biufcSU]\d{1,3}")  # dtypes of numbers and text
 
 
@@ -53,28 +54,29 @@ class Foreign:
 class Spool:
     """Equally long features in `file`, each known by its row, and what there is of other arrays."""
 
-    def __init__(self, file: BufferedRandom, dtype: str, width: int):
+    def __init__(self, file: IO[bytes], dtype: str, width: int):
         self.dtype, self.width, self.rows, self._file = np.dtype(dtype), width, 0, file
         self._places = array("i")  # of each array: its row, or if it is no feature its place among the others from -1
-        self._others = [("nothing", (), b"", 0)]
+        self._others: list[tuple[str, tuple, bytes | bytearray, int]] = [("nothing", (), b"", 0)]
 
     def number(self) -> int:
         """Return a number for an array whose content is still to come."""
         self._places.append(-1)
         return len(self._places) - 1
 
-    def add(self, number: int, code: str, shape: tuple, payload: bytes) -> None:
+    def add(self, number: int, code: str, shape: tuple, payload: bytes | bytearray) -> None:
         """Keep one array: a feature on disk, of another dtype or shape a description and its first bytes."""
         size = len(payload)
         if code[1:] != self.dtype.str[1:] or shape != (self.width,) or size != self.width * self.dtype.itemsize:
             self._others.append((code, shape, payload[:KEPT], size))
             self._places[number] = -len(self._others)
-            return
-        if code != self.dtype.str:
-            payload = np.frombuffer(payload, code).astype(self.dtype).tobytes()
-        self._file.write(payload)
-        self._places[number] = self.rows
-        self.rows += 1
+        else:
+            content = payload if code == self.dtype.str else np.frombuffer(payload, code).astype(self.dtype).data
+            self._file.write(content)
+            self._places[number] = self.rows
+            self.rows += 1
+        if type(payload) is bytearray:
+            del payload[:]  # an unpickler keeps it to the end; clear would not give its memory back
 
     def rows_of(self, values: Sequence) -> np.ndarray:
         """Return the rows of features (n,), negative where a value is none."""
@@ -108,12 +110,12 @@ class Spool:
         if (place := self._places[value]) < 0:
             code, shape, _, size = self._others[-1 - place]
             return f"{code} {shape} of {size} bytes"
-        feature = self.read([place])[0]
+        feature = self.read(np.array([place]))[0]
         bad = np.argmin(np.isfinite(feature))
         return f"{feature[bad]} at position {bad}"
 
 
-def read_pickle(path: Path, raw: RawIOBase, spool: Spool) -> tuple[dict, set[str]]:
+def read_pickle(path: Path, raw: Any, spool: Spool) -> tuple[dict, set[str]]:
     """Load the dict in `path`, opened as `raw`, its arrays going to `spool`, and the foreign names that it holds.
 
     Memory is that of the containers for a file of Python 2 or of `write_pickle`. Other pickles of Python 3 have the
@@ -175,7 +177,7 @@ class _Unpickler(pickle.Unpickler):
         full = f"{module}.{name}".replace("numpy._core.", "numpy.core.").replace("__builtin__.", "builtins.")
         if full not in self._known:
             self._known[full] = _foreign(full)
-            self.foreign.add(self._known[full].__name__)
+            self.foreign.add(full)
         return self._known[full]
 
 
@@ -188,7 +190,7 @@ class _Known:
 
     __slots__ = ("_call",)
 
-    def __init__(self, call: Callable | None = None):
+    def __init__(self, call: Any):
         self._call = call
 
     def __call__(self, *given) -> object:
@@ -210,7 +212,7 @@ class _Dtype:
         self.code = _text(state[1]) + self.code.lstrip("<>|=")
 
 
-def _stand_ins(spool: Spool) -> dict[str, _Known]:
+def _stand_ins(spool: Spool) -> dict[str, object]:
     """Make what stands for the known names; arrays go to `spool` when their content arrives."""
 
     class SpooledArray(Array):
@@ -227,15 +229,13 @@ def _stand_ins(spool: Spool) -> dict[str, _Known]:
 
     def from_buffer(buffer: bytes | bytearray, dtype: _Dtype, shape: tuple, order: str) -> Array:
         number = SpooledArray(spool.number())
-        spool.add(number, dtype.code, shape, buffer[:])
-        if type(buffer) is bytearray:
-            buffer.clear()  # the unpickler keeps it to the end
+        spool.add(number, dtype.code, shape, buffer)
         return number
 
     def scalar(dtype: _Dtype, payload: bytes) -> object:
         return _plain(dtype.code, (), payload, otherwise=_foreign(f"numpy.{dtype.code}")())
 
-    known = {
+    known: dict[str, Any] = {
         "numpy.ndarray": None,  # passed on, not called
         "numpy.memmap": None,
         "builtins.list": None,
@@ -251,7 +251,7 @@ def _stand_ins(spool: Spool) -> dict[str, _Known]:
     return {name: _Known(call) for name, call in known.items()}
 
 
-def _plain(code: str, shape: tuple, payload: bytes, otherwise: object) -> object:
+def _plain(code: str, shape: tuple, payload: bytes | bytearray, otherwise: object) -> object:
     """Return numbers or text as Python has them: those of a short vector as a list, one alone by itself."""
     if PLAIN.fullmatch(code) and type(shape) is tuple and len(shape) <= 1:
         try:
@@ -266,10 +266,10 @@ def _dict(*given) -> dict:
     return dict(given[0] if given and type(given[0]) is list else ())
 
 
-def _encode(text: str, codec: bytes | str) -> bytes:
+def _encode(text: str, codec: bytes | str) -> bytes | bytearray:
     if _text(codec) != "latin1":
         raise pickle.UnpicklingError(f"bytes encoded as {codec!r}")
-    return text.encode("latin1")
+    return text.encode("latin1") if len(text) < KEPT else bytearray(text, "latin1")  # see Spool.add
 
 
 def _text(code: object) -> str:
