@@ -76,7 +76,7 @@ def _weights(model: IdentityModel, store: ClipStore, clips: np.ndarray) -> tuple
     batch = store.batch(clips)
     device = model.prototype.device
     inputs = [None if x is None else x.to(device) for x in batch[:4]]
-    weight = model.eval().aggregator.weights(*inputs).cpu()  # type: ignore[union-attr, operator]
+    weight = model.eval().aggregator.weights(*inputs).cpu()  # type: ignore[union-attr, operator, arg-type]
     mask, wrong = batch.mask.numpy(), store.modalities["face"].columns.get("wrong")
     known = np.zeros_like(mask) if wrong is None else mask & (wrong[np.maximum(batch.rows.numpy(), 0)] > 0)
     return (weight / weight.sum(1, keepdim=True)).numpy(), mask, known
