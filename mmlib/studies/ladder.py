@@ -79,9 +79,6 @@ def names_of(records: Iterable[Record], planned: Mapping[str, Experiment]) -> li
     return names
 
 
-# -- what was found -------------------------------------------------------------------------------------------------
-
-
 def differences(pairs: Pairs, records: Iterable[Record], names: Iterable[str]) -> pd.DataFrame:
     """Compare the arms of each pair that was run: the columns of ``compare.steps_frame``, within_low and within_high.
 
@@ -170,14 +167,11 @@ def views_against_bagging(records: Iterable[Record]) -> pd.DataFrame:
         if e["ensemble"] in ("views", "bagging") and len(e["members"]) > 1 and same_rule:
             shape = arm_key(e, "members", "fallback.members", "ensemble", "regions")
             groups.setdefault((len(e["members"]), shape), []).append(record)
-    both = [(size, _views(part)) for (size, _), part in groups.items()]
-    both = [(size, frame) for size, frame in both if len(frame)]
-    return max(both, key=lambda found: found[0], default=(0, _views([])))[1]
-
-
-def _views(records: list[Record]) -> pd.DataFrame:
-    kinds = [record.experiment["ensemble"] for record in records]
-    return compare.steps_frame({VIEWS: ("views", "bagging")}, records, kinds)
+    found = [(0, compare.steps_frame({}, [], []))]
+    for (size, _), part in groups.items():
+        kinds = [record.experiment["ensemble"] for record in part]
+        found.append((size, compare.steps_frame({VIEWS: ("views", "bagging")}, part, kinds)))
+    return max(found, key=lambda pair: (len(pair[1]), pair[0]))[1]
 
 
 def claims(records: Iterable[Record], names: Iterable[str], ensembles: Iterable[Record]) -> pd.DataFrame:
