@@ -118,8 +118,11 @@ def _help(ended: Connection, function: Callable) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that is helped is interrupted too
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # unwind, so that nothing half-made stays
     threading.Thread(target=_end_with, args=(ended,), daemon=True).start()
-    with suppress(Exception):  # what fails here fails there too
-        function()
+    try:
+        with suppress(Exception):  # what fails here fails there too
+            function()
+    finally:
+        os._exit(0)  # nothing is left to unwind, and to be ended while Python ends would be said on the page
 
 
 def _end_with(ended: Connection) -> None:
