@@ -49,7 +49,7 @@ class Record:
     disagree.
     ap: average precision of each query, in the order of the store's identities.  breakdown: for groups of clips by
     ``frames``, ``quality`` (percentile) and, where known, ``wrong`` (share of frames of another person): lower edge,
-    upper edge, clips, top-1, and their mean precision (``metrics.clip_precision``, of which MAP is a mean).
+    upper edge or None, clips, top-1, and their mean precision (``metrics.clip_precision``, of which MAP is a mean).
     """
 
     key: str
@@ -158,7 +158,7 @@ def _imported(node: ast.stmt) -> Iterator[tuple[str, str]]:
     """Yield the names that a statement and those inside it import, with the module and the name there."""
     for part in ast.walk(node):
         if isinstance(part, ast.Import | ast.ImportFrom):
-            home = f"mmlib.{part.module}" if getattr(part, "level", 0) else getattr(part, "module", "")
+            home = "" if isinstance(part, ast.Import) else f"mmlib.{part.module}" if part.level else part.module
             yield from ((alias.asname or alias.name, f"{home}.{alias.name}") for alias in part.names)
 
 
@@ -198,7 +198,7 @@ def read_results(name: str) -> list[Record]:
 def stored(profile: str) -> list[Record]:
     """Return the cached records of a profile's whole, calibrated worlds, made by this library, in order of keys."""
     found = [Record(**json.loads(path.read_text())) for path in sorted(_records().glob("*.json"))]
-    asked = ("simulated", profile, [])
+    asked: tuple = ("simulated", profile, [])
     return [r for r in found if tuple(r.experiment[name] for name in ("data", "profile", "settings")) == asked]
 
 
@@ -331,16 +331,16 @@ def _make(tasks: Tasks, wait: float, *, device: str, progress: bool = False) -> 
         locks = {name: _records() / "locks" / f"{name}.lock" for name in tasks}
         mine = {name: tasks[name] for name in tasks if stack.enter_context(claim(locks[name], wait))}
         wanted = {e: _path(key) for task in mine.values() for key, e in task.items() if not _path(key).exists()}
-        store = stack.enter_context(_opened(next(iter(wanted)))) if wanted else None
-        uses = {experiment: retrieve.members_of(experiment) for experiment in wanted}
-        trained: dict[retrieve.Key, retrieve.Member] = {}
-        if len({experiment.seed for experiment in wanted}) > 1:  # they fill a GPU together
-            trained = retrieve.train_members(chain(*uses.values()), store, device=device, progress=progress)
-        for experiment, path in wanted.items():
-            clear_partial(path)
-            found = retrieve.retrieve(experiment, store, device=device, progress=progress, trained=trained)
-            write_whole(path, json.dumps(asdict(record_of(experiment, store, found, device))).encode())
-            del uses[experiment]
-            for key in trained.keys() - set(chain(*uses.values())):
-                del trained[key]  # members, and what they make of a gallery, are many
+        if wanted:
+            store = stack.enter_context(_opened(next(iter(wanted))))
+            uses, trained = {e: retrieve.members_of(e) for e in wanted}, retrieve.Trained()
+            if len({e.seed for e in wanted}) > 1:  # they fill a GPU together
+                trained = retrieve.train_members(chain(*uses.values()), store, device=device, progress=progress)
+            for e, path in wanted.items():
+                clear_partial(path)
+                found = retrieve.retrieve(e, store, device=device, progress=progress, trained=trained)
+                write_whole(path, json.dumps(asdict(record_of(e, store, found, device))).encode())
+                del uses[e]
+                for key in trained.keys() - set(chain(*uses.values())):
+                    del trained[key]  # members, and what they make of a gallery, are many
     return sum(map(len, mine.values())), {name: task for name, task in tasks.items() if name not in mine}

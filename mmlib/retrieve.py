@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -51,7 +51,8 @@ def missing_scores(experiment: Experiment, store: ClipStore) -> list[str]:
         wanted = ["quality"] if e.aggregator == "best half" and not appended else ["quality", "det"]
     if e.fallback and e.fallback.by == "quality" and "quality" not in wanted:
         wanted.append("quality")
-    return [name for name in wanted if name not in store.modalities[e.modality].columns]
+    known = store.modalities[e.modality].columns if e.modality else ()
+    return [name for name in wanted if name not in known]
 
 
 def require(e: Experiment, store: ClipStore) -> None:
@@ -92,8 +93,9 @@ def training_distractors(experiment: Experiment, store: ClipStore) -> np.ndarray
 def gallery_of(experiment: Experiment, store: ClipStore) -> np.ndarray:
     """Return the clips of its split that the experiment's model can score: with its modality, or else a context."""
     gallery = _having(experiment, store, experiment.split)
-    left_out = [] if experiment.distractors == "all" else training_distractors(experiment, store)
-    return np.setdiff1d(gallery, left_out)
+    if experiment.distractors == "all":
+        return gallery
+    return np.setdiff1d(gallery, training_distractors(experiment, store))
 
 
 def ranked_gallery(experiment: Experiment, store: ClipStore) -> np.ndarray:
@@ -189,9 +191,11 @@ def train_members(wanted: Iterable[Key], store: ClipStore, *, device: str = "aut
             e, models, clips = members[0].experiment, [m.model for m in members], [m.clips for m in members]
             seeds = [ensemble.member_seed(branch.seed, number) for branch, number in group]
             if e.classifier in TRAINED:
-                options = {"seeds": seeds, "modality": e.modality, "progress": progress}
-                for member, losses in zip(members, train_together(models, store, clips, e.training, **options)):
-                    member.losses = losses
+                losses = train_together(
+                    models, store, clips, e.training, seeds=seeds, modality=e.modality, progress=progress
+                )
+                for member, history in zip(members, losses):
+                    member.losses = history
                     member.seconds += (time.perf_counter() - began) / len(members)
             trained |= group
     return trained
@@ -336,7 +340,7 @@ def rank_clips(e: Experiment, store: ClipStore, trained: Trained, part: slice = 
 def _shares(e: Experiment, store: ClipStore, gallery: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the shares of the first and second model in the score of every clip, (N,); 0 where one cannot score it."""
     known, weight = np.isin(gallery, gallery_of(e, store)), np.zeros(len(gallery))
-    if e.fallback:
+    if e.fallback and e.modality:
         weight[known] = e.fallback.weights(store.clip_means(e.modality, e.fallback.by)[gallery[known]])
         weight[~known] = e.fallback.absent or 0
         weight[~np.isin(gallery, gallery_of(e.second(), store))] = 0
@@ -345,7 +349,7 @@ def _shares(e: Experiment, store: ClipStore, gallery: np.ndarray) -> tuple[np.nd
 
 # -- measuring ------------------------------------------------------------------------------------------------------
 
-LENGTH_EDGES = [1, 5, 10, 15, 20, 30, 40, 10**9]  # frames; the last is a number because JSON has no infinity
+LENGTH_EDGES = [1, 5, 10, 15, 20, 30, 40, None]  # frames; None is no edge
 PERCENTILE_EDGES = [*QUALITY_EDGES, 40, 60, 80, 100]
 WRONG_EDGES = [0, 1e-9, 0.1, 0.25, 0.5, 0.8, 1.001]  # share of frames
 
@@ -391,7 +395,7 @@ def _breakdown(
     source = store.modalities[modality]
     has = source.count[clips] > 0
     clips, right, precision = clips[has], right[has], precision[has]
-    known = {"frames": (source.count[clips], LENGTH_EDGES)}
+    known: dict[str, tuple[np.ndarray, Sequence]] = {"frames": (source.count[clips], LENGTH_EDGES)}
     if "quality" in source.columns and len(clips):
         mean = store.clip_means(modality, "quality")[clips]
         known["quality"] = (mean.argsort().argsort() / len(clips) * 100, PERCENTILE_EDGES)

@@ -78,11 +78,11 @@ def predict(
         best = rank.merge([_read_shard(work.shard(number)) for number in every], k=RESULT_LIMIT).clip.numpy()
         names = store.clips["clip"].to_numpy(object)[work.gallery]
         _check_target(out, overwrite)
-        write_result(out, store.identities[identities], best[identities], names)
+        write_result(out, [*store.identities[identities]], best[identities], names)
         work.remove(keep_members)
         foreign = len({*folder.glob("*.pt")} - {*work.members.values()})
     has = {name: source.count[work.gallery] > 0 for name, source in store.modalities.items()}
-    clips, first = len(store.select(e.split)), has[e.modality]
+    clips, first = len(store.select(e.split)), has[e.modality or "face"]
     second = " or ".join(e.fallback.context) if e.fallback else ""
     untrained = len(np.setdiff1d(identities, store.identity_of(retrieve.training_clips(e, store))))
     unlabelled = len(np.setdiff1d(identities, labelled)) if e.split == "val" else 0
@@ -151,9 +151,7 @@ class Work:
     """
 
     def __init__(self, experiment: Experiment, folder: Path, device: str, shards: int | None):
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device cuda: there is no GPU here")
-        self.experiment, self.folder, self.device = experiment, folder, device
+        self.experiment, self.folder, self.device, self.at = experiment, folder, device, torch_device(device)
         retrieve.training_clips(experiment, self.store)  # refuses a store that has none, before the folder holds a lock
         keys, blocks = retrieve.members_of(experiment), len(self.blocks)
         self.shards = min(workers(len(keys), device), blocks) if shards is None else shards
@@ -189,7 +187,7 @@ class Work:
         """Return the members whose files are there."""
         for key, path in self.members.items():
             if key not in self.models and path.exists():
-                self.models[key] = read_member(path, *key, self.store, torch_device(self.device))
+                self.models[key] = read_member(path, *key, self.store, self.at)
         return self.models
 
     def shard(self, number: int) -> Path:
@@ -209,7 +207,7 @@ class Work:
             return 0, 0, 0
         known = {*self.load()}
         missing = [key for key in self.members if key not in known]
-        step = min(retrieve.TOGETHER[torch_device(self.device).type], -(-len(self.experiment.members) // self.shards))
+        step = min(retrieve.TOGETHER[self.at.type], -(-len(self.experiment.members) // self.shards))
         groups = [missing[at : at + step] for at in range(0, len(missing), step)]
         with tqdm(total=len(missing), desc="members", unit="member", disable=not progress) as bar:
             with helped(workers(len(self.members), self.device) - 1, partial(self.rank_shards, shards)):
@@ -303,7 +301,7 @@ def system_on(
         if not 1 <= members <= len(e.members):
             raise ValueError(f"members must lie in [1, {len(e.members)}] for {system}, got {members}")
         e = with_members(e, members)
-    lacking = [name for name in (e.modality, *e.context) if name not in store.modalities]
+    lacking = [name for name in (e.modality or "face", *e.context) if name not in store.modalities]
     unscored = retrieve.missing_scores(e, store) if e.modality in store.modalities else []
     if system == "face-only" and not lacking:
         return (without_scores(e) if unscored else e), unscored

@@ -169,8 +169,9 @@ def test_modules_that_decide_numbers_import_none_that_does_not():
             for node in ast.walk(ast.parse((records.PACKAGE / name).read_text())):
                 if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "mmlib":
                     inside = node.module.removeprefix("mmlib").lstrip(".")
-                    wanted = [inside] if inside in known else [f"{inside}.{a.name}".lstrip(".") for a in node.names]
-                    assert {*wanted} <= known, name
+                    wanted = {inside} if inside in known else {f"{inside}.{a.name}".lstrip(".") for a in node.names}
+                    refuses = {"data.submission.check_names"}  # and changes nothing
+                    assert wanted - refuses <= known, name
 
 
 # -- what a record holds -------------------------------------------------------------------------------------
@@ -194,7 +195,7 @@ def test_breakdown_by_length_puts_clips_between_its_edges(store, class_means):
     gallery = store.select("val", labelled=True, having="face")
     count = store.modalities["face"].count[gallery]
     for low, high, clips, _, _ in class_means[1].breakdown["frames"]:
-        assert clips == sum(low <= n < high for n in count)
+        assert clips == sum(low <= n < (high or np.inf) for n in count)
 
 
 @pytest.fixture(scope="module")
@@ -218,8 +219,7 @@ def test_no_clip_of_any_length_is_lost_in_a_breakdown(extreme):
     back = json.loads(json.dumps(asdict(record)), parse_constant=pytest.fail)  # JSON has no infinity
     assert record.breakdown.keys() == {"frames", "quality", "wrong"}
     assert all(sum(row[2] for row in rows) == 4 for rows in back["breakdown"].values())
-    ends = {tuple(row[:2]): row[2] for row in record.breakdown["frames"]}
-    assert ends == {(1, 5): 1, (40, retrieve.LENGTH_EDGES[-1]): 3} and retrieve.LENGTH_EDGES[-1] > 1e6
+    assert {(low, high): clips for low, high, clips, *_ in back["breakdown"]["frames"]} == {(1, 5): 1, (40, None): 3}
 
 
 def test_training_beats_chance_and_keeps_its_losses(store):
