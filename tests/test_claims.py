@@ -174,8 +174,8 @@ def test_what_others_have_of_a_task_is_attempted_again():
 
 
 def note(folder):
-    """Leave a file that says which process was here, and stay."""
-    (folder / str(os.getpid())).write_text(str(is_helper()))
+    """Leave a folder that says which process was here, and stay."""
+    (folder / f"{os.getpid()}.{is_helper()}").mkdir()
     time.sleep(600)
 
 
@@ -199,8 +199,8 @@ def test_helpers_end_with_the_block_that_they_help(tmp_path):
         with helped(2, partial(note, tmp_path)):
             wait_for(lambda: len([*tmp_path.iterdir()]) == 2, "a helper does not start")
             raise KeyError
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["True", "True"] and not is_helper()
-    assert not any(is_running(path.name) for path in tmp_path.iterdir())
+    assert [path.suffix for path in tmp_path.iterdir()] == [".True", ".True"] and not is_helper()
+    assert not any(is_running(path.stem) for path in tmp_path.iterdir())
 
 
 def fail(folder):
@@ -230,7 +230,7 @@ if __name__ == "__main__":
 def test_helpers_end_with_the_process_that_they_help(tmp_path):
     parent = start(ORPHANS, Path(__file__).parent, tmp_path)
     wait_for(lambda: len([*tmp_path.iterdir()]) == 2, "a helper does not start")
-    both = [path.name for path in tmp_path.iterdir()]
+    both = [path.stem for path in tmp_path.iterdir()]
     assert str(parent.pid) not in both and all(map(is_running, both))
     parent.kill()
     parent.wait()
