@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_dir
+from tqdm import tqdm
 
 PATIENCE = 1.0  # seconds to wait for a claim, once every task that is left is claimed by others
 Task = TypeVar("Task")
@@ -118,6 +119,7 @@ def _help(ended: Connection, function: Callable) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that is helped is interrupted too
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # unwind, so that nothing half-made stays
     threading.Thread(target=_end_with, args=(ended,), daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # a bar's own lock is one of the system, and its loss is said when this one ends
     try:
         with suppress(Exception):  # what fails here fails there too
             function()
