@@ -100,6 +100,7 @@ def test_half_precision_cosines_are_computed_in_float32(dtype, device):
     [
         ({"margin": 28.6, "scale": 30.0}, "radians, got 28.6"),
         ({"margin": -0.1, "scale": 30.0}, "radians"),
+        ({"margin": 1.6, "scale": 30.0}, "radians, got 1.6"),
         ({"margin": 0.5, "scale": 0.0}, "scale must be positive"),
     ],
 )

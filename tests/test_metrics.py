@@ -136,6 +136,13 @@ def test_result_line_limit_counts_after_repeats_are_dropped():
         official(truth, {"1": [*clips, "x", "a"]})
 
 
+def test_a_result_line_has_a_hundred_clips_unless_told():
+    truth, clips = (["1"], [["a"]]), [str(number) for number in range(101)]
+    assert metrics.official_score(truth, (["1"], [clips[:100]])).map_at_k == 0
+    with pytest.raises(ValueError, match="identity 1 has 101 clips, more than 100"):
+        metrics.official_score(truth, (["1"], [clips]))
+
+
 def test_same_clip_may_serve_several_identities():
     assert official({"1": ["a"], "2": ["a"]}, {"1": ["a"], "2": ["a"]}).ap.tolist() == [1, 1]
 
@@ -148,6 +155,8 @@ def test_identity_repeated_in_the_result_is_refused():
 def test_lists_that_do_not_match_their_identities_are_refused():
     with pytest.raises(ValueError, match="truth has 1 identities but 2 lists"):
         metrics.official_score((["1"], [["a"], ["b"]]), (["1"], [["a"]]))
+    with pytest.raises(ValueError, match="result has 2 identities but 1 lists"):
+        metrics.official_score((["1", "2"], [["a"], ["b"]]), (["1", "2"], [["a"]]))
 
 
 def test_empty_ground_truth_is_refused():
@@ -262,6 +271,12 @@ def test_bootstrap_does_not_depend_on_how_it_is_cut_into_chunks(monkeypatch):
     assert metrics.bootstrap_interval(ap, draws=500) == whole
 
 
+@pytest.mark.parametrize("ap", [[0.0, 1.0], [1.0, 0.0]])
+def test_bootstrap_draws_every_identity(ap):
+    """Of two identities a quarter of the draws has the one twice, and a quarter the other."""
+    assert metrics.bootstrap_interval(np.array(ap)) == (0, 1)
+
+
 def test_bootstrap_is_fixed_by_its_seed():
     ap = np.random.default_rng(0).random(40)
     assert metrics.bootstrap_interval(ap, seed=1) == metrics.bootstrap_interval(ap, seed=1)
@@ -293,6 +308,13 @@ def test_flips_that_tie_with_the_observed_sum_count_in_spite_of_rounding():
     exact = np.mean(np.abs(tenths @ signs) >= 4)
     found = metrics.paired_test(tenths / 10, np.zeros(4), draws=20_000)
     assert found.p_value == pytest.approx(exact, abs=0.01)  # three standard deviations of 20,000 draws
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-7, 1e7])
+def test_p_value_does_not_depend_on_the_unit(unit):
+    """Of three equal differences the flips with all of one sign are as far from 0: two of eight."""
+    found = metrics.paired_test(np.full(3, unit), np.zeros(3), draws=20_000)
+    assert found.p_value == pytest.approx(1 / 4, abs=0.01)
 
 
 def test_paired_test_of_a_run_with_itself_finds_nothing():
@@ -334,16 +356,23 @@ def test_runs_on_different_identities_are_not_paired():
 @pytest.mark.parametrize(
     "bad, message",
     [
-        (np.array([0.1, np.nan]), "must be finite, got nan at 1"),
-        (np.array([np.inf, 0.1]), "must be finite, got inf at 0"),
+        (np.array([0.1, np.nan]), "got nan at 1"),
+        (np.array([np.inf, 0.1]), "got inf at 0"),
         (np.array([]), r"got shape \(0,\)"),
         (np.zeros((2, 2)), r"got shape \(2, 2\)"),
     ],
 )
 def test_intervals_refuse_what_is_no_list_of_numbers(bad, message):
-    for function in (metrics.bootstrap_interval, metrics.over_worlds, metrics.standard_error):
-        with pytest.raises(ValueError, match=message):
-            function(bad)
+    calls = {
+        "ap must": (metrics.bootstrap_interval, metrics.standard_error),
+        "differences must": (metrics.over_worlds,),
+        "ap_a must": (lambda value: metrics.paired_test(value, np.zeros(2)),),
+        "ap_b must": (lambda value: metrics.paired_test(np.zeros(2), value),),
+    }
+    for name, functions in calls.items():
+        for function in functions:
+            with pytest.raises(ValueError, match=f"^{name} .*{message}"):
+                function(bad)
 
 
 def test_one_identity_says_nothing_of_the_spread():
@@ -356,6 +385,12 @@ def test_over_worlds_by_hand():
     half = 4.302652729911275 / np.sqrt(3)  # t of 2 degrees of freedom at .975; sd is 1
     assert (found.mean, found.sd, found.n) == (2.0, 1.0, 3)
     assert (found.low, found.high) == pytest.approx((2 - half, 2 + half), rel=1e-9)
+
+
+def test_two_worlds_have_an_interval():
+    found = metrics.over_worlds(np.array([1.0, 2.0]))
+    half = 12.706204736174706 / 2  # t of 1 degree of freedom at .975; sd is sqrt(1/2)
+    assert (found.low, found.high, found.sd, found.n) == pytest.approx((1.5 - half, 1.5 + half, 0.5**0.5, 2), rel=1e-9)
 
 
 def test_one_world_has_no_interval():

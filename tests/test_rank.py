@@ -61,6 +61,11 @@ def test_order_of_blocks_does_not_change_the_ranking(device):
     assert torch.equal(rank.top_k(forward, k=9).clip, rank.top_k(forward[::-1], k=9).clip)
 
 
+def test_a_hundred_clips_are_ranked_merged_and_fused_unless_told():
+    whole = rank.top_k([(torch.arange(150), torch.rand(150, 2, generator=torch.Generator().manual_seed(0)))])
+    assert [part.clip.shape for part in (whole, rank.merge([whole]), fuse_ranks([whole]))] == [(2, 100)] * 3
+
+
 def test_rising_scores_are_ranked_too():
     scores = torch.arange(500.0)[:, None].repeat(1, 3)
     assert rank.top_k(blocks(scores, 50), k=4).clip.tolist() == [[499, 498, 497, 496]] * 3
@@ -232,6 +237,12 @@ def test_combining_leaves_its_input_alone(how):
     before = cosines.clone()
     combine_scores(list(cosines), how, scale=30.0)
     assert torch.equal(cosines, before)
+
+
+def test_combining_and_fusing_carry_no_graph():
+    cosine = torch.rand(2, 3, requires_grad=True)
+    assert not combine_scores([cosine, cosine], "softmax", scale=3.0).requires_grad
+    assert not rank.top_k([(torch.arange(2), cosine)], k=1).score.requires_grad
 
 
 def test_half_precision_cosines_are_combined_in_float32():
@@ -428,6 +439,11 @@ def test_meaningless_fallback_is_refused_by_name_and_value(bad):
     ((name, value),) = bad.items()
     with pytest.raises(ValueError, match=f"^{name} must be .*, got {value!r}$"):
         Fallback(**bad)
+
+
+def test_fallback_is_the_one_described_unless_told():
+    described = {"context": ("scene",), "weight": 0.0, "by": "quality", "share": 0.01, "threshold": None, "low": 0.8}
+    assert Fallback() == Fallback(**described, absent=1.0, members=(0,), lr=None) and Fallback(lr=1e-3).lr == 1e-3
 
 
 def test_threshold_may_be_negative_as_a_quality_may():
