@@ -64,7 +64,8 @@ def setup() -> int:
             )
             return 1
         anew = installed().split(" ")[:2] not in ([""], wanted().split(" ")[:2])  # another Python, or another place
-        print("Making {} (several gigabytes, some minutes)".format(VENV), flush=True)
+        what = "Updating {}" if PYTHON.exists() and not anew else "Making {} (several gigabytes, some minutes)"
+        print(what.format(VENV), flush=True)
         if status := run([sys.executable, "-m", "venv", *(["--clear"] if anew else []), VENV]):
             return status
     STAMP.unlink(missing_ok=True)
