@@ -564,3 +564,58 @@ def test_memory_for_a_long_clip_grows_with_its_length_alone(name, monkeypatch):
     with torch.no_grad(), Watching():
         module(x, mask, quality, det)
     assert max(sizes) <= 20 * 600
+
+
+# What the book calls by name
+
+BUILT = {
+    "mean": (aggregate.FixedPool, set()),
+    "norm": (aggregate.FixedPool, set()),
+    "quality": (aggregate.FixedPool, set()),
+    "best half": (aggregate.FixedPool, set()),
+    "learned scores": (aggregate.ScoreAttention, set()),
+    "NAN": (aggregate.NAN, set()),
+    "NAN, two blocks": (aggregate.NAN, {"bias"}),
+    "NAN + scores": (aggregate.NAN, {"scores"}),
+    "attention": (aggregate.ChannelAttention, set()),
+    "attention + scores": (aggregate.ChannelAttention, {"scores"}),
+    "DANet + scores": (aggregate.ChannelAttention, {"scores", "invert"}),
+    "as coded": (aggregate.CodedAttention, set()),
+}
+
+
+def test_every_name_builds_its_class_with_its_switches():
+    for name, make in aggregate.AGGREGATORS.items():
+        kind, switches = BUILT[name]
+        module = make(DIM)
+        on = {key for key in ("scores", "invert") if getattr(module, key, False)}
+        on |= {"bias"} if getattr(module, "bias", None) is not None else set()
+        assert (type(module), on) == (kind, switches), name
+        assert module.out_dim == DIM + 2 * ("scores" in switches or kind is aggregate.CodedAttention), name
+    assert {*aggregate.AGGREGATORS} == {*BUILT}
+
+
+def test_names_that_learn_and_that_need_scores():
+    assert {*BUILT} - aggregate.LEARNED == {"mean", "norm", "quality", "best half"} and {*BUILT} > aggregate.LEARNED
+    needy = {"quality", "best half", "learned scores", "NAN + scores", "attention + scores", "DANet + scores"}
+    assert needy | {"as coded"} == aggregate.NEEDS_SCORES
+
+
+@pytest.mark.parametrize("name", ["mean", "norm", "quality", "best half"])
+def test_a_name_without_parameters_is_its_function_and_has_its_weights(name):
+    x, mask, quality, det = clips()
+    pool = aggregate.make_aggregator(name, DIM)
+    torch.testing.assert_close(pool(x, mask, quality, det), POOLS[name](x, mask, quality, det), rtol=0, atol=0)
+    frames = torch.nn.functional.normalize(x, dim=2) if name == "mean" else x
+    weight = pool.weights(x, mask, quality, det)
+    torch.testing.assert_close((weight[..., None] * frames).sum(1), pool(x, mask, quality, det), rtol=0, atol=1e-12)
+
+
+def test_weights_smaller_than_one_are_divided_by_their_total():
+    x, mask = torch.tensor([[[2.0], [4.0]]]), torch.ones(1, 2, dtype=torch.bool)
+    quality, det = torch.tensor([[0.1, 0.1]]), torch.tensor([[0.5, 0.5]])  # weights of .01 each
+    assert aggregate.quality_pool(x, mask, quality, det).item() == pytest.approx(3.0)
+
+
+def test_channel_attention_starts_at_the_temperature_of_raw_embeddings():
+    assert aggregate.ChannelAttention(DIM).log_temperature.exp().item() == pytest.approx(100)
