@@ -109,7 +109,8 @@ def metric(folder: str, scale: str, **_) -> dict:
 
 def scored(ranking: np.ndarray, identity: np.ndarray) -> np.ndarray:
     """Return the AP of every identity (C,) from its ranking (C, K) and the identity of every clip (N,)."""
-    return metrics.average_precision(*metrics.match_ranking(ranking, identity, np.arange(len(ranking))))
+    relevant = np.bincount(identity[identity >= 0], minlength=len(ranking))
+    return metrics.average_precision(metrics.match_ranking(ranking, identity, np.arange(len(ranking))), relevant)
 
 
 def metric_arrays(folder: str, scale: str, **_) -> dict:

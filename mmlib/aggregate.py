@@ -40,14 +40,6 @@ def _einsum(equation: str, *operands: Tensor) -> Tensor:
         return torch.einsum(equation, *operands)
 
 
-def require_scores(user: str, **scores: Maybe) -> list[Tensor]:
-    """Return the scores that ``user`` needs, or refuse to go on without one, by name."""
-    for name, value in scores.items():
-        if value is None:
-            raise ValueError(f"{user} needs {name} scores, but these clips have none ({name} is None)")
-    return [value for value in scores.values() if value is not None]
-
-
 def _average(x: Tensor, weight: Tensor) -> Tensor:
     """Divide the weighted sum by the total; weight is zero where padded."""
     total = weight.sum(dim=1)
@@ -72,7 +64,6 @@ def seefun_weight(quality: Tensor, det: Tensor) -> Tensor:
     W = 0 for quality <= 0, .2 up to 20, .3 up to 30, .6 up to 60, 1 above (each edge inclusive). Source: the 2019
     solution of seefun (MAP .8983, faces only), whose text says 60 and whose code says 40.
     """
-    require_scores("quality-weighted pooling", quality=quality, det=det)
     edge = torch.tensor([0.0, 20.0, 30.0, 60.0], device=quality.device, dtype=quality.dtype)
     level = torch.tensor([0.0, 0.2, 0.3, 0.6, 1.0], device=quality.device, dtype=quality.dtype)
     return quality * det * level[torch.bucketize(quality.contiguous(), edge)]
@@ -94,7 +85,6 @@ def best_half_pool(x: Tensor, mask: Tensor, quality: Tensor) -> Tensor:
     Frames that tie with the last one kept are kept too, else their order would decide. Source: the 2019 solution of
     zheey.
     """
-    require_scores("pooling of the best half", quality=quality)
     quality = torch.where(mask, quality, -torch.inf)
     ordered = F.pad(quality.sort(dim=1, descending=True).values, (0, 1))  # padded, so that T may be 0
     last = (mask.sum(dim=1, keepdim=True) - 1).clamp(min=0) // 2
@@ -104,9 +94,8 @@ def best_half_pool(x: Tensor, mask: Tensor, quality: Tensor) -> Tensor:
 # Attention over frames: each takes `scores` (B, T, S), further coordinates of every frame, apart from x.
 
 
-def frame_scores(quality: Maybe, det: Maybe) -> Tensor:
+def frame_scores(quality: Tensor, det: Tensor) -> Tensor:
     """Return quality / 100 and det of each frame, (B, T, 2), what the 2019 code appends to the raw embeddings."""
-    quality, det = require_scores("scores=True", quality=quality, det=det)
     return torch.stack([quality / QUALITY_UNIT, det], dim=-1)
 
 
@@ -268,8 +257,6 @@ class CodedAttention(Aggregator):
 
     def __init__(self, dim: int, *, frames: int = 40):
         super().__init__()
-        if frames < 2:
-            raise ValueError(f"frames must be at least 2, got {frames!r}")
         half = frames // 2
         self.frames = frames
         self.out_dim = dim + 2
@@ -282,8 +269,6 @@ class CodedAttention(Aggregator):
         self.query = nn.Parameter(torch.zeros(self.out_dim))
 
     def forward(self, x: Tensor, mask: Tensor, quality: Maybe = None, det: Maybe = None) -> Tensor:
-        if x.shape[1] != self.frames:
-            raise ValueError(f"CodedAttention needs exactly {self.frames} frames a clip, got T = {x.shape[1]}")
         scores = frame_scores(quality, det)
         with torch.autocast(x.device.type, enabled=False):
             gram, own = self._products(x, scores)
@@ -383,10 +368,3 @@ AGGREGATORS: dict[str, Callable[[int], Aggregator]] = {
 }
 LEARNED = {name for name in AGGREGATORS if name not in ("mean", "norm", "quality", "best half")}
 NEEDS_SCORES = {name for name in AGGREGATORS if "scores" in name} | {"quality", "best half", "as coded"}
-
-
-def make_aggregator(name: str, dim: int) -> Aggregator:
-    """Build an aggregator of ``AGGREGATORS`` for embeddings of width ``dim``."""
-    if name not in AGGREGATORS:
-        raise ValueError(f"aggregator must be one of {', '.join(AGGREGATORS)}, got {name!r}")
-    return AGGREGATORS[name](dim)

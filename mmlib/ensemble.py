@@ -67,9 +67,6 @@ class Together:
     """
 
     def __init__(self, models: list[IdentityModel]):
-        shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in models]
-        if any(shape != shapes[0] for shape in shapes):
-            raise ValueError("models that are trained together must have the same parameters, of the same shapes")
         self.models = [model.train() for model in models]
         named = [model.named_modules() for model in models]
         self._drops = [{f"{name}.keep": layer for name, layer in part if isinstance(layer, Dropout)} for part in named]

@@ -174,8 +174,6 @@ class Experiment:
 
     def second(self) -> Experiment:
         """Return the experiment of the fallback's model."""
-        if self.fallback is None:
-            raise ValueError("an experiment without a fallback has no second model")
         asked, training = self.fallback, replace(self.training, lr=self.fallback.lr or self.training.lr)
         alone = replace(self, modality=None, context=asked.context, concat="none", fusion="concat", fallback=None)
         return replace(alone, aggregator="norm", members=asked.members, regions=2 * self.regions, training=training)

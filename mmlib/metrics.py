@@ -5,8 +5,8 @@ identity, so that every interval and comparison can be recomputed later.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,9 +18,8 @@ _CHUNK = 2_000_000  # random numbers held at once by the resampling functions
 Lines = tuple[Sequence, Sequence[Sequence]]  # identities, and for each its clips
 
 
-@dataclass(frozen=True)
-class Score:
-    """Keep what a submission scored: identities (Q,), the AP of each, and the share whose first clip is relevant."""
+class Score(NamedTuple):
+    """Hold what a submission scored: identities (Q,), the AP of each, and the share whose first clip is relevant."""
 
     identities: np.ndarray
     ap: np.ndarray
@@ -28,7 +27,6 @@ class Score:
 
     @property
     def map_at_k(self) -> float:
-        """Mean of ap over the queries."""
         return float(self.ap.mean())
 
 
@@ -49,21 +47,14 @@ def average_precision(hits: np.ndarray, relevant: np.ndarray, *, rule: str = "re
     >>> [average_precision(*one, rule=rule).round(3).item() for rule in AP_RULES]
     [0.208, 0.333, 0.833, 0.198]
     """
-    if rule not in AP_RULES:
-        raise ValueError(f"rule must be one of {', '.join(AP_RULES)}, got {rule!r}")
-    hits, relevant = np.asarray(hits, bool), np.asarray(relevant)
-    found = hits.cumsum(axis=1)
-    total = found[:, -1] if hits.shape[1] else np.zeros(len(hits), int)
-    if (total > relevant).any():
-        row = int(np.argmax(total > relevant))
-        raise ValueError(f"query {row} has {total[row]} hits, but relevant says {relevant[row]}")
-    rank = np.arange(1, hits.shape[1] + 1)
+    found, rank = hits.cumsum(axis=1), np.arange(1, hits.shape[1] + 1)
     precision = found / rank
     if rule == "trapezoid":
         before = (found - hits) / np.maximum(rank - 1, 1)
         before[:, :1] = 1.0
         precision = (precision + before) / 2
-    divisor = {"capped": np.minimum(relevant, hits.shape[1]), "found": total}.get(rule, relevant)
+    capped, all_found = np.minimum(relevant, hits.shape[1]), hits.sum(axis=1)
+    divisor = {"relevant": relevant, "capped": capped, "found": all_found, "trapezoid": relevant}[rule]
     return (precision * hits).sum(axis=1) / np.maximum(divisor, 1)
 
 
@@ -89,8 +80,9 @@ def official_score(truth: Lines, result: Lines, *, k: int = 100) -> Score:
     >>> official_score(truth, (["1"], [["a", "x", "b"]])).map_at_k == (1 + 2 / 3) / 2 / 2
     True
     """
-    (names, relevant), (submitted, length) = _lines(truth, "truth"), _lines(result, "result")
-    if not names:
+    names, submitted = truth[0], result[0]
+    relevant, length = (np.array([*map(len, lines[1])], int) for lines in (truth, result))
+    if not len(names):
         raise ValueError("truth has no line, so there is nothing to score")
     if len(submitted) > len(names):
         raise ValueError(f"result has {len(submitted)} lines, more than the {len(names)} of the ground truth")
@@ -112,27 +104,13 @@ def official_score(truth: Lines, result: Lines, *, k: int = 100) -> Score:
     return Score(np.asarray(names), average_precision(hits, relevant), float(hits[:, 0].mean()))
 
 
-def match_ranking(
-    ranking: np.ndarray, gallery_identity: np.ndarray, query_codes: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Say which ranked clips are relevant, hits (Q, K), and how many of the gallery are, relevant (Q,).
+def match_ranking(ranking: np.ndarray, gallery_identity: np.ndarray, query_codes: np.ndarray) -> np.ndarray:
+    """Say which ranked clips are relevant, (Q, K).
 
     ranking (Q, K) gallery rows, best first, -1 beyond its end; gallery_identity (N,) identity codes, -1 for
     nobody on the list; query_codes (Q,) whose ranking each row is.
     """
-    ranking, gallery_identity, query_codes = map(np.asarray, (ranking, gallery_identity, query_codes))
-    if ranking.ndim != 2 or len(ranking) != len(query_codes):
-        raise ValueError(f"ranking has shape {ranking.shape}, expected {len(query_codes)} rows, one for each query")
-    if ranking.size and not -1 <= ranking.min() <= ranking.max() < len(gallery_identity):
-        raise ValueError(f"ranking has gallery rows {ranking.min()}..{ranking.max()} of {len(gallery_identity)}")
-    _refuse_rows((ranking[:, 1:] >= 0) & (ranking[:, :-1] < 0), query_codes, "has a gap (-1 before a clip)")
-    ordered = np.sort(ranking, axis=1)
-    _refuse_rows((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0), query_codes, "names a clip twice")
-    known = gallery_identity[gallery_identity >= 0]
-    relevant = np.bincount(known, minlength=int(query_codes.max(initial=0)) + 1)[query_codes]
-    if len(gallery_identity) == 0:  # nothing to look up: every place is -1
-        return np.zeros(ranking.shape, bool), relevant
-    return (ranking >= 0) & (gallery_identity[ranking] == query_codes[:, None]), relevant
+    return (ranking >= 0) & (gallery_identity[ranking] == query_codes[:, None])
 
 
 def clip_precision(ranking: np.ndarray, hits: np.ndarray, gallery: int) -> np.ndarray:
@@ -153,7 +131,7 @@ def clip_precision(ranking: np.ndarray, hits: np.ndarray, gallery: int) -> np.nd
 
 def standard_error(ap: np.ndarray) -> float:
     """Standard error of a mean AP over identities: sd / sqrt(Q), with Q - 1 in the variance; NaN for one identity."""
-    ap = _finite(ap, "ap")
+    ap = np.asarray(ap, float)
     return float(stats.sem(ap)) if len(ap) > 1 else np.nan
 
 
@@ -162,7 +140,7 @@ def bootstrap_interval(ap: np.ndarray, *, level: float = 0.95, draws: int = 2000
 
     One identity says nothing of the spread: both ends are then NaN.
     """
-    ap, rng = _finite(ap, "ap"), np.random.default_rng(seed)
+    ap, rng = np.asarray(ap, float), np.random.default_rng(seed)
     if len(ap) == 1:
         return np.nan, np.nan
     sizes = _pieces(draws, len(ap))
@@ -177,9 +155,8 @@ def _pieces(draws: int, width: int) -> list[int]:
     return [min(step, draws - done) for done in range(0, draws, step)]
 
 
-@dataclass(frozen=True)
-class Paired:
-    """Keep a comparison of two runs on the same n identities: a minus b, its interval, and its p value."""
+class Paired(NamedTuple):
+    """Hold a comparison of two runs on the same n identities: a minus b, its interval, and its p value."""
 
     difference: float
     low: float
@@ -198,7 +175,6 @@ def paired_test(ap_a: np.ndarray, ap_b: np.ndarray, *, level: float = 0.95, draw
     >>> paired_test(np.array([0.75, 0.5]), np.array([0.25, 0.5])).difference
     0.25
     """
-    ap_a, ap_b = _finite(ap_a, "ap_a"), _finite(ap_b, "ap_b")
     if ap_a.shape != ap_b.shape:
         raise ValueError(f"ap_a has {len(ap_a)} identities and ap_b {len(ap_b)}; a paired test needs the same ones")
     difference = ap_a - ap_b
@@ -214,9 +190,8 @@ def paired_test(ap_a: np.ndarray, ap_b: np.ndarray, *, level: float = 0.95, draw
     return Paired(float(difference.mean()), low, high, float((1 + extreme.sum()) / (1 + draws)), len(difference))
 
 
-@dataclass(frozen=True)
-class OverWorlds:
-    """Keep the mean of a quantity over n worlds, its t interval, and the spread (sd) from world to world."""
+class OverWorlds(NamedTuple):
+    """Hold the mean of a quantity over n worlds, its t interval, and the spread (sd) from world to world."""
 
     mean: float
     low: float
@@ -230,32 +205,8 @@ def over_worlds(differences: np.ndarray, *, level: float = 0.95) -> OverWorlds:
 
     One world says nothing of the spread: low, high and sd are then NaN.
     """
-    value = _finite(differences, "differences")
+    value = np.asarray(differences, float)
     if len(value) == 1:
         return OverWorlds(float(value[0]), np.nan, np.nan, np.nan, 1)
     mean, half = float(value.mean()), float(stats.t.ppf((1 + level) / 2, len(value) - 1) * stats.sem(value))
     return OverWorlds(mean, mean - half, mean + half, float(value.std(ddof=1)), len(value))
-
-
-def _lines(lines: Lines, name: str) -> tuple[list, np.ndarray]:
-    """Return the identities, and how many clips each has."""
-    identities, clips = list(lines[0]), lines[1]
-    if len(identities) != len(clips):
-        raise ValueError(f"{name} has {len(identities)} identities but {len(clips)} lists of clips")
-    return identities, np.array([len(part) for part in clips], int)
-
-
-def _refuse_rows(bad: np.ndarray, query_codes: np.ndarray, what: str) -> None:
-    rows = bad.any(axis=1)
-    if rows.any():
-        raise ValueError(f"the ranking of identity {query_codes[np.argmax(rows)]} {what}")
-
-
-def _finite(value: np.ndarray, name: str) -> np.ndarray:
-    value = np.asarray(value, float)
-    if value.ndim != 1 or len(value) == 0:
-        raise ValueError(f"{name} must be one value a query or world, got shape {value.shape}")
-    if not np.isfinite(value).all():
-        place = int(np.argmin(np.isfinite(value)))
-        raise ValueError(f"{name} must be finite, got {value[place]} at {place}")
-    return value

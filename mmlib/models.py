@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmlib.aggregate import CONCATS, QUALITY_UNIT, Aggregator, Maybe, require_scores
+from mmlib.aggregate import QUALITY_UNIT, Aggregator, Maybe
 
 Discard = tuple[int, int] | None  # a block of blocks
 Contexts = dict[str, tuple[Tensor, Tensor]] | None  # by name the feature (B, D) and whether a clip has it (B,)
@@ -37,8 +37,6 @@ class Dropout(nn.Module):
     that a model sees the same masks whether it is trained alone or beside others; left empty, every pass draws its own
     from torch's generator.
     """
-
-    keep: Tensor
 
     def __init__(self, width: int, p: float):
         super().__init__()
@@ -64,12 +62,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
     need two rows: with fewer, nothing is learned and the running ones stay.
     """
 
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-    momentum: float
-
-    def forward(self, x: Tensor, present: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, present: Tensor) -> Tensor:
         mean, variance = self.running_mean, self.running_var
         if self.training:
             weight = present.to(mean.dtype)
@@ -178,12 +171,6 @@ class IdentityModel(nn.Module):
         discard: Discard = None,
     ):
         super().__init__()
-        if concat not in CONCATS:
-            raise ValueError(f"concat must be one of {', '.join(CONCATS)}, got {concat!r}")
-        if head not in ("cosine", "dot"):
-            raise ValueError(f"head must be cosine or dot, got {head!r}")
-        if aggregator is None and (gated or not contexts or concat != "none"):
-            raise ValueError("a model without an aggregator has at least one context, no gates and no scores to append")
         self.aggregator, self.concat, self.head, self.discard = aggregator, concat, head, discard
         own = 0 if aggregator is None else aggregator.out_dim + 2 * (concat in ("normalised", "raw"))
         kept = {name: kept_width(width, discard) for name, width in (contexts or {}).items()}
@@ -219,7 +206,6 @@ class IdentityModel(nn.Module):
             norm = feature.norm(dim=1, keepdim=True)
             feature = feature / torch.where(norm > 0, norm, 1.0)  # F.normalize has a slope of 1e12 at a zero feature
         if self.concat in ("normalised", "raw"):
-            quality, det = require_scores("concat", quality=quality, det=det)
             weight = mask / mask.sum(1, keepdim=True).clamp(min=1)
             scores = torch.stack([(quality * weight).sum(1) / QUALITY_UNIT, (det * weight).sum(1)], 1)
             feature = torch.cat([feature, scores.to(feature.dtype)], dim=1)
@@ -262,11 +248,8 @@ def within_class_whitening(feature: Tensor, label: Tensor, *, shrinkage: float) 
     feature (n, D), label (n,).  The pooled covariance of deviations from the class mean is shrunk towards its
     average variance by ``shrinkage`` in [0, 1] before it is inverted; W is its symmetric inverse square root.
     """
-    if not 0 <= shrinkage <= 1:
-        raise ValueError(f"shrinkage must lie in [0, 1], got {shrinkage}")
-    identities = int(label.max()) + 1
     x = feature.double()
-    deviation = x - class_means(x, label, identities)[label]
+    deviation = x - class_means(x, label, int(label.max()) + 1)[label]
     freedom = max(1, len(x) - len(torch.unique(label)))  # one mean an identity is estimated
     covariance = deviation.T @ deviation / freedom
     variance = covariance.diagonal().mean()

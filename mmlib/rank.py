@@ -30,15 +30,10 @@ def top_k(score_blocks: Iterable[tuple[Tensor, Tensor]], *, k: int = 100) -> Ran
     Exact in float32 and independent of how the clips are cut into blocks or ordered: equal scores rank by the
     lower gallery row. NaN has no place in an order and is refused. Each gallery row may come once.
     """
-    _require_k(k)
     best = None
     for rows, scores in score_blocks:
-        if scores.dim() != 2 or not scores.shape[1] or len(rows) != len(scores):
-            raise ValueError(f"{len(rows)} gallery rows came with scores of shape {tuple(scores.shape)}")
         if best is None:
             best = torch.full((scores.shape[1], k), _NOTHING, device=scores.device)
-        if scores.shape[1] != len(best):
-            raise ValueError(f"a block has scores for {scores.shape[1]} identities, the first had {len(best)}")
         step = max(1, _PIECE // max(1, len(rows)))
         for kept, part in zip(best.split(step), scores.split(step, dim=1)):
             new = _candidates(part.float(), rows, bar=_score(kept[:, -1]))
@@ -64,43 +59,17 @@ def _candidates(scores: Tensor, rows: Tensor, bar: Tensor) -> Tensor:
 
 @torch.no_grad()
 def merge(rankings: Iterable[Ranking], *, k: int = 100) -> Ranking:
-    """Merge rankings of parts of a gallery into the ranking of the whole, best first.
+    """Merge rankings of parts of a gallery, with k clips or more where there are, into that of the whole, best first.
 
-    Each ranking has the rows of the whole gallery in clip, the same identities, and k clips or more of each unless its
-    part has no more. Equal scores rank by the lower row, so neither the order of the parts nor their cuts matter, and
-    merged rankings can be merged again.
+    Equal scores rank by the lower row of the whole gallery, so neither the order of the parts nor their cuts matter,
+    and merged rankings can be merged again.
 
     >>> one, two = (Ranking(torch.tensor([[clip]]), torch.tensor([[0.5]])) for clip in (7, 3))
     >>> merge([one, two], k=1).clip
     tensor([[3]])
     """
-    _require_k(k)
-    rankings = list(rankings)
-    if not rankings:
-        raise ValueError("rankings is empty: there is nothing to merge")
-    for place, (clip, score) in enumerate(rankings):
-        if clip.dim() != 2 or clip.shape != score.shape:
-            raise ValueError(f"ranking {place} has clip of shape {tuple(clip.shape)} and score of {tuple(score.shape)}")
-        if len(clip) != len(rankings[0].clip):
-            raise ValueError(f"ranking {place} is of {len(clip)} identities, the first of {len(rankings[0].clip)}")
-        if clip.shape[1] < k and (clip[:, -1:] >= 0).any():
-            raise ValueError(f"ranking {place} is cut after {clip.shape[1]} clips of an identity: k cannot be {k}")
-    best, step = [], max(1, _PIECE // sum(ranking.clip.shape[1] for ranking in rankings))
-    for first in range(0, len(rankings[0].clip), step):
-        clip, score = (torch.cat([part[first : first + step] for part in column], dim=1) for column in zip(*rankings))
-        ordered = clip.sort(dim=1).values
-        twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).nonzero()
-        if len(twice):
-            identity, place = twice[0].tolist()
-            raise ValueError(f"clip {int(ordered[identity, place])} comes twice for identity {first + identity}")
-        key = torch.where(clip >= 0, _key(score.float().where(clip >= 0, 0.0), clip), _NOTHING)
-        best.append(F.pad(key, (0, k), value=_NOTHING).topk(k, dim=1).values)
-    return _unpacked(torch.cat(best))
-
-
-def _require_k(k: int) -> None:
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k!r}")
+    keys = [torch.where(clip >= 0, _key(score, clip), _NOTHING) for clip, score in rankings]
+    return _unpacked(F.pad(torch.cat(keys, dim=1), (0, k), value=_NOTHING).topk(k, dim=1).values)
 
 
 def _key(score: Tensor, row: Tensor) -> Tensor:
@@ -137,39 +106,31 @@ def combine_scores(cosines: Iterable[Tensor], how: str, *, scale: float) -> Tens
     >>> combine_scores([torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]])], "cosine", scale=1.0)
     tensor([[0.5000, 0.0000]])
     """
-    if how not in COMBINE[:3]:
-        raise ValueError(f"how must be one of {', '.join(COMBINE[:3])}, got {how!r}")
-    total, members = None, 0
+    total, members = torch.zeros(()), 0
     for cosine in cosines:
         score = cosine.float()
         if how != "cosine":
             score = (torch.log_softmax if how == "log softmax" else torch.softmax)(scale * score, dim=1)
-        total, members = score if total is None else total + score, members + 1
-    if total is None:
-        raise ValueError("there is no member whose scores could be averaged")
-    return total if members == 1 else total / members
+        total, members = total + score, members + 1
+    return total / members
 
 
 @torch.no_grad()
-def fuse_ranks(rankings: Iterable[Ranking], *, k: int = 100, constant: int = 60) -> Ranking:
-    """Fuse rankings by the reciprocal of the rank: score of a clip = sum over rankings of 1 / (constant + rank).
+def fuse_ranks(rankings: Iterable[Ranking], *, k: int = 100) -> Ranking:
+    """Fuse rankings by the reciprocal of the rank: score of a clip = sum over rankings of 1 / (60 + rank).
 
     A clip that a ranking does not list gets nothing from it. Equal scores rank by the lower gallery row. Of the
-    rankings, which may be made one after another, only the rows are held. Source: Cormack et al., SIGIR 2009, where
-    the constant is 60.
+    rankings, which may be made one after another, only the rows are held. Source: Cormack et al., SIGIR 2009.
 
     >>> one, two = (Ranking(torch.tensor([clips]), torch.zeros(1, 2)) for clips in ([7, 3], [3, 5]))
     >>> fuse_ranks([one, two], k=2).clip
     tensor([[3, 7]])
     """
     clips = [ranking.clip.int() for ranking in rankings]  # half of what the members' rankings would hold together
-    if not clips:
-        raise ValueError("rankings is empty: there is nothing to fuse")
-    device, widths = clips[0].device, [clip.shape[1] for clip in clips]
-    rank = torch.cat([torch.arange(width, dtype=torch.float64, device=device) for width in widths])
-    share, step = 1 / (constant + 1 + rank), max(1, _PIECE // max(1, len(rank)))
-    parts = zip(*(clip.split(step) for clip in clips))
-    clip, score = (torch.cat(column) for column in zip(*(_fused(torch.cat(part, dim=1), share, k) for part in parts)))
+    rank = torch.cat([torch.arange(1.0, 1 + clip.shape[1], dtype=torch.float64, device=clip.device) for clip in clips])
+    share, step = 1 / (60 + rank), max(1, _PIECE // len(rank))
+    parts = [_fused(torch.cat(part, dim=1), share, k) for part in zip(*(clip.split(step) for clip in clips))]
+    clip, score = (torch.cat(column) for column in zip(*parts))
     return Ranking(clip.long(), score)
 
 

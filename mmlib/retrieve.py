@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmlib import ensemble, metrics, rank
-from mmlib.aggregate import NEEDS_SCORES, make_aggregator
+from mmlib.aggregate import AGGREGATORS, NEEDS_SCORES
 from mmlib.data.calibration import QUALITY_EDGES
 from mmlib.data.store import ClipStore
 from mmlib.experiment import TRAINED, Experiment, torch_device
@@ -121,7 +121,7 @@ def make_model(experiment: Experiment, store: ClipStore, member: int = 0) -> Ide
     discard = (member, e.regions) if e.ensemble == "views" else None
     with seeded(ensemble.member_seed(e.seed, member)):
         return IdentityModel(
-            None if e.modality is None else make_aggregator(e.aggregator, kept_width(widths[e.modality], discard)),
+            None if e.modality is None else AGGREGATORS[e.aggregator](kept_width(widths[e.modality], discard)),
             len(store.identities) + (e.distractors == "class"),
             dropout=e.dropout,
             hidden=e.hidden if e.classifier == "mlp" else 0,
@@ -332,7 +332,7 @@ def rank_clips(e: Experiment, store: ClipStore, trained: Trained, part: slice = 
     best, score = found.clip.cpu().numpy(), found.score.cpu().numpy()
     relevant = np.bincount(store.identity_of(store.select(e.split, labelled=True)), minlength=classes)
     queries = np.flatnonzero(relevant)
-    hits, _ = metrics.match_ranking(best[queries], store.identity_of(gallery), queries)
+    hits = metrics.match_ranking(best[queries], store.identity_of(gallery), queries)
     asked = (queries, best[queries], hits, relevant[queries])
     return Retrieval(gallery, best, score, predicted, by_member, members, *asked)
 

@@ -2,7 +2,7 @@
 
 Every member of the ensemble is saved when it is trained, in a folder beside the result, and so is the ranking of every
 shard of the clips: a run that was killed goes on where it was, and ends with the result of an unbroken one.  Processes
-on one machine, and commands on many (``predict_shard``), share members and shards by claiming them.
+on one machine, and commands on many, each with a shard, share members and shards by claiming them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import hashlib
 import io
 import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,10 +31,9 @@ from mmlib.retrieve import Key, Member
 from mmlib.systems import SYSTEMS, with_members, without_scores
 
 
-@dataclass(frozen=True)
-class Report:
-    """What came of a command: members trained, by it or by one beside it, and members that were there before; shards
-    ranked, likewise; and all of it in lines for a terminal.
+class Report(NamedTuple):
+    """Hold what came of a command: members trained, by it or by one beside it, and members that were there before;
+    shards ranked, likewise; and all of it in lines for a terminal.
     """
 
     trained: int
@@ -47,10 +46,11 @@ def predict(
     store_path: str | Path,
     out: str | Path,
     *,
+    shard: int | None = None,
+    shards: int | None = None,
     labelled_only: bool = False,
     overwrite: bool = False,
     keep_members: bool = False,
-    shards: int | None = None,
     device: str = "auto",
     progress: bool = False,
     **options,
@@ -61,86 +61,77 @@ def predict(
     exists is refused unless ``overwrite``, and is replaced when the new one is complete.  Members that an earlier
     run of the same system, store and library left in ``members_folder`` are used, whatever split they were for and
     whatever device they were trained on; the files are removed once the result is there, unless ``keep_members``.
-    shards: merge so many, those of ``predict_shard`` and, where one is missing, one's own; the result is the same.
+
+    shard: rank that one of ``shards`` parts of the gallery, in [1, shards], and leave it in the folder; processes that
+    do so at the same time, on machines that share it, train the members together.  shards without a shard: merge those,
+    ranking what is missing; the result is that of a run in one piece.
     """
     began, out, folder = time.perf_counter(), Path(out), members_folder(out)
     _check_target(out, overwrite)
+    if shard is not None and not 1 <= shard <= (shards or 1):
+        raise ValueError(f"shard must lie in [1, {shards}], got {shard}")
     store = ClipStore.open(store_path)
     e, unscored = system_on(store, **options)
     labelled = np.unique(store.identity_of(store.select(e.split, labelled=True)))
     identities = labelled if labelled_only else np.arange(len(store.identities))
     if not len(identities):
         raise ValueError(f"{store.path}: no labelled {e.split} clip, so labelled-only leaves no identity")
-    with _kept_tidy(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
         work = Work(e, folder, device, shards)
-        every = list(range(1, work.shards + 1))
-        trained, loaded, ranked = work.rank_shards(every, progress)
-        best = rank.merge([_read_shard(work.shard(number)) for number in every], k=RESULT_LIMIT).clip.numpy()
-        names = store.clips["clip"].to_numpy(object)[work.gallery]
-        _check_target(out, overwrite)
-        write_result(out, [*store.identities[identities]], best[identities], names)
-        work.remove(keep_members)
+        every = range(1, work.shards + 1)
+        trained, loaded, ranked = work.rank_shards([*every] if shard is None else [shard], progress)
+        if shard is None:
+            best = rank.merge([_read_shard(work.shard(number)) for number in every], k=RESULT_LIMIT).clip.numpy()
+            names = store.clips["clip"].to_numpy(object)[work.gallery]
+            _check_target(out, overwrite)
+            write_result(out, [*store.identities[identities]], best[identities], names)
+            work.remove(keep_members)
         foreign = len({*folder.glob("*.pt")} - {*work.members.values()})
+    finally:
+        remove_locks(folder)
+        with suppress(OSError):  # others need what is in it
+            folder.rmdir()
+    members = (True, f"members: {trained} trained, {loaded} loaded")
+    if shard is None:
+        said = [
+            (True, f"wrote {out}: {len(identities)} identities, at most {RESULT_LIMIT} clips each"),
+            (shards, f"shards: {shards} merged"),
+            members,
+            (unscored, f"without {' and '.join(unscored)} scores: norms weight the frames"),
+            *_counts(work, identities, labelled),
+            (keep_members, f"kept {folder}: {trained + loaded} members"),
+            (foreign, f"left in {folder}: {foreign} members of other runs"),
+        ]
+    else:
+        rows = np.concatenate(work.blocks[work.part(shard)])
+        clips = f"clips {rows[0] + 1} to {rows[-1] + 1} of {len(work.gallery)}"
+        ranking = (True, f"shard {shard} of {shards} {'ranked' if ranked else 'was there already:'} {clips}")
+        said = [ranking, members, (True, f"kept {folder} for the merge of the shards")]
+    said += [
+        (True, f"{time.perf_counter() - began:.1f} s"),
+        (store.meta["simulated"], "simulated: no score on it is a result on the challenge"),
+    ]
+    return Report(trained, loaded, ranked, [line for shown, line in said if shown])
+
+
+def _counts(work: Work, identities: np.ndarray, labelled: np.ndarray) -> list[tuple]:
+    """Count the clips and identities that lack something: whether a line is shown, and the line."""
+    e, store = work.experiment, work.store
     has = {name: source.count[work.gallery] > 0 for name, source in store.modalities.items()}
     clips, first = len(store.select(e.split)), has[e.modality or "face"]
     second = " or ".join(e.fallback.context) if e.fallback else ""
     untrained = len(np.setdiff1d(identities, store.identity_of(retrieve.training_clips(e, store))))
     unlabelled = len(np.setdiff1d(identities, labelled)) if e.split == "val" else 0
     lacking = "a ground truth that does not list them may refuse their lines, and --labelled-only leaves them out"
-    said = [
-        (True, f"wrote {out}: {len(identities)} identities, at most {RESULT_LIMIT} clips each"),
-        (shards, f"shards: {shards} merged"),
-        (True, f"members: {trained} trained, {loaded} loaded"),
-        (unscored, f"without {' and '.join(unscored)} scores: norms weight the frames"),
+    return [
         (True, f"{e.split}: {clips} clips, {len(first)} ranked"),
         (second, f"without {e.modality}, ranked by {second} alone: {(~first).sum()} clips"),
         *((True, f"with {e.modality} and without {name}: {(first & ~has[name]).sum()} clips") for name in e.context),
         (True, f"without {e.modality}{f' or {second}' * bool(second)}, not ranked: {clips - len(first)} clips"),
         (untrained, f"without a train clip, ranked by chance: {untrained} identities"),
         (unlabelled, f"without a labelled val clip: {unlabelled} identities; {lacking}"),
-        (keep_members, f"kept {folder}: {trained + loaded} members"),
-        (foreign, f"left in {folder}: {foreign} members of other runs"),
     ]
-    return Report(trained, loaded, ranked, [line for shown, line in said if shown] + _ending(store, began))
-
-
-def predict_shard(
-    store_path: str | Path,
-    out: str | Path,
-    shard: int,
-    shards: int,
-    *,
-    overwrite: bool = False,
-    device: str = "auto",
-    progress: bool = False,
-    **options,
-) -> Report:
-    """Rank one of ``shards`` parts of the gallery, ``shard`` in [1, shards], and keep it in ``members_folder``.
-
-    Processes that do so at the same time, on machines that share the folder, train the members together.  The other
-    arguments as for ``predict``, which merges the shards and must be given the same ones.
-    """
-    began, out, folder = time.perf_counter(), Path(out), members_folder(out)
-    _check_target(out, overwrite)
-    if not 1 <= shard <= shards:
-        raise ValueError(f"shard must lie in [1, {shards}], got {shard}")
-    store = ClipStore.open(store_path)
-    with _kept_tidy(folder):
-        work = Work(system_on(store, **options)[0], folder, device, shards)
-        trained, loaded, ranked = work.rank_shards([shard], progress)
-    blocks = work.blocks[work.part(shard)]
-    clips = f"clips {blocks[0][0] + 1} to {blocks[-1][-1] + 1} of {len(work.gallery)}"
-    lines = [
-        f"shard {shard} of {shards} {'ranked' if ranked else 'was there already:'} {clips}",
-        f"members: {trained} trained, {loaded} loaded",
-        f"kept {folder} for the merge of the shards",
-    ]
-    return Report(trained, loaded, ranked, lines + _ending(store, began))
-
-
-def _ending(store: ClipStore, began: float) -> list[str]:
-    said = "simulated: no score on it is a result on the challenge"
-    return [f"{time.perf_counter() - began:.1f} s", *([said] if store.meta["simulated"] else [])]
 
 
 class Work:
@@ -152,7 +143,11 @@ class Work:
 
     def __init__(self, experiment: Experiment, folder: Path, device: str, shards: int | None):
         self.experiment, self.folder, self.device, self.at = experiment, folder, device, torch_device(device)
+        self.store = ClipStore.open(experiment.data)
         retrieve.training_clips(experiment, self.store)  # refuses a store that has none, before the folder holds a lock
+        self.gallery = retrieve.ranked_gallery(experiment, self.store)
+        self.blocks = retrieve.blocks_of(experiment, self.store, self.gallery)
+        self.trained: dict[Key, Member] = {}
         keys, blocks = retrieve.members_of(experiment), len(self.blocks)
         self.shards = min(workers(len(keys), device), blocks) if shards is None else shards
         if not 1 <= self.shards <= blocks:
@@ -162,33 +157,16 @@ class Work:
         self.members = {(b, number): folder / f"{_hashed(said[b], number)}.pt" for b, number in keys}
         self.name = _hashed(experiment.key(), "ranked")
 
-    def __getstate__(self) -> dict:
-        """Leave out what another process opens and loads itself."""
-        own = ("store", "gallery", "blocks", "models")
-        return {name: value for name, value in vars(self).items() if name not in own}
-
-    @cached_property
-    def store(self) -> ClipStore:
-        return ClipStore.open(self.experiment.data)
-
-    @cached_property
-    def gallery(self) -> np.ndarray:
-        return retrieve.ranked_gallery(self.experiment, self.store)
-
-    @cached_property
-    def blocks(self) -> list[np.ndarray]:
-        return retrieve.blocks_of(self.experiment, self.store, self.gallery)
-
-    @cached_property
-    def models(self) -> dict[Key, Member]:
-        return {}
+    def __reduce__(self):
+        """Have another process open the store and load the members itself."""
+        return Work, (self.experiment, self.folder, self.device, self.shards)
 
     def load(self) -> dict[Key, Member]:
         """Return the members whose files are there."""
         for key, path in self.members.items():
-            if key not in self.models and path.exists():
-                self.models[key] = read_member(path, *key, self.store, self.at)
-        return self.models
+            if key not in self.trained and path.exists():
+                self.trained[key] = read_member(path, *key, self.store, self.at)
+        return self.trained
 
     def shard(self, number: int) -> Path:
         return self.folder / f"{self.name}-{number}-{self.shards}.npz"
@@ -226,7 +204,7 @@ class Work:
             for key, member in trained.items():
                 clear_partial(self.members[key])
                 write_member(self.members[key], member)
-        self.models.update(trained)
+        self.trained.update(trained)
         return len(mine), [key for key in group if key not in mine]
 
     def _rank(self, number: int, wait: float) -> tuple[int, int]:
@@ -258,18 +236,6 @@ def _read_shard(path: Path) -> rank.Ranking:
             return rank.Ranking(torch.from_numpy(arrays["clip"]), torch.from_numpy(arrays["score"]))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         raise ValueError(f"{path}: damaged, or not a shard; once it is removed, it is ranked again") from None
-
-
-@contextmanager
-def _kept_tidy(folder: Path) -> Iterator[None]:
-    """Make a folder, and leave no lock in it that nobody holds, nor the folder if it is empty."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        remove_locks(folder)
-        with suppress(OSError):
-            folder.rmdir()
 
 
 def members_folder(out: str | Path) -> Path:

@@ -479,29 +479,6 @@ def test_scores_add_two_pooled_dimensions():
 @pytest.mark.parametrize(
     "module",
     [
-        aggregate.NAN(DIM, scores=True),
-        aggregate.ChannelAttention(DIM, scores=True),
-        aggregate.CodedAttention(DIM, frames=4),
-    ],
-    ids=lambda module: type(module).__name__,
-)
-def test_scores_without_quality_are_refused(module):
-    x, mask, _, det = clips(lengths=(4,), dtype=torch.float32)
-    with pytest.raises(ValueError, match="scores=True needs quality scores"):
-        module(x, mask, None, det)
-
-
-def test_quality_pools_say_when_scores_are_missing():
-    x, mask, quality, _ = clips()
-    with pytest.raises(ValueError, match="needs det scores"):
-        aggregate.quality_pool(x, mask, quality, None)
-    with pytest.raises(ValueError, match="needs quality scores"):
-        aggregate.best_half_pool(x, mask, None)
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
         aggregate.NAN(DIM, two_blocks=True, scores=True),
         aggregate.ChannelAttention(DIM),
         aggregate.CodedAttention(DIM, frames=4),
@@ -524,17 +501,6 @@ def test_coded_attention_depends_on_the_order_of_frames():
     assert (module(*turned) - module(x, mask, quality, det)).abs().max() > 1e-3
 
 
-def test_coded_attention_refuses_another_number_of_frames():
-    x, mask, quality, det = clips(lengths=(7,))
-    with pytest.raises(ValueError, match="exactly 40 frames a clip, got T = 7"):
-        aggregate.CodedAttention(DIM)(x, mask, quality, det)
-
-
-def test_coded_attention_of_one_frame_is_refused():
-    with pytest.raises(ValueError, match="frames must be at least 2"):
-        aggregate.CodedAttention(DIM, frames=1)
-
-
 # Long clips
 
 
@@ -552,7 +518,7 @@ def test_channel_attention_in_blocks_of_rows_is_that_of_the_whole_map(name, monk
 def test_memory_for_a_long_clip_grows_with_its_length_alone(name, monkeypatch):
     """Of a clip of 600 frames of 8 numbers nothing is made that holds more than those frames and some rows of a map."""
     monkeypatch.setattr(aggregate, "_MAP", 20 * 600)
-    module, sizes = aggregate.make_aggregator(name, 8).eval(), []
+    module, sizes = aggregate.AGGREGATORS[name](8).eval(), []
     x, mask, quality, det = clips(dtype=torch.float32, lengths=(getattr(module, "frames", 600),), dim=8)
 
     class Watching(TorchDispatchMode):

@@ -71,16 +71,6 @@ def test_an_empty_ranking_has_ap_zero():
     assert metrics.average_precision(np.zeros((2, 0), bool), np.array([3, 1])).tolist() == [0, 0]
 
 
-def test_more_hits_than_relevant_clips_are_refused():
-    with pytest.raises(ValueError, match="query 1 has 2 hits, but relevant says 1"):
-        metrics.average_precision(np.array([[1, 0], [1, 1]], bool), np.array([1, 1]))
-
-
-def test_an_unknown_rule_is_refused():
-    with pytest.raises(ValueError, match="got 'mean'"):
-        metrics.average_precision(np.ones((1, 1), bool), np.ones(1, int), rule="mean")
-
-
 # The official rule, case by case
 
 
@@ -152,13 +142,6 @@ def test_identity_repeated_in_the_result_is_refused():
         metrics.official_score((["1", "2"], [["a"], ["b"]]), (["2", "2"], [["a"], ["b"]]))
 
 
-def test_lists_that_do_not_match_their_identities_are_refused():
-    with pytest.raises(ValueError, match="truth has 1 identities but 2 lists"):
-        metrics.official_score((["1"], [["a"], ["b"]]), (["1"], [["a"]]))
-    with pytest.raises(ValueError, match="result has 2 identities but 1 lists"):
-        metrics.official_score((["1", "2"], [["a"], ["b"]]), (["1", "2"], [["a"]]))
-
-
 def test_empty_ground_truth_is_refused():
     with pytest.raises(ValueError, match="nothing to score"):
         official({}, {})
@@ -200,7 +183,8 @@ def test_arrays_and_files_score_alike(seed, queries, clips, k):
     for row in ranking:
         chosen = rng.permutation(clips)[: rng.integers(0, min(k, clips) + 1)]
         row[: len(chosen)] = chosen
-    hits, relevant = metrics.match_ranking(ranking, identity, np.arange(queries))
+    hits = metrics.match_ranking(ranking, identity, np.arange(queries))
+    relevant = np.bincount(identity[identity >= 0], minlength=queries)
     truth = [[str(clip) for clip in np.flatnonzero(identity == query)] for query in range(queries)]
     result = [[str(clip) for clip in row[row >= 0]] for row in ranking]
     expected = metrics.official_score((range(queries), truth), (range(queries), result), k=k)
@@ -208,36 +192,9 @@ def test_arrays_and_files_score_alike(seed, queries, clips, k):
     assert expected.top1 == hits[:, 0].mean()
 
 
-@pytest.mark.parametrize(
-    ("ranking", "message"),
-    [
-        ([[0, 1, 0]], "identity 7 names a clip twice"),
-        ([[0, -1, 1]], "identity 7 has a gap"),
-        ([[0, 2]], r"gallery rows 0\.\.2 of 2"),
-        ([[-2, 0]], r"gallery rows -2\.\.0 of 2"),
-        ([[0], [1]], "expected 1 rows"),
-        ([0, 1], "expected 1 rows"),
-    ],
-)
-def test_malformed_rankings_are_refused(ranking, message):
-    with pytest.raises(ValueError, match=message):
-        metrics.match_ranking(np.array(ranking), np.array([7, -1]), np.array([7]))
-
-
-def test_the_identity_whose_ranking_is_malformed_is_named():
-    with pytest.raises(ValueError, match="identity 9 names a clip twice"):
-        metrics.match_ranking(np.array([[0, 1], [1, 1]]), np.array([7, 9]), np.array([7, 9]))
-
-
-def test_hits_and_relevant_clips_by_hand():
-    hits, relevant = metrics.match_ranking(np.array([[2, 0, 1], [1, -1, -1]]), np.array([4, -1, 4]), np.array([4, 6]))
+def test_hits_by_hand():
+    hits = metrics.match_ranking(np.array([[2, 0, 1], [1, -1, -1]]), np.array([4, -1, 4]), np.array([4, 6]))
     assert hits.tolist() == [[True, True, False], [False, False, False]]
-    assert relevant.tolist() == [2, 0]
-
-
-def test_an_empty_gallery_has_no_hits():
-    hits, relevant = metrics.match_ranking(np.full((2, 3), -1), np.zeros(0, int), np.arange(2))
-    assert not hits.any() and relevant.tolist() == [0, 0]
 
 
 def test_precision_of_a_clip_is_that_at_its_rank_in_its_identitys_ranking():
@@ -351,28 +308,6 @@ def test_pairing_shrinks_the_interval_of_correlated_runs():
 def test_runs_on_different_identities_are_not_paired():
     with pytest.raises(ValueError, match="ap_a has 3 identities and ap_b 2"):
         metrics.paired_test(np.zeros(3), np.zeros(2))
-
-
-@pytest.mark.parametrize(
-    "bad, message",
-    [
-        (np.array([0.1, np.nan]), "got nan at 1"),
-        (np.array([np.inf, 0.1]), "got inf at 0"),
-        (np.array([]), r"got shape \(0,\)"),
-        (np.zeros((2, 2)), r"got shape \(2, 2\)"),
-    ],
-)
-def test_intervals_refuse_what_is_no_list_of_numbers(bad, message):
-    calls = {
-        "ap must": (metrics.bootstrap_interval, metrics.standard_error),
-        "differences must": (metrics.over_worlds,),
-        "ap_a must": (lambda value: metrics.paired_test(value, np.zeros(2)),),
-        "ap_b must": (lambda value: metrics.paired_test(np.zeros(2), value),),
-    }
-    for name, functions in calls.items():
-        for function in functions:
-            with pytest.raises(ValueError, match=f"^{name} .*{message}"):
-                function(bad)
 
 
 def test_one_identity_says_nothing_of_the_spread():

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from mmlib import aggregate
-from mmlib.aggregate import AGGREGATORS, LEARNED, NEEDS_SCORES, make_aggregator
+from mmlib.aggregate import AGGREGATORS, LEARNED, NEEDS_SCORES
 from mmlib.models import (
     ContextBranch,
     Dropout,
@@ -36,7 +36,7 @@ def clips(lengths=(5, 1, 9, 3), dim=DIM, seed=0):
 
 def model(aggregator="mean", identities=3, dim=DIM, **options):
     torch.manual_seed(0)
-    return IdentityModel(make_aggregator(aggregator, dim), identities, **{"hidden": 12} | options)
+    return IdentityModel(AGGREGATORS[aggregator](dim), identities, **{"hidden": 12} | options)
 
 
 # -- aggregators ---------------------------------------------------------------------------------------------
@@ -53,35 +53,30 @@ def model(aggregator="mean", identities=3, dim=DIM, **options):
 )
 def test_fixed_aggregator_is_its_function(name, expected):
     inputs = clips()
-    assert torch.equal(make_aggregator(name, DIM)(*inputs), expected(*inputs))
+    assert torch.equal(AGGREGATORS[name](DIM)(*inputs), expected(*inputs))
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_aggregator_gives_the_width_it_states(name):
-    aggregator = make_aggregator(name, DIM)
+    aggregator = AGGREGATORS[name](DIM)
     lengths = [getattr(aggregator, "frames", 6)] * 3
     assert aggregator(*clips(lengths)).shape == (3, aggregator.out_dim)
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_aggregators_with_parameters_are_those_called_learned(name):
-    assert bool(list(make_aggregator(name, DIM).parameters())) == (name in LEARNED)
+    assert bool(list(AGGREGATORS[name](DIM).parameters())) == (name in LEARNED)
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_aggregators_that_fail_without_scores_are_those_said_to_need_them(name):
-    aggregator = make_aggregator(name, DIM)
+    aggregator = AGGREGATORS[name](DIM)
     x, mask, _, _ = clips([getattr(aggregator, "frames", 6)] * 3)
     if name in NEEDS_SCORES:
-        with pytest.raises(ValueError, match="scores"):
+        with pytest.raises((TypeError, AttributeError)):
             aggregator(x, mask, None, None)
     else:
         assert torch.isfinite(aggregator(x, mask, None, None)).all()
-
-
-def test_unknown_aggregator_is_refused():
-    with pytest.raises(ValueError, match="aggregator must be one of mean, .*, got 'median'"):
-        make_aggregator("median", DIM)
 
 
 # -- layers --------------------------------------------------------------------------------------------------
@@ -207,17 +202,6 @@ def test_linear_classifier_has_no_mlp():
     assert [name for name, _ in made.named_parameters()] == ["prototype"]
 
 
-def test_concatenation_without_scores_names_them():
-    x, mask, quality, _ = clips()
-    with pytest.raises(ValueError, match="concat needs det scores"):
-        model(concat="raw").pool(x, mask, quality, None)
-
-
-def test_unknown_concatenation_is_refused():
-    with pytest.raises(ValueError, match="concat must be one of none, normalised, raw, frames, got 'sum'"):
-        model(concat="sum")
-
-
 @pytest.mark.parametrize("concat", ["none", "normalised"])
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_every_parameter_gets_a_gradient(name, concat):
@@ -338,12 +322,6 @@ def test_whitening_needs_an_identity_with_two_clips():
         within_class_whitening(torch.randn(3, DIM), torch.arange(3), shrinkage=0.1)
 
 
-@pytest.mark.parametrize("shrinkage", [-0.1, 1.5])
-def test_shrinkage_out_of_range_is_refused(shrinkage):
-    with pytest.raises(ValueError, match=f"shrinkage must lie in .*, got {shrinkage}"):
-        within_class_whitening(torch.randn(3, DIM), torch.arange(3), shrinkage=shrinkage)
-
-
 def test_model_compares_clips_after_whitening():
     made = model("mean", hidden=0)
     made.centre, made.whitening = torch.randn(DIM), torch.randn(DIM, DIM)
@@ -356,7 +334,7 @@ def test_model_compares_clips_after_whitening():
 @pytest.mark.parametrize("name", ["norm", "quality", "best half"])
 def test_weights_of_a_fixed_pool_rebuild_its_feature(name):
     x, mask, quality, det = clips()
-    pool = make_aggregator(name, DIM)
+    pool = AGGREGATORS[name](DIM)
     weight = pool.weights(x, mask, quality, det)
     assert torch.allclose(torch.einsum("bt,btd->bd", weight, x), pool(x, mask, quality, det), atol=1e-5)
     assert not weight[~mask].any()
@@ -516,14 +494,6 @@ def test_model_of_contexts_alone_needs_no_frames():
     assert made(None, None, None, None, {"scene": scene}).shape == (4, 3)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"contexts": {"scene": 8}, "gated": True}, {"contexts": {"scene": 8}, "concat": "normalised"}]
-)
-def test_model_without_an_aggregator_is_refused_what_needs_one(options):
-    with pytest.raises(ValueError, match="without an aggregator has at least one context, no gates and no scores"):
-        IdentityModel(None, 3, hidden=4, **options)
-
-
 # -- heads ---------------------------------------------------------------------------------------------------
 
 
@@ -542,11 +512,6 @@ def test_length_of_an_identitys_vector_counts_under_a_dot_head_only(head, factor
     with torch.no_grad():
         made.prototype.mul_(2)
     torch.testing.assert_close(made(*clips()).detach(), factor * before)
-
-
-def test_unknown_head_is_refused():
-    with pytest.raises(ValueError, match="head must be cosine or dot, got 'euclid'"):
-        model(head="euclid")
 
 
 def test_frames_concatenation_leaves_the_aggregators_output_raw():

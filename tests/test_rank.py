@@ -119,20 +119,6 @@ def test_nan_scores_are_refused_by_clip():
         rank.top_k(blocks(scores, 3), k=2)
 
 
-@pytest.mark.parametrize(
-    ("given_blocks", "k", "message"),
-    [
-        ([], 3, "no clip to rank"),
-        ([(torch.arange(2), torch.zeros(3, 1))], 3, "2 gallery rows came with scores of shape"),
-        ([(torch.arange(2), torch.zeros(2, 1)), (torch.arange(2), torch.zeros(2, 2))], 3, "the first had 1"),
-        ([(torch.arange(2), torch.zeros(2, 1))], 0, "k must be at least 1"),
-    ],
-)
-def test_malformed_blocks_are_refused(given_blocks, k, message):
-    with pytest.raises(ValueError, match=message):
-        rank.top_k(given_blocks, k=k)
-
-
 # Merging
 
 
@@ -172,24 +158,6 @@ def test_merged_parts_of_scattered_clips_agree_with_a_full_sort(seed, clips, wor
         patch.setattr(rank, "_PIECE", piece)
         found = rank.merge([rank.top_k([(part, scores[part])], k=k) for part in rows], k=k)
     np.testing.assert_array_equal(found.clip.numpy(), slow_top_k(scores, k))
-
-
-@pytest.mark.parametrize(
-    "rankings, k, message",
-    [
-        ([], 2, "rankings is empty"),
-        ([ranked([[1, 2]])], 0, "k must be at least 1, got 0"),
-        ([ranked([[1, 2]]), ranked([[3, 4], [5, 6]])], 2, "ranking 1 is of 2 identities, the first of 1"),
-        ([ranked([[1, 2]]), ranked([[3, 2]])], 1, "clip 2 comes twice for identity 0"),
-        ([ranked([[1, 2], [8, 8]])], 2, "clip 8 comes twice for identity 1"),
-        ([ranked([[1, 2]]), ranked([[3, 4]])], 3, "ranking 0 is cut after 2 clips of an identity: k cannot be 3"),
-        ([ranked([[1, 2]], [[0.0, np.nan]])], 2, "clip 2 has a NaN score"),
-        ([Ranking(torch.zeros(1, 2), torch.zeros(1, 3))], 2, r"clip of shape \(1, 2\) and score of \(1, 3\)"),
-    ],
-)
-def test_rankings_that_cannot_be_merged_are_refused(rankings, k, message):
-    with pytest.raises(ValueError, match=message):
-        rank.merge(rankings, k=k)
 
 
 # Scores of an ensemble
@@ -250,19 +218,6 @@ def test_half_precision_cosines_are_combined_in_float32():
     assert combine_scores([cosine, cosine], "cosine", scale=1.0).dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    "cosines, how, message",
-    [
-        ([], "softmax", "there is no member"),
-        ([torch.zeros(1, 2)], "ranks", "how must be one of log softmax, softmax, cosine, got 'ranks'"),
-        ([torch.zeros(1, 2)], "mean", "how must be one of .*, got 'mean'"),
-    ],
-)
-def test_scores_that_cannot_be_combined_are_refused(cosines, how, message):
-    with pytest.raises(ValueError, match=message):
-        combine_scores(cosines, how, scale=1.0)
-
-
 # Fusion of ranks
 
 
@@ -309,14 +264,13 @@ def test_fusion_of_ranks_agrees_with_a_slow_dictionary(members, extra, k):
         assert torch.isneginf(found.score[identity, len(clips) :]).all()
 
 
-@pytest.mark.parametrize("constant", [1, 60])
-def test_fusion_of_ranks_by_hand(constant, device):
+def test_fusion_of_ranks_by_hand(device):
     one, two = (
         Ranking(clip.to(device), torch.zeros(1, 3)) for clip in (torch.tensor([[4, 2, 9]]), torch.tensor([[2, 7, -1]]))
     )
-    found = fuse_ranks([one, two], constant=constant)
+    found = fuse_ranks([one, two])
     assert found.clip.tolist()[0][:4] == [2, 4, 7, 9]
-    expected = [1 / (constant + 2) + 1 / (constant + 1), 1 / (constant + 1), 1 / (constant + 2), 1 / (constant + 3)]
+    expected = [1 / 62 + 1 / 61, 1 / 61, 1 / 62, 1 / 63]
     np.testing.assert_allclose(found.score[0, :4].cpu(), expected, rtol=1e-6)
 
 
@@ -337,11 +291,6 @@ def test_fusion_holds_few_identities_at_a_time(monkeypatch):
         found = fuse_ranks(rankings, k=10)
     assert max(sizes) <= rankings[0].clip.nbytes
     assert torch.equal(found.clip, whole.clip) and torch.equal(found.score, whole.score)
-
-
-def test_no_ranking_cannot_be_fused():
-    with pytest.raises(ValueError, match="rankings is empty"):
-        fuse_ranks([])
 
 
 def test_fusion_of_one_ranking_is_that_ranking():

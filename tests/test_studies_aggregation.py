@@ -7,7 +7,7 @@ import torch
 from conftest import made
 
 from mmlib import records, systems
-from mmlib.aggregate import AGGREGATORS, make_aggregator
+from mmlib.aggregate import AGGREGATORS
 from mmlib.data.simulate import Settings, settings_for
 from mmlib.experiment import Experiment
 from mmlib.models import IdentityModel
@@ -26,7 +26,7 @@ from mmlib.studies.aggregation import (
 
 def models(*names):
     torch.manual_seed(0)
-    made = {name: IdentityModel(make_aggregator(name, 512), 30, hidden=0) for name in names}
+    made = {name: IdentityModel(AGGREGATORS[name](512), 30, hidden=0) for name in names}
     for model in made.values():
         for parameter in model.aggregator.parameters():
             torch.nn.init.normal_(parameter, std=0.01)
@@ -81,7 +81,7 @@ def test_arms_stand_by_the_weight_that_they_put_on_wrong_frames(store):
 
 
 def test_unmarked_frames_are_not_wrong_and_give_no_table(bare):
-    clips, made_models = mixed_clips(bare, 2), {"mean": IdentityModel(make_aggregator("mean", 8), 2, hidden=0)}
+    clips, made_models = mixed_clips(bare, 2), {"mean": IdentityModel(AGGREGATORS["mean"](8), 2, hidden=0)}
     assert not frame_weights(made_models, bare, clips)["wrong"].any()
     assert weight_on_wrong(made_models, bare).empty
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from mmlib import ensemble, retrieve
-from mmlib.aggregate import AGGREGATORS, make_aggregator
+from mmlib.aggregate import AGGREGATORS
 from mmlib.ensemble import Together
 from mmlib.experiment import Experiment, Training
 from mmlib.models import IdentityModel
-from mmlib.retrieve import make_model, training_clips
+from mmlib.retrieve import make_model
 from mmlib.train import train_together
 
 BRIEF = Training(epochs=3, batch=32, frames=8, lr=3e-3, aggregator_lr=3e-3)
@@ -130,7 +130,7 @@ def test_order_of_the_members_has_no_meaning(patchy):
 
 def test_dropout_masks_are_the_members_own(patchy):
     """With one mask for all, members of one seed and those of several would be equally far apart."""
-    models = [IdentityModel(make_aggregator("norm", 16), 6, hidden=64) for _ in range(2)]
+    models = [IdentityModel(AGGREGATORS["norm"](16), 6, hidden=64) for _ in range(2)]
     together = Together(models)
     seen = []
     for layer in models:
@@ -140,20 +140,6 @@ def test_dropout_masks_are_the_members_own(patchy):
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     together.loss({"x": x, "mask": mask}, torch.zeros(2, 5, dtype=torch.long), BRIEF.loss, generators)
     assert len(seen) == 2 and not torch.equal(*seen)
-
-
-def test_models_of_different_shapes_are_refused():
-    models = [IdentityModel(make_aggregator("norm", dim), 6, hidden=8) for dim in (16, 15)]
-    with pytest.raises(ValueError, match="trained together must have the same parameters"):
-        Together(models)
-
-
-def test_lists_of_clips_of_different_lengths_are_refused(patchy):
-    e = experiment(patchy)
-    clips = training_clips(e, patchy)
-    models = [make_model(e, patchy, member) for member in (0, 1)]
-    with pytest.raises(ValueError, match=f"lists of {len(clips)}, {len(clips) - 1} clips"):
-        train_together(models, patchy, [clips, clips[:-1]], BRIEF, seeds=[0, 1])
 
 
 def test_first_member_is_the_plain_model(patchy):

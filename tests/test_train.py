@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mmlib.aggregate import AGGREGATORS, make_aggregator
+from mmlib.aggregate import AGGREGATORS
 from mmlib.data.store import ClipStore, Resident
 from mmlib.experiment import Training
 from mmlib.losses import batch_focal_loss, focal_loss, margin_logits
@@ -41,7 +41,7 @@ def store(tmp_path_factory):
 
 def model(aggregator="norm", device="cpu", **options):
     torch.manual_seed(0)
-    return IdentityModel(make_aggregator(aggregator, DIM), IDENTITIES, **{"hidden": 16} | options).to(device)
+    return IdentityModel(AGGREGATORS[aggregator](DIM), IDENTITIES, **{"hidden": 16} | options).to(device)
 
 
 def train(model, store, clips, training, *, seed, modality="face"):
@@ -171,7 +171,7 @@ def test_aggregator_of_a_fixed_number_of_frames_gets_that_number(store, read):
 
 def test_training_clip_without_frames_is_refused_where_frames_are_drawn(patchy):
     torch.manual_seed(0)
-    made = IdentityModel(make_aggregator("as coded", 16), 6, hidden=8)
+    made = IdentityModel(AGGREGATORS["as coded"](16), 6, hidden=8)
     with pytest.raises(ValueError, match="a training clip has no face to draw frames from"):
         train(made, patchy, patchy.select("train", labelled=True), SHORT, seed=0)
 
@@ -319,7 +319,7 @@ def slow_context(store, clip, name="scene"):
 
 def scene_model(store, **options):
     torch.manual_seed(0)
-    aggregator = make_aggregator("norm", store.modalities["face"].feature.shape[1])
+    aggregator = AGGREGATORS["norm"](store.modalities["face"].feature.shape[1])
     return IdentityModel(
         aggregator, len(store.identities), **{"hidden": 8, "contexts": {"scene": 32}, "context_dim": 4} | options
     )
@@ -385,7 +385,7 @@ def test_clips_without_an_identity_are_of_one_further_class(patchy):
 
 def test_model_with_a_further_class_learns_the_distractors(patchy):
     torch.manual_seed(0)
-    made = IdentityModel(make_aggregator("norm", 16), 7, hidden=32, dropout=0.0)
+    made = IdentityModel(AGGREGATORS["norm"](16), 7, hidden=32, dropout=0.0)
     clips = patchy.select("train", having="face")
     history = train(made, patchy, clips, replace(SHORT, epochs=40, margin=0.0, sample="first"), seed=0)
     predicted = made.compare(made.embed(pooled_features(made, patchy, clips))).argmax(dim=1).numpy()
