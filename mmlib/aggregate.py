@@ -1,14 +1,10 @@
 """Turn the frames of a clip into one clip feature.
 
-Pure functions first; modules only hold parameters. Throughout: `x` (B, T, D) raw embeddings, not normalised;
-`mask` (B, T), True where a frame exists; `quality` (B, T) about -20..260 and `det` (B, T) 0..1. A weight
-(B, T) is always such that the clip feature is sum_i weight_i x_i. What stands in padding never changes an
-output as long as it is finite (a clip store pads with zeros), a clip without a frame gives zeros, and the order
-of frames does not matter (CodedAttention excepted). Frames are read and never copied: they are most of the bytes.
-
-Scale matters: nothing here normalises on the quiet. Raw embeddings have norms near 22, so a query of length 1
-spreads attention logits over tens and frame-to-frame products reach hundreds; as published, NAN works on them
-as they are.
+Throughout: `x` (B, T, D) raw embeddings, of norms near 22, not normalised, as NAN was published to work on them;
+`mask` (B, T), True where a frame exists; `quality` (B, T) about -20..260 and `det` (B, T) 0..1. A weight (B, T) is
+always such that the clip feature is sum_i weight_i x_i. What stands in padding never changes an output as long as it is
+finite (a clip store pads with zeros), a clip without a frame gives zeros, and the order of frames does not matter
+(CodedAttention excepted). Frames are read and never copied: they are most of the bytes.
 """
 
 from collections.abc import Callable
@@ -70,20 +66,16 @@ def seefun_weight(quality: Tensor, det: Tensor) -> Tensor:
 
 
 def quality_pool(x: Tensor, mask: Tensor, quality: Tensor, det: Tensor) -> Tensor:
-    """Average raw embeddings with `seefun_weight` w: sum w_i x_i / sum w_i.
-
-    A clip whose weights are all 0 gets `norm_pool`: it has frames, and dropping it would cost its identity a clip.
-    """
+    """Average raw embeddings with `seefun_weight`; a clip whose weights are all 0 has frames, and gets `norm_pool`."""
     weight = torch.where(mask, seefun_weight(quality, det).to(x.dtype), 0.0)
     none = (weight.sum(dim=1, keepdim=True) <= 0) & mask
     return _average(x, torch.where(none, 1.0, weight))
 
 
 def best_half_pool(x: Tensor, mask: Tensor, quality: Tensor) -> Tensor:
-    """Average the raw embeddings of the half of a clip's frames, rounded up, that has the highest quality.
+    """Average the raw embeddings of the half of a clip's frames, rounded up and with ties, of the highest quality.
 
-    Frames that tie with the last one kept are kept too, else their order would decide. Source: the 2019 solution of
-    zheey.
+    Source: the 2019 solution of zheey.
     """
     quality = torch.where(mask, quality, -torch.inf)
     ordered = F.pad(quality.sort(dim=1, descending=True).values, (0, 1))  # padded, so that T may be 0
@@ -102,8 +94,7 @@ def frame_scores(quality: Tensor, det: Tensor) -> Tensor:
 def nan_pool(x: Tensor, mask: Tensor, query: Tensor, scores: Maybe = None) -> tuple[Tensor, Tensor]:
     """Pool by one attention block: a = softmax_i(query . x_i), r = sum_i a_i x_i; r (B, D + S) and a (B, T).
 
-    query: (D + S,), or (B, D + S) for one query a clip. Source: Yang et al., Neural Aggregation Network, CVPR
-    2017, eqs. 1-3.
+    query: (D + S,), or (B, D + S) for one a clip. Source: Yang et al., Neural Aggregation Network, CVPR 2017, eqs. 1-3.
     """
     weight = _masked_softmax(_dot(x, scores, query), mask)
     return _sum(x, scores, weight), weight
@@ -114,10 +105,9 @@ def channel_map(
 ) -> Tensor:
     """Attend from frame to frame: A = softmax_j(S / temperature), S = x x^T, (B, T, T) or some ``rows`` of it.
 
-    invert: softmax_j((max_j S - S) / temperature), the map of DANet (Fu et al., CVPR 2019, released code),
-    here with a mask and with frames in the place of channels. The maximum cancels in the softmax, so this is
-    softmax_j(-S): every frame looks at those least like it. Without `invert`, frames that agree strengthen
-    each other, which is what the One Name paper says its module does.
+    So frames that agree strengthen each other, as the One Name paper says. invert: softmax_j((max_j S - S) /
+    temperature) = softmax_j(-S / temperature), the map of DANet (Fu et al., CVPR 2019, released code) with frames in
+    the place of channels: every frame looks at those least like it.
     """
     similarity = _gram(x, scores, rows) / temperature
     return _masked_softmax(-similarity if invert else similarity, mask[:, rows, None] & mask[:, None, :])
@@ -144,13 +134,10 @@ def _gram(x: Tensor, scores: Maybe, rows: slice = slice(None)) -> Tensor:
 
 
 class Aggregator(nn.Module):
-    """Pool the frames of clips with weights."""
+    """Pool the frames of clips with weights: ``_pool`` returns the clip feature (B, out_dim) and the weights (B, T)."""
 
     out_dim: int
-
-    def _pool(self, x: Tensor, mask: Tensor, quality: Maybe, det: Maybe) -> tuple[Tensor, Tensor]:
-        """Return the clip feature (B, out_dim) and the weights (B, T)."""
-        raise NotImplementedError
+    _pool: Callable[..., tuple[Tensor, Tensor]]
 
     def forward(self, x: Tensor, mask: Tensor, quality: Maybe = None, det: Maybe = None) -> Tensor:
         return self._pool(x, mask, quality, det)[0]
@@ -163,8 +150,7 @@ class Aggregator(nn.Module):
 class ScoreAttention(Aggregator):
     """Learn weights from the scores alone: softmax over a clip's frames of w . (quality / 100, det, norm / 20).
 
-    The learned counterpart of a hand-made quality weight, three numbers that start at 0, which is `norm_pool`. It
-    cannot see whose face a frame shows.
+    The learned counterpart of a hand-made quality weight; w starts at 0, which is `norm_pool`.
     """
 
     def __init__(self, dim: int):
@@ -181,10 +167,9 @@ class ScoreAttention(Aggregator):
 class NAN(Aggregator):
     """Pool by one or two attention blocks: r0 from `query`, then, of two, q1 = tanh(weight r0 + bias) and r from q1.
 
-    All parameters start at 0, so an untrained NAN is `norm_pool`; with two blocks the first query moves one step
-    after the second. scores: append quality and det to every frame first. The clip feature keeps their pooled
-    values as its last two dimensions (512 + 2), as in the 2019 code, so that the classifier sees the clip's
-    quality too. Source: NAN, CVPR 2017, eq. 4.
+    All parameters start at 0, so an untrained NAN is `norm_pool`. scores: append quality and det to every frame first;
+    the clip feature keeps their pooled values as its last two dimensions (512 + 2), as in the 2019 code. Source: NAN,
+    CVPR 2017, eq. 4.
     """
 
     def __init__(self, dim: int, *, two_blocks: bool = False, scores: bool = False):
@@ -247,12 +232,11 @@ class CodedAttention(Aggregator):
     1x1 convolutions T -> T/2 make theta and phi (each with batch norm) and g (without); A = softmax_j of the
     T/2 x T/2 affinity theta phi^T; a 1x1 convolution T/2 -> T of A g, with batch norm starting at 0; a
     residual sum; one NAN block with its query at 0. Hence it depends on the order of the frames and needs
-    exactly `frames` of them: draw with replacement from shorter clips. Maybe are appended as in `NAN`.
+    exactly `frames` of them: draw with replacement from shorter clips. Scores are appended as in `NAN`.
 
-    Every step up to the NAN block is, given A, a sum of frames plus a constant. So the steps are carried out
-    on matrices over frames, with a row of ones beside the frames for the constants, and the batch
-    statistics come from products of frames: the same numbers as layer by layer, without any tensor of the
-    size of the input.
+    Every step up to the NAN block is, given A, a sum of frames plus a constant, so it is a matrix over the frames and a
+    row of ones, and the batch statistics come from products of frames: the same numbers as layer by layer, without any
+    tensor of the size of the input.
     """
 
     def __init__(self, dim: int, *, frames: int = 40):
@@ -300,13 +284,12 @@ class CodedAttention(Aggregator):
         attention = torch.softmax(theta.expand(len(gram), -1, -1) @ (gram @ phi.T), dim=-1)
         if not self.expand[1].training:
             return attention, None
-        ones = F.pad(g.new_zeros(1, self.frames), (0, 1), value=1.0)
-        both = torch.cat([g, ones])
+        both = torch.cat([g, F.pad(g.new_zeros(1, self.frames), (0, 1), value=1.0)])
         product = attention @ (g.expand(len(gram), -1, -1) @ (gram @ both.T))  # of A g with g and with ones
         square = torch.einsum("bin,bjn->ij", product[..., :-1], attention) / len(gram)
         total = product[..., -1].mean(dim=0)
-        corner = total.new_full((1,), self.out_dim)
-        return attention, torch.cat([torch.cat([square, total[:, None]], 1), torch.cat([total, corner])[None]])
+        last = torch.cat([total, total.new_full((1,), self.out_dim)])
+        return attention, torch.cat([torch.cat([square, total[:, None]], 1), last[None]])
 
 
 def _rows(layer: Any) -> Tensor:
@@ -315,11 +298,7 @@ def _rows(layer: Any) -> Tensor:
 
 
 def _normalised(norm: Any, rows: Tensor, gram: Any, clips: int, dim: int) -> Tensor:
-    """Follow rows (C, n) by batch norm.
-
-    gram (n, n): products of what the rows add up, ones last, summed over dim and averaged over clips; unused when
-    the statistics are given.
-    """
+    """Follow rows (C, n) by batch norm; gram (n, n): products of what they add up, over dim, averaged over clips."""
     mean, variance = norm.running_mean, norm.running_var
     if norm.training:
         mean = rows @ gram[:, -1] / dim

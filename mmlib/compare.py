@@ -133,9 +133,6 @@ def steps_frame(steps: Mapping[str, tuple[str, str]], records: Iterable[Record],
     return pd.DataFrame(rows, columns=["step", "arm", "against", *COMPARED])
 
 
-# -- what an interval says ------------------------------------------------------------------------------------------
-
-
 def sign(row: Mapping, bound: float = 0.0) -> int | None:
     """Return 1 where the interval low..high of a row lies above ``bound``, -1 below, 0 where it holds it, else None."""
     low, high = row["low"], row["high"]
@@ -206,9 +203,6 @@ def table(frame: pd.DataFrame, digits: int = 4) -> Styler | None:
         shown["over"] = [f"{row['n']:.0f} {row['interval']}" for row in rows]
         shown = shown.drop(columns=["low", "high", "n", "interval"])
     return shown.style.hide(axis="index").format(precision=digits, na_rep="")
-
-
-# -- words ----------------------------------------------------------------------------------------------------------
 
 
 def scores_missing(missing: list[str]) -> str:

@@ -18,14 +18,13 @@ def _full(value: Tensor) -> Tensor:
 def margin_logits(cosine: Tensor, label: Tensor, *, margin: float, scale: float) -> Tensor:
     """Add a margin to the true angle: s cos(theta + m) at the label, s cos(theta) elsewhere, (B, C).
 
-    cosine (B, C) in [-1, 1]; label (B,) int in [0, C); margin m in [0, pi/2] radians; scale s > 0. Source:
-    ArcFace, Deng et al., CVPR 2019, eq. 3, by cos(theta + m) = cos theta cos m - sin theta sin m. Where theta
-    > pi - m that would rise again, so cos theta - m sin m stands there, as in the released code of 2019 (and
-    of most others).
+    cosine (B, C) in [-1, 1]; label (B,) int in [0, C); margin m in [0, pi/2] radians; scale s > 0. Source: ArcFace,
+    Deng et al., CVPR 2019, eq. 3. Where theta > pi - m that would rise again, so cos theta - m sin m stands there, as
+    in the released code of 2019 (and of most others).
 
-    Departures: sin theta = sqrt(1 - cos^2) has an infinite slope at cos = +-1, and a rounded cosine can be
-    above 1, so the root is taken of at least the float's epsilon. And the result is a new tensor: writing the
-    margin into `cosine` in place, as widely copied code does, gives the right loss and wrong gradients.
+    Departures: sin theta = sqrt(1 - cos^2) has an infinite slope at cos = +-1, so the root is taken of at least the
+    float's epsilon. And the result is a new tensor: to write the margin into `cosine`, as widely copied code does,
+    gives the right loss and wrong gradients.
 
     >>> margin_logits(torch.tensor([[0.0, 0.5]]), torch.tensor([0]), margin=torch.pi / 6, scale=10.0)
     tensor([[-5.,  5.]])
@@ -47,9 +46,8 @@ def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
 def focal_loss(logits: Tensor, label: Tensor, *, gamma: float) -> Tensor:
     """Average (1 - p)^gamma * -log p over the batch, p = softmax(logits)[label] clip by clip.
 
-    logits (B, C); label (B,); gamma >= 0, and 0 is the cross-entropy. Source: Lin et al., ICCV 2017, eq. 4
-    (without the class weight alpha). This is the focal loss as described; `batch_focal_loss` is what the 2019
-    code does.
+    logits (B, C); label (B,); gamma >= 0, and 0 is the cross-entropy. Source: Lin et al., ICCV 2017, eq. 4, without
+    the class weight alpha.
     """
     return _modulated(F.cross_entropy(_full(logits), label, reduction="none"), gamma).mean()
 

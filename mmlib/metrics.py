@@ -38,10 +38,9 @@ def average_precision(hits: np.ndarray, relevant: np.ndarray, *, rule: str = "re
 
         AP = 1 / R * sum over hits of P(r)
 
-    is the official rule ("relevant"). R is not capped at K: with more than K relevant clips AP cannot reach
-    1. R = 0 gives 0. Libraries that say AP@k divide by other things: "capped" by min(R, K); "found" by the
-    hits in the ranking (torchmetrics, OML); "trapezoid" by R, with the mean of P(r) and the precision one
-    rank earlier (1 before the first rank) in place of P(r) (Oxford and Paris code).
+    is the official rule ("relevant"), 0 for R = 0; R is not capped at K. Libraries that say AP@k divide by other
+    things: "capped" by min(R, K); "found" by the hits in the ranking (torchmetrics, OML); "trapezoid" by R, with the
+    mean of P(r) and the precision one rank earlier (1 before the first) in place of P(r) (Oxford and Paris code).
 
     >>> one = np.array([[1, 0, 1, 0, 0]], bool), np.array([8])
     >>> [average_precision(*one, rule=rule).round(3).item() for rule in AP_RULES]
@@ -116,9 +115,8 @@ def match_ranking(ranking: np.ndarray, gallery_identity: np.ndarray, query_codes
 def clip_precision(ranking: np.ndarray, hits: np.ndarray, gallery: int) -> np.ndarray:
     """Return what each gallery clip adds to its identity's AP, before division by R: (gallery,), in [0, 1].
 
-    ranking (Q, K) gallery rows and hits (Q, K) as of `match_ranking`. A clip found at rank r by its identity has
-    precision P(r), one that is not found 0, so the AP of a query is the mean over its R relevant clips, and a mean
-    over a group of clips says how well that group is retrieved. A clip belongs to one identity at most.
+    ranking, hits (Q, K) as of `match_ranking`. A clip found at rank r by its identity has precision P(r), one that is
+    not found 0, so the AP of a query is the mean over its R relevant clips.
 
     >>> clip_precision(np.array([[1, 2, 0]]), np.array([[True, False, True]]), 4).round(3)
     array([0.667, 1.   , 0.   , 0.   ])
@@ -136,10 +134,7 @@ def standard_error(ap: np.ndarray) -> float:
 
 
 def bootstrap_interval(ap: np.ndarray, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Percentile interval of the mean of `ap` (Q,) under resampling of identities with replacement.
-
-    One identity says nothing of the spread: both ends are then NaN.
-    """
+    """Percentile interval of the mean of `ap` (Q,) under resampling of identities; NaN for one, without a spread."""
     ap, rng = np.asarray(ap, float), np.random.default_rng(seed)
     if len(ap) == 1:
         return np.nan, np.nan
@@ -168,9 +163,8 @@ class Paired(NamedTuple):
 def paired_test(ap_a: np.ndarray, ap_b: np.ndarray, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Paired:
     """Compare two runs identity by identity; ap_a and ap_b (Q,) in the same order of identities.
 
-    difference = mean(ap_a - ap_b), with its `bootstrap_interval`. The p value is two-sided, by random sign
-    flips of the differences: (1 + flips with a mean at least as far from 0) / (1 + draws), so never below 1 /
-    (1 + draws).
+    difference = mean(ap_a - ap_b), with its `bootstrap_interval`. The p value is two-sided, by random sign flips of the
+    differences: (1 + flips with a mean at least as far from 0) / (1 + draws).
 
     >>> paired_test(np.array([0.75, 0.5]), np.array([0.25, 0.5])).difference
     0.25
@@ -201,10 +195,7 @@ class OverWorlds(NamedTuple):
 
 
 def over_worlds(differences: np.ndarray, *, level: float = 0.95) -> OverWorlds:
-    """Summarise one number a world, (W,): mean and t interval with W - 1 degrees of freedom.
-
-    One world says nothing of the spread: low, high and sd are then NaN.
-    """
+    """Summarise one number a world, (W,): mean, t interval with W - 1 degrees of freedom, and sd; NaN for one world."""
     value = np.asarray(differences, float)
     if len(value) == 1:
         return OverWorlds(float(value[0]), np.nan, np.nan, np.nan, 1)

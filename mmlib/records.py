@@ -37,7 +37,7 @@ RESULTS = PACKAGE.parent / "book" / "results"  # committed records
 _DATA = ("clips_per_identity_joint.csv", "calibration.py", "content.py", "simulate.py", "store.py", "writer.py")
 _MODULES = ("aggregate", "losses", "models", "ensemble", "train", "rank", "metrics", "experiment", "retrieve")
 DECIDING = (*(f"data/{name}" for name in _DATA), *(f"{name}.py" for name in _MODULES))
-LENGTH_EDGES, PERCENTILE_EDGES, WRONG_EDGES = retrieve.LENGTH_EDGES, retrieve.PERCENTILE_EDGES, retrieve.WRONG_EDGES
+Tasks = dict[str, dict[str, Experiment]]  # experiments by the name of their claim, then by the key of their record
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,6 @@ def record_of(experiment: Experiment, store: ClipStore, found: retrieve.Retrieva
         made=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=commit(),
     )
-
-
-# -- what made them -------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -172,9 +169,6 @@ def commit() -> str:
         return "none"
 
 
-# -- files ----------------------------------------------------------------------------------------------------------
-
-
 def write_results(path: str | Path, records: Iterable[Record]) -> None:
     """Write records for committing: gzipped JSON, one record a line, the same bytes for the same records."""
     lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
@@ -187,9 +181,9 @@ def read_results(name: str) -> list[Record]:
     if not path.exists():
         return []
     content = path.read_bytes()
-    if not content:
-        raise ValueError(f"{path}: not a file of records (it is empty)")
     try:
+        if not content:
+            raise ValueError("it is empty")
         return [Record(**json.loads(line)) for line in gzip.decompress(content).splitlines()]
     except (OSError, EOFError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: not a file of records ({error})") from None
@@ -197,9 +191,9 @@ def read_results(name: str) -> list[Record]:
 
 def stored(profile: str) -> list[Record]:
     """Return the cached records of a profile's whole, calibrated worlds, made by this library, in order of keys."""
-    found = [Record(**json.loads(path.read_text())) for path in sorted(_records().glob("*.json"))]
-    asked: tuple = ("simulated", profile, [])
-    return [r for r in found if tuple(r.experiment[name] for name in ("data", "profile", "settings")) == asked]
+    found = map(_read, sorted(_records().glob("*.json")))
+    asked = {"data": "simulated", "profile": profile, "settings": []}
+    return [record for record in found if asked.items() <= record.experiment.items()]
 
 
 def _records() -> Path:
@@ -210,20 +204,20 @@ def _path(key: str) -> Path:
     return _records() / f"{key}.json"
 
 
-# -- worlds ---------------------------------------------------------------------------------------------------------
+def _read(path: Path) -> Record:
+    return Record(**json.loads(path.read_text()))
 
 
 def open_store(experiment: Experiment) -> ClipStore:
     """Open the experiment's store, drawing its world first if it is not in the cache."""
     if not experiment.simulated:
         return ClipStore.open(experiment.data)
-    name = _world_name(experiment)
-    path = cache_folder() / "worlds" / name
+    path = cache_folder() / "worlds" / _world_name(experiment)
     if not path.exists():
-        with claim(_records() / "locks" / f"draw-{name}.lock"):
+        with claim(_records() / "locks" / f"draw-{path.name}.lock"):
             if not path.exists():  # another process may have drawn it meanwhile
                 clear_partial(path)
-                return simulate(path, *experiment.world())
+                simulate(path, *experiment.world())
     return ClipStore.open(path)
 
 
@@ -248,13 +242,7 @@ def _is_passing(experiment: Experiment) -> bool:
 
 def _world_name(experiment: Experiment) -> str:
     settings, seed = experiment.world()
-    said = json.dumps([asdict(settings), seed, library_hash()], sort_keys=True)
-    return hashlib.sha256(said.encode()).hexdigest()[:20]
-
-
-# -- fetching -------------------------------------------------------------------------------------------------------
-
-Tasks = dict[str, dict[str, Experiment]]  # experiments by the name of their claim, then by the key of their record
+    return hashlib.sha256(json.dumps([asdict(settings), seed, library_hash()]).encode()).hexdigest()[:20]
 
 
 def fetch(experiments: Iterable[Experiment], *, device: str = "auto", progress: bool = False) -> list[Record]:
@@ -267,14 +255,13 @@ def fetch(experiments: Iterable[Experiment], *, device: str = "auto", progress: 
     keys = {experiment: experiment.key() for experiment in dict.fromkeys(experiments)}
     batches = _batches(_missing(keys), device)
     batches.sort(key=_trainings, reverse=True)  # no process is left with a long one at the end
-    number = min(workers(sum(map(_trainings, batches)), device), max(1, len(batches)))
+    helpers = min(workers(sum(map(_trainings, batches)), device), max(1, len(batches))) - 1
     total = sum(len(task) for batch in batches for task in batch.values())
-    make = partial(_make, device=device, progress=progress)
     with tqdm(total=total, desc="run", unit="arm", disable=not progress) as bar:
-        with helped(number - 1, partial(fetch, experiments, device=device)):
-            for made in share(batches, make):
+        with helped(helpers, partial(fetch, experiments, device=device)):
+            for made in share(batches, partial(_make, device=device, progress=progress)):
                 bar.update(made)
-    return [Record(**json.loads(_path(keys[experiment]).read_text())) for experiment in experiments]
+    return [_read(_path(keys[experiment])) for experiment in experiments]
 
 
 def workers(trainings: int, device: str) -> int:
@@ -293,16 +280,13 @@ def _missing(keys: dict[Experiment, str]) -> Tasks:
     That is a passing world, or else a branch: experiments that share their trained members.  The claim follows from the
     record's key, so that no record has two.
     """
-    names: dict[object, str] = {}
     tasks: Tasks = {}
     for experiment, key in keys.items():
-        if _path(key).exists():
-            continue
-        unit = experiment.world() if _is_passing(experiment) else experiment.branch()
-        if unit not in names:
-            names[unit] = f"branch-{unit.key()}" if isinstance(unit, Experiment) else f"world-{_world_name(experiment)}"
-        # By key, because experiments that differ in what has no meaning share a record.
-        tasks.setdefault(names[unit], {}).setdefault(key, experiment)
+        if not _path(key).exists():
+            branch = None if _is_passing(experiment) else experiment.branch()
+            name = f"branch-{branch.key()}" if branch else f"world-{_world_name(experiment)}"
+            # By key, because experiments that differ in what has no meaning share a record.
+            tasks.setdefault(name, {}).setdefault(key, experiment)
     return tasks
 
 
@@ -321,8 +305,7 @@ def _batches(tasks: Tasks, device: str) -> list[Tasks]:
 
 def _trainings(tasks: Tasks) -> int:
     """Count the members that tasks train."""
-    every = [experiment for task in tasks.values() for experiment in task.values()]
-    return len({key for experiment in every for key in retrieve.members_of(experiment)})
+    return len({key for task in tasks.values() for e in task.values() for key in retrieve.members_of(e)})
 
 
 def _make(tasks: Tasks, wait: float, *, device: str, progress: bool = False) -> tuple[int, Tasks]:

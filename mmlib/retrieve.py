@@ -18,10 +18,10 @@ from mmlib.data.calibration import QUALITY_EDGES
 from mmlib.data.store import ClipStore
 from mmlib.experiment import TRAINED, Experiment, torch_device
 from mmlib.models import IdentityModel, kept_width, seeded, within_class_whitening
-from mmlib.rank import combine_scores, fuse_ranks
 from mmlib.train import classes_of, pooled_features, train_together
 
 Key = tuple[Experiment, int]  # a branch, and the number of a member
+Trained = dict[Key, "Member"]
 BLOCK = 1024  # clips of a split that are embedded and scored at a time
 DEPTH = 1000  # clips of a member's ranking that take part in a fusion of ranks
 # Members trained in one batched pass.  It fills a GPU; a CPU is full with one, and one by one a killed run loses less.
@@ -39,20 +39,16 @@ def one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-# -- which clips ----------------------------------------------------------------------------------------------------
-
-
-def missing_scores(experiment: Experiment, store: ClipStore) -> list[str]:
+def missing_scores(e: Experiment, store: ClipStore) -> list[str]:
     """Name the scores that the experiment's arm needs and the store lacks."""
-    e = experiment
-    wanted = []
-    appended = e.concat in ("normalised", "raw")
-    if e.modality is not None and (e.aggregator in NEEDS_SCORES or appended):
-        wanted = ["quality"] if e.aggregator == "best half" and not appended else ["quality", "det"]
-    if e.fallback and e.fallback.by == "quality" and "quality" not in wanted:
-        wanted.append("quality")
-    known = store.modalities[e.modality].columns if e.modality else ()
-    return [name for name in wanted if name not in known]
+    if e.modality is None:
+        return []
+    wanted, appended = set(), e.concat in ("normalised", "raw")
+    if e.aggregator in NEEDS_SCORES or appended:
+        wanted = {"quality"} if e.aggregator == "best half" and not appended else {"quality", "det"}
+    if e.fallback and e.fallback.by == "quality":
+        wanted.add("quality")
+    return [name for name in ("quality", "det") if name in wanted - {*store.modalities[e.modality].columns}]
 
 
 def require(e: Experiment, store: ClipStore) -> None:
@@ -71,9 +67,8 @@ def _having(e: Experiment, store: ClipStore, split: str, **kind) -> np.ndarray:
     return np.unique(np.concatenate([store.select(split, having=name, **kind) for name in sources]))
 
 
-def training_clips(experiment: Experiment, store: ClipStore) -> np.ndarray:
+def training_clips(e: Experiment, store: ClipStore) -> np.ndarray:
     """Return the clips that can be trained on: labelled, with the modality or a context, and distractors if asked."""
-    e = experiment
     clips = _having(e, store, "train", labelled=True)
     if not len(clips):
         what = " or ".join(e.context) if e.modality is None else e.modality
@@ -84,23 +79,20 @@ def training_clips(experiment: Experiment, store: ClipStore) -> np.ndarray:
     return clips
 
 
-def training_distractors(experiment: Experiment, store: ClipStore) -> np.ndarray:
+def training_distractors(e: Experiment, store: ClipStore) -> np.ndarray:
     """Return a random half of the distractors in val, which have the modality or not."""
     distractors = store.select("val", labelled=False)
-    return np.sort(np.random.default_rng([experiment.seed, 6]).permutation(distractors)[: len(distractors) // 2])
+    return np.sort(np.random.default_rng([e.seed, 6]).permutation(distractors)[: len(distractors) // 2])
 
 
-def gallery_of(experiment: Experiment, store: ClipStore) -> np.ndarray:
+def gallery_of(e: Experiment, store: ClipStore) -> np.ndarray:
     """Return the clips of its split that the experiment's model can score: with its modality, or else a context."""
-    gallery = _having(experiment, store, experiment.split)
-    if experiment.distractors == "all":
-        return gallery
-    return np.setdiff1d(gallery, training_distractors(experiment, store))
+    gallery = _having(e, store, e.split)
+    return gallery if e.distractors == "all" else np.setdiff1d(gallery, training_distractors(e, store))
 
 
-def ranked_gallery(experiment: Experiment, store: ClipStore) -> np.ndarray:
+def ranked_gallery(e: Experiment, store: ClipStore) -> np.ndarray:
     """Return the clips that the experiment ranks: its gallery and what its fallback alone can score; refuse none."""
-    e = experiment
     require(e, store)
     gallery = gallery_of(e, store)
     if not len(gallery):
@@ -111,12 +103,8 @@ def ranked_gallery(experiment: Experiment, store: ClipStore) -> np.ndarray:
     return gallery
 
 
-# -- members --------------------------------------------------------------------------------------------------------
-
-
-def make_model(experiment: Experiment, store: ClipStore, member: int = 0) -> IdentityModel:
+def make_model(e: Experiment, store: ClipStore, member: int = 0) -> IdentityModel:
     """Return a member's model before it has seen a clip."""
-    e = experiment
     widths = {name: source.feature.shape[1] for name, source in store.modalities.items()}
     discard = (member, e.regions) if e.ensemble == "views" else None
     with seeded(ensemble.member_seed(e.seed, member)):
@@ -166,19 +154,15 @@ class Member:
         return nearest.scatter_reduce_(1, label.expand(len(clips), -1), embedded @ known.T, "amax")
 
 
-def members_of(experiment: Experiment) -> list[Key]:
+def members_of(e: Experiment) -> list[Key]:
     """Name the members that an experiment ranks with, those of its fallback's model last."""
-    models = [experiment, *([experiment.second()] if experiment.fallback else [])]
+    models = [e, *([e.second()] if e.fallback else [])]
     return [(model.branch(), member) for model in models for member in model.members]
 
 
 def fit(experiment: Experiment, store: ClipStore, member: int = 0, **options) -> Member:
     """Train one member of an experiment; options as for ``train_members``."""
-    (trained,) = train_members([(experiment, member)], store, **options).values()
-    return trained
-
-
-Trained = dict[Key, Member]
+    return train_members([(experiment, member)], store, **options)[experiment, member]
 
 
 def train_members(wanted: Iterable[Key], store: ClipStore, *, device: str = "auto", progress: bool = False) -> Trained:
@@ -191,10 +175,8 @@ def train_members(wanted: Iterable[Key], store: ClipStore, *, device: str = "aut
             e, models, clips = members[0].experiment, [m.model for m in members], [m.clips for m in members]
             seeds = [ensemble.member_seed(branch.seed, number) for branch, number in group]
             if e.classifier in TRAINED:
-                losses = train_together(
-                    models, store, clips, e.training, seeds=seeds, modality=e.modality, progress=progress
-                )
-                for member, history in zip(members, losses):
+                options: dict = {"seeds": seeds, "modality": e.modality, "progress": progress}
+                for member, history in zip(members, train_together(models, store, clips, e.training, **options)):
                     member.losses = history
                     member.seconds += (time.perf_counter() - began) / len(members)
             trained |= group
@@ -205,21 +187,20 @@ def _started(wanted: Iterable[Key], store: ClipStore, device: torch.device) -> I
     """Yield members before their training, in groups that can be trained in one pass."""
     waiting: dict[tuple, Trained] = {}
     for branch, number in dict.fromkeys(wanted):
-        began = time.perf_counter()
-        model, clips = _start(branch, store, number, device)
+        member = _start(branch, store, number, device)
         # Regions of a width that the blocks do not divide differ by one dimension.
-        kind = (replace(branch, seed=0), len(clips), *(p.shape for p in model.parameters()))
+        kind = (replace(branch, seed=0), len(member.clips), *(p.shape for p in member.model.parameters()))
         group = waiting.setdefault(kind, {})
-        group[branch, number] = Member(branch, store, model.eval(), clips, [], time.perf_counter() - began)
+        group[branch, number] = member
         if len(group) == TOGETHER[device.type]:
             yield waiting.pop(kind)
     yield from waiting.values()
 
 
-def _start(e: Experiment, store: ClipStore, member: int, device: torch.device) -> tuple[IdentityModel, np.ndarray]:
-    """Return a member's model before its training, and its training clips."""
+def _start(e: Experiment, store: ClipStore, member: int, device: torch.device) -> Member:
+    """Return a member before its training."""
     require(e, store)
-    clips = training_clips(e, store)
+    began, clips = time.perf_counter(), training_clips(e, store)
     clips = ensemble.member_clips(e.ensemble, clips, store.identity_of(clips), seed=e.seed, member=member)
     model = make_model(e, store, member).to(device)
     label = torch.from_numpy(classes_of(store, clips)).to(device)
@@ -231,10 +212,7 @@ def _start(e: Experiment, store: ClipStore, member: int, device: torch.device) -
             model.whitening = within_class_whitening(unit, label, shrinkage=e.shrinkage)
             pooled = pooled_features(model, store, clips, e.modality, seed=e.seed)
         model.start_from_class_means(pooled, label)
-    return model, clips
-
-
-# -- ranking --------------------------------------------------------------------------------------------------------
+    return Member(e, store, model.eval(), clips, [], time.perf_counter() - began)
 
 
 @dataclass(frozen=True)
@@ -264,12 +242,12 @@ class Retrieval:
         return metrics.average_precision(self.hits, self.relevant)
 
 
-def retrieve(experiment: Experiment, store: ClipStore, *, trained: Trained | None = None, **options) -> Retrieval:
+def retrieve(e: Experiment, store: ClipStore, *, trained: Trained | None = None, **options) -> Retrieval:
     """Train what there is to train, and rank the clips of the experiment's split, some of which must have labels.
 
     trained: members of earlier calls on the same store; new ones are added.  options: as for ``train_members``.
     """
-    e, trained = experiment, {} if trained is None else trained
+    trained = {} if trained is None else trained
     if not len(store.select(e.split, labelled=True)):
         raise ValueError(f"{store.path}: no labelled {e.split} clip: nothing to score")
     ranked_gallery(e, store)  # refuses what cannot be ranked before anything is trained
@@ -281,22 +259,21 @@ def retrieve(experiment: Experiment, store: ClipStore, *, trained: Trained | Non
     return replace(found, seconds={"fit": round(fit, 3), "rank": round(rest, 3), "waited": round(waited, 3)})
 
 
-def blocks_of(experiment: Experiment, store: ClipStore, gallery: np.ndarray) -> list[np.ndarray]:
+def blocks_of(e: Experiment, store: ClipStore, gallery: np.ndarray) -> list[np.ndarray]:
     """Cut the rows of a gallery at every BLOCK clips of the split, whether it has them all or not.
 
     So what a block holds does not depend on which clips another model can score.
     """
-    block = (gallery - store.select(experiment.split)[0]) // BLOCK
+    block = (gallery - store.select(e.split)[0]) // BLOCK
     return np.split(np.arange(len(gallery)), np.flatnonzero(np.diff(block)) + 1)
 
 
 def rank_clips(e: Experiment, store: ClipStore, trained: Trained, part: slice = slice(None)) -> Retrieval:
     """Rank the clips of the experiment's split for every identity with its trained members.
 
-    part: of the blocks; clips of the others are left out.  Parts merge into the ranking of the whole (``rank.merge``).
+    part: of the blocks; clips of the others are left out.  Parts merge into the ranking of the whole (``rank.merge``),
+    but for rankings fused by ranks.
     """
-    if e.combine == "ranks" and part != slice(None):
-        raise ValueError("a part of a gallery cannot be ranked with combine 'ranks', which fuses whole rankings")
     gallery, every = ranked_gallery(e, store), [trained[key] for key in members_of(e)]
     blocks, shares = blocks_of(e, store, gallery)[part], _shares(e, store, gallery)
     members, second = every[: len(e.members)], every[len(e.members) :]
@@ -316,7 +293,7 @@ def rank_clips(e: Experiment, store: ClipStore, trained: Trained, part: slice = 
             for models, share in ((first, shares[0][rows]), (second, shares[1][rows])):
                 at = np.flatnonzero(share)
                 if len(at):
-                    score = combine_scores(said(models, rows[at]), how, scale=e.scale)[:, :classes]
+                    score = rank.combine_scores(said(models, rows[at]), how, scale=e.scale)[:, :classes]
                     scores[torch.from_numpy(at).to(device)] += torch.from_numpy(share[at]).to(score)[:, None] * score
             if first is members:
                 predicted[rows] = scores.argmax(1).cpu()
@@ -326,7 +303,7 @@ def rank_clips(e: Experiment, store: ClipStore, trained: Trained, part: slice = 
         if e.combine == "ranks":
             for _ in scored(members, "log softmax"):  # for the predictions
                 pass
-            found = fuse_ranks(rank.top_k(scored([member], "log softmax"), k=DEPTH) for member in members)
+            found = rank.fuse_ranks(rank.top_k(scored([member], "log softmax"), k=DEPTH) for member in members)
         else:
             found = rank.top_k(scored(members, e.combine))
     best, score = found.clip.cpu().numpy(), found.score.cpu().numpy()
@@ -347,16 +324,14 @@ def _shares(e: Experiment, store: ClipStore, gallery: np.ndarray) -> tuple[np.nd
     return np.where(known, 1 - weight, 0), weight
 
 
-# -- measuring ------------------------------------------------------------------------------------------------------
-
 LENGTH_EDGES = [1, 5, 10, 15, 20, 30, 40, None]  # frames; None is no edge
 PERCENTILE_EDGES = [*QUALITY_EDGES, 40, 60, 80, 100]
 WRONG_EDGES = [0, 1e-9, 0.1, 0.25, 0.5, 0.8, 1.001]  # share of frames
 
 
-def measure(experiment: Experiment, store: ClipStore, found: Retrieval) -> tuple[dict[str, float], dict[str, list]]:
+def measure(e: Experiment, store: ClipStore, found: Retrieval) -> tuple[dict[str, float], dict[str, list]]:
     """Return the measures and the breakdown of a record, which says what they are."""
-    e, first = experiment, found.members[0]
+    first = found.members[0]
     identity = store.identity_of(found.gallery)
     labelled, right = identity >= 0, found.predicted == identity
     measures = {
@@ -370,8 +345,8 @@ def measure(experiment: Experiment, store: ClipStore, found: Retrieval) -> tuple
         "parameters": sum(p.numel() for p in first.model.parameters()) if first.losses else 0,
     }
     for part, clips in (("train", first.clips), ("gallery", found.gallery)):
-        without = {name: int((store.modalities[name].count[clips] == 0).sum()) for name in e.context}
-        measures |= {f"{part}_without_{name}": number for name, number in without.items()}
+        for name in e.context:
+            measures[f"{part}_without_{name}"] = int((store.modalities[name].count[clips] == 0).sum())
     scored = (found.by_member >= 0).all(0) & labelled
     if len(found.members) > 1 and scored.any():
         trained = store.identity_of(training_clips(e, store))
@@ -381,20 +356,18 @@ def measure(experiment: Experiment, store: ClipStore, found: Retrieval) -> tuple
             "member_clip_top1": float((found.by_member[:, scored] == identity[scored]).mean()),
             "disagreement": ensemble.disagreement(found.by_member[:, scored]),
         }
-    precision = metrics.clip_precision(found.ranking, found.hits, len(found.gallery))
-    clips, right, precision = found.gallery[labelled], right[labelled], precision[labelled]
-    return measures, _breakdown(store, e.modality or "face", clips, right, precision)
+    return measures, _breakdown(store, e.modality or "face", found, labelled)
 
 
-def _breakdown(
-    store: ClipStore, modality: str, clips: np.ndarray, right: np.ndarray, precision: np.ndarray
-) -> dict[str, list[list[float]]]:
+def _breakdown(store: ClipStore, modality: str, found: Retrieval, labelled: np.ndarray) -> dict[str, list]:
     """Group labelled gallery clips by length, quality and share of wrong frames."""
     if modality not in store.modalities:
         return {}
     source = store.modalities[modality]
-    has = source.count[clips] > 0
-    clips, right, precision = clips[has], right[has], precision[has]
+    rows = np.flatnonzero(labelled & (source.count[found.gallery] > 0))
+    clips = found.gallery[rows]
+    right = (found.predicted == store.identity_of(found.gallery))[rows]
+    precision = metrics.clip_precision(found.ranking, found.hits, len(found.gallery))[rows]
     known: dict[str, tuple[np.ndarray, Sequence]] = {"frames": (source.count[clips], LENGTH_EDGES)}
     if "quality" in source.columns and len(clips):
         mean = store.clip_means(modality, "quality")[clips]

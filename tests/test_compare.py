@@ -9,7 +9,7 @@ from scipy import stats
 from mmlib import compare, metrics
 from mmlib.compare import as_frame, breakdown_frame, compare_arms, provenance
 from mmlib.experiment import Experiment
-from mmlib.records import WRONG_EDGES
+from mmlib.retrieve import WRONG_EDGES
 
 
 def record(aggregator="mean", seed=0, ap=(0.5,), *, data="simulated", settings=(), **known):
