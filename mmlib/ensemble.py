@@ -81,7 +81,7 @@ class Together:
         """Return the loss of every model, (M,): ``loss`` of its cosines (B, C) and its labels, (B,) of (M, B).
 
         inputs: of ``IdentityModel`` by name; of M > 1 models every tensor has M in front.  generators: of the dropout
-        masks, one a model.  On a GPU the models run in bfloat16.
+        masks, one a model.  On a GPU the models run in bfloat16, the loss in float32.
         """
         device, clips = label.device.type, label.shape[1]
         drawn = [

@@ -41,10 +41,10 @@ POSITIVE, FROM_ZERO, FROM_ONE = (Interval(low, np.inf, end) for low, end in ((0,
 class Training:
     """What decides a training run.
 
-    epochs; batch: clips, two at least; frames: frames drawn a clip and step, by ``sample`` of ``ClipStore.batch``; lr
-    of the MLP and classifier, and of the aggregator (whose gradients are some orders smaller), both falling to 0 along
-    a cosine; weight_decay; margin in radians, 0 for a plain (cosine) softmax; scale of the cosines; gamma of the focal
-    term, ``focal`` "clip" or "batch"; optimiser "adamw", or "sgd" with momentum .9 as in the released code.
+    batch: clips; frames: frames drawn a clip and step, by ``sample`` of ``ClipStore.batch``; lr of the MLP and
+    classifier, and of the aggregator (whose gradients are some orders smaller), both falling to 0 along a cosine;
+    margin in radians, 0 for a plain (cosine) softmax; scale of the cosines; gamma of the focal term, ``focal`` "clip"
+    or "batch"; optimiser "adamw", or "sgd" with momentum .9 as in the released code.
     """
 
     epochs: int = 8
@@ -69,10 +69,9 @@ class Training:
 
     def loss(self, cosine: Tensor, label: Tensor) -> Tensor:
         """Return the loss of cosines (B, C) at labels (B,), a scalar; without a margin also of inner products."""
+        logits = self.scale * cosine
         if self.margin:
             logits = losses.margin_logits(cosine, label, margin=self.margin, scale=self.scale)
-        else:
-            logits = self.scale * cosine
         focal = losses.focal_loss if self.focal == "clip" else losses.batch_focal_loss
         return focal(logits, label, gamma=self.gamma)
 
@@ -213,9 +212,8 @@ RANKING = {name: getattr(Experiment, name) for name in ("members", "combine", "s
 def arm_key(experiment: Experiment | Mapping, *free: str) -> str:
     """Name what an experiment is, whatever world it ran in, as text: all that it says but its data, size and seed.
 
-    experiment: one, or what a record says of one, where tuples are lists; what a record does not say was added to
-    experiments after it was made, and has its default.  free: more names that may differ, dotted within
-    ``training`` and ``fallback``.
+    experiment: one, or what a record says of one; what a record does not say was added to experiments after it was
+    made, and has its default.  free: more names that may differ, dotted within ``training`` and ``fallback``.
 
     >>> one, two = Experiment(seed=1), Experiment(seed=2, training=Training(lr=1.0))
     >>> arm_key(one) == arm_key(two), arm_key(one, "training.lr") == arm_key(two, "training.lr")

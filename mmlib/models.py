@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from mmlib.aggregate import QUALITY_UNIT, Aggregator, Maybe
 
-Discard = tuple[int, int] | None  # a block of blocks
+Discard = tuple[int, int] | None  # a block, and of how many
 Contexts = dict[str, tuple[Tensor, Tensor]] | None  # by name the feature (B, D) and whether a clip has it (B,)
 
 
@@ -33,9 +33,8 @@ def seeded(seed: int | list[int]) -> Iterator[None]:
 class Dropout(nn.Module):
     """Zero each of ``width`` inputs with probability p in training, and scale the others by 1 / (1 - p).
 
-    keep: what the inputs (B, width) are multiplied by. A training loop draws it with ``draw`` before every pass, so
-    that a model sees the same masks whether it is trained alone or beside others; left empty, every pass draws its own
-    from torch's generator.
+    keep: what the inputs (B, width) are multiplied by. A training loop draws it before every pass, so that a model sees
+    the same masks trained alone or beside others; left empty, every pass draws its own from torch's generator.
     """
 
     def __init__(self, width: int, p: float):
@@ -58,8 +57,8 @@ class Dropout(nn.Module):
 class MaskedBatchNorm(nn.BatchNorm1d):
     """Normalise the rows of (B, D) that are ``present`` (B,) by their own statistics; the others become anything.
 
-    The same as ``BatchNorm1d`` of those rows alone, without any work that depends on how many there are.  Statistics
-    need two rows: with fewer, nothing is learned and the running ones stay.
+    As ``BatchNorm1d`` of those rows, with no work that depends on how many there are.  Statistics need two rows: with
+    fewer, nothing is learned and the running ones stay.
     """
 
     def forward(self, x: Tensor, present: Tensor) -> Tensor:
@@ -121,16 +120,12 @@ class ContextBranch(nn.Module):
         return torch.where(known[:, None], feature, self.absent.to(feature.dtype))
 
 
-def region(width: int, block: int, blocks: int) -> slice:
-    """Return where block ``block`` of ``blocks`` contiguous ones lies in ``width`` dimensions."""
+def gap(width: int, discard: Discard) -> slice:
+    """Return which of ``width`` dimensions a model does not see that discards a contiguous block, or nothing."""
+    block, blocks = discard or (0, 1)
     if not 0 <= block < blocks <= width:
         raise ValueError(f"block {block} of {blocks} does not exist in {width} dimensions")
-    return slice(block * width // blocks, (block + 1) * width // blocks)
-
-
-def gap(width: int, discard: Discard) -> slice:
-    """Return which of ``width`` dimensions a model does not see that discards a (block, blocks), or nothing."""
-    return region(width, *discard) if discard else slice(0, 0)
+    return slice(block * width // blocks, (block + 1) * width // blocks) if discard else slice(0, 0)
 
 
 def kept_width(width: int, discard: Discard) -> int:
@@ -142,14 +137,13 @@ class IdentityModel(nn.Module):
     """Score clips against identities by the cosine between a transformed clip feature and one vector an identity.
 
     aggregator: a module of ``mmlib.aggregate``, or None for a model of contexts alone.  identities: C.  hidden: width
-    of the residual MLP, 0 for none (a linear cosine classifier).  concat: ``"normalised"`` or ``"raw"`` appends the
-    clip's mean quality / 100 and det score to its feature, normalised first, as the One Name paper describes, or not:
-    magnitude carries quality, and a cosine divides it out; ``"frames"`` leaves the feature raw and appends nothing, for
-    an aggregator that has appended the scores to every raw frame, as the released code does; ``"none"`` normalises and
-    appends nothing.  contexts: width by name of the context features that join through a ``ContextBranch`` of
-    ``context_dim`` outputs each.  gated: multiply each by a gate in (0, 1) that sees it and the clip feature.  head:
-    ``"cosine"``, or ``"dot"`` for the inner products of a plain softmax classifier.  discard: (block, blocks), the
-    block of the embeddings and of every context that the model does not see, as in ``gap``.
+    of the residual MLP, 0 for none (a linear cosine classifier).  concat: ``"none"`` normalises the clip feature;
+    ``"normalised"``, as the One Name paper describes, and ``"raw"`` then append the clip's mean quality / 100 and det
+    score, ``"raw"`` without normalising: magnitude carries quality, and a cosine divides it out; ``"frames"`` leaves
+    the feature as it is, for an aggregator that has appended the scores to every frame, as in the released code.
+    contexts: width by name of the context features that join through a ``ContextBranch`` of ``context_dim`` outputs
+    each.  gated: multiply each by a gate in (0, 1) that sees it and the clip feature.  head: ``"cosine"``, or ``"dot"``
+    for inner products.  discard: the block of the embeddings and of every context that the model does not see.
     """
 
     dim: int
@@ -186,10 +180,7 @@ class IdentityModel(nn.Module):
     def pool(
         self, x: Maybe = None, mask: Maybe = None, quality: Maybe = None, det: Maybe = None, contexts: Contexts = None
     ) -> Tensor:
-        """Return what enters the MLP, (B, dim), entries of order 1.
-
-        x (B, T, D) and the contexts are without the block that the model discards, ``gap``.
-        """
+        """Return what enters the MLP, (B, dim), entries of order 1; x (B, T, D), contexts: without what is left out."""
         parts = [] if self.aggregator is None else [self._clip_feature(self.aggregator, x, mask, quality, det)]
         for name, branch in self.branches.items():
             reduced = branch(*(contexts or {})[name])
@@ -226,10 +217,7 @@ class IdentityModel(nn.Module):
 
     @torch.no_grad()
     def start_from_class_means(self, pooled: Tensor, label: Tensor) -> None:
-        """Set every identity's vector to the mean of its clips' pooled features (n, dim), label (n,).
-
-        Identities without a clip keep their random direction.
-        """
+        """Set the vector of every identity that has clips to the mean of their pooled features (n, dim), label (n,)."""
         mean = class_means(F.normalize(pooled, dim=1), label, len(self.prototype))
         seen = mean.norm(dim=1) > 0
         self.prototype[seen] = F.normalize(mean[seen], dim=1)

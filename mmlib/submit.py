@@ -11,6 +11,7 @@ import hashlib
 import io
 import time
 import zipfile
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -58,9 +59,9 @@ def predict(
     """Train a system of ``systems.SYSTEMS`` on a store and write its ranking of a split's clips as a submission.
 
     options: as for ``system_on``.  labelled_only: no line for identities without a labelled clip there.  A result that
-    exists is refused unless ``overwrite``, and is replaced when the new one is complete.  Members that an earlier
-    run of the same system, store and library left in ``members_folder`` are used, whatever split they were for and
-    whatever device they were trained on; the files are removed once the result is there, unless ``keep_members``.
+    exists is refused unless ``overwrite``, and replaced when the new one is complete.  Members that an earlier run of
+    the same system, store and library left in ``members_folder`` are used, for whatever split and on whatever device
+    they were trained; the files are removed once the result is there, unless ``keep_members``.
 
     shard: rank that one of ``shards`` parts of the gallery, in [1, shards], and leave it in the folder; processes that
     do so at the same time, on machines that share it, train the members together.  shards without a shard: merge those,
@@ -80,13 +81,15 @@ def predict(
     try:
         work = Work(e, folder, device, shards)
         every = range(1, work.shards + 1)
-        trained, loaded, ranked = work.rank_shards([*every] if shard is None else [shard], progress)
+        trained, loaded, ranked = work.rank_shards(every if shard is None else [shard], progress)
         if shard is None:
             best = rank.merge([_read_shard(work.shard(number)) for number in every], k=RESULT_LIMIT).clip.numpy()
             names = store.clips["clip"].to_numpy(object)[work.gallery]
             _check_target(out, overwrite)
             write_result(out, [*store.identities[identities]], best[identities], names)
-            work.remove(keep_members)
+            for path in [*folder.glob(f"{work.name}-*.npz"), *([] if keep_members else work.members.values())]:
+                path.unlink(missing_ok=True)
+                clear_partial(path)
         foreign = len({*folder.glob("*.pt")} - {*work.members.values()})
     finally:
         remove_locks(folder)
@@ -175,7 +178,7 @@ class Work:
         """Return which blocks are in a shard."""
         return slice(*(len(self.blocks) * edge // self.shards for edge in (number - 1, number)))
 
-    def rank_shards(self, shards: list[int], progress: bool = False) -> tuple[int, int, int]:
+    def rank_shards(self, shards: Iterable[int], progress: bool = False) -> tuple[int, int, int]:
         """Rank the shards that are not there; return how many members and shards were not there, and members that were.
 
         Members that are there are loaded first, so that a damaged file is found before hours of training.
@@ -218,12 +221,6 @@ class Work:
                 np.savez(content, clip=found.best, score=found.score)
                 write_whole(path, content.getvalue())
         return int(held), 0 if held else number
-
-    def remove(self, keep_members: bool) -> None:
-        """Remove the shards, and the members unless told, with what a killed run left of them half written."""
-        for path in [*self.folder.glob(f"{self.name}-*.npz"), *([] if keep_members else self.members.values())]:
-            path.unlink(missing_ok=True)
-            clear_partial(path)
 
 
 def _hashed(*said: object) -> str:

@@ -7,7 +7,7 @@ study does not is listed in chapter 10 with the reason.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mmlib.aggregate import LEARNED
 from mmlib.experiment import Experiment, Training
@@ -26,7 +26,7 @@ class Rates(NamedTuple):
 
 
 # Of each arm the rates with the best mean MAP@100 in its search on the worlds of SEARCH_SEEDS, at the shorter length,
-# which all arms have in the comparisons, so that all take the same steps. Chapters 04, 05 and 07 show the searches.
+# which all arms have in the comparisons. Chapters 04, 05 and 07 show the searches.
 _ARMS = {
     Rates(3e-4): ("softmax",),
     Rates(1e-3): ("mean", "norm", "quality", "best half", "attention + scores", "as coded")
@@ -48,21 +48,16 @@ CHOSEN = {arm: rates.lr for arm, rates in CHOSEN_RATES.items()}
 
 def tuned(aggregator: str) -> Training:
     """Return the training chosen for an aggregator."""
-    return Training(**CHOSEN_RATES[aggregator]._asdict()) if aggregator in CHOSEN_RATES else Training()
+    return Training(**CHOSEN_RATES[aggregator]._asdict())
 
 
 def tuning_grid(aggregator: str) -> list[Training]:
-    """List the trainings tried for an aggregator, eight for every one: two lengths times four learning rates.
-
-    One with parameters tries four rates of its own, the others four of the rest of the network.
-    """
-    rates: list[dict[str, Any]]
-    if aggregator not in LEARNED:
-        rates = [{"lr": rate} for rate in (5e-4, 1e-3, 1e-2, 3e-2)]
-    else:  # three weights of scores need longer steps than a query over hundreds of dimensions
+    """List the trainings tried for an aggregator: two lengths times four rates, its own or those of the network."""
+    rates = [Rates(rate) for rate in (5e-4, 1e-3, 1e-2, 3e-2)]
+    if aggregator in LEARNED:  # three weights of scores need longer steps than a query over hundreds of dimensions
         own = (1e-1, 3e-1, 1.0, 3.0) if aggregator == "learned scores" else RATES
-        rates = [{"lr": 1e-3, "aggregator_lr": rate} for rate in own]
-    return [Training(epochs=epochs, **rate) for epochs in EPOCHS for rate in rates]
+        rates = [Rates(1e-3, rate) for rate in own]
+    return [Training(epochs=epochs, **rate._asdict()) for epochs in EPOCHS for rate in rates]
 
 
 def _arm(base: Experiment, training: dict | None = None, **fields) -> Experiment:
@@ -163,9 +158,8 @@ RUNGS = {  # what each has of the system beyond the one before
 def climb(system: Experiment, *, scene: bool = True, scores: bool = True) -> dict[str, Experiment]:
     """Return the rungs from the baseline to a system ``in_budget``, each with one part of it more than the one before.
 
-    The last rung of ONE_NAME is ONE_NAME itself.  That of ONE_NAME_AS_CODED is the coded system in the budget of all;
-    the one in SYSTEMS is trained as the released code does.  scene, scores: what the clips have.  Without a scene there
-    is no such rung and no fallback; without scores the system is that of ``without_scores``.
+    scene, scores: what the clips have.  Without a scene there is no such rung and no fallback; without scores the
+    system is that of ``without_scores``.
     """
     top = in_budget(system if scores else without_scores(system))
     last = replace(FACE_ONLY if scores else without_scores(FACE_ONLY), scale=top.scale)

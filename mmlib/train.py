@@ -31,12 +31,11 @@ def train_together(
     """Train models of one shape in one batched pass, each on clips (n,) of its own; return the mean losses by epoch.
 
     Every model sees the clips, frames, order and dropout masks that it would see alone, drawn from its own seed: the
-    results are those of training one by one, up to the rounding of batched products.
+    results are those of training one by one, up to the rounding of batched products.  The same seed gives the same
+    clips, frames and order whatever the model, so that two arms see the same data.
 
     Clips without an identity are of one further class, the last, if the models have it.  modality: what the aggregator
-    reads, None for models of contexts alone.  The models stay on their device; on a GPU the forward pass runs in
-    bfloat16, the loss in float32, and within an epoch nothing waits for the host.  The same seed gives the same clips,
-    frames and order whatever the model, so that two arms see the same data.
+    reads, None for models of contexts alone.  On the models' device; within an epoch nothing waits for the host.
     """
     device, number = models[0].prototype.device, len(clips[0])
     if number < 2:
@@ -92,8 +91,10 @@ def _longest(store: ClipStore, name: str, clip: int) -> str:
 
 def _optimiser(parameters: dict[str, Tensor], training: Training) -> torch.optim.Optimizer:
     slow = [value for name, value in parameters.items() if name.startswith("aggregator.")]
-    groups = [{"params": slow, "lr": training.aggregator_lr, "weight_decay": 0.0}] if slow else []
-    groups.append({"params": [value for name, value in parameters.items() if not name.startswith("aggregator.")]})
+    rest = [value for name, value in parameters.items() if not name.startswith("aggregator.")]
+    groups = [{"params": rest}]
+    if slow:
+        groups.insert(0, {"params": slow, "lr": training.aggregator_lr, "weight_decay": 0.0})
     kind, options = {"adamw": (torch.optim.AdamW, {}), "sgd": (torch.optim.SGD, {"momentum": 0.9})}[training.optimiser]
     return kind(groups, lr=training.lr, weight_decay=training.weight_decay, fused=True, **options)
 
@@ -110,21 +111,15 @@ def classes_of(store: ClipStore, clips: np.ndarray) -> np.ndarray:
 
 
 class Reader:
-    """Read the training batches of M models from a store, on the models' device.
-
-    clips: of each model, (n,).  The contexts of a clip never change, so they are read once; frames are drawn anew
-    for every epoch.
-    """
+    """Read batches of the clips (n,) of M models, on their device: contexts once, frames drawn anew for every epoch."""
 
     def __init__(self, models: list, store: ClipStore, clips: list, modality: str | None, training: Training):
         device, first = models[0].prototype.device, models[0]
         self._sampling = _sampling(first, training.sample, training.frames)
-        self._frames = frames = None if modality is None else store.on(modality, device)
+        self._frames = None if modality is None else store.on(modality, device)
         self._clips = torch.from_numpy(np.stack(clips)).to(device)
         self._buffer = torch.empty(0, device=device)
         self._discards = [model.discard for model in models]
-        if frames is not None and self._sampling[0] == "draw" and (frames.count[self._clips] == 0).any():
-            raise ValueError(f"{store.path}: a training clip has no {modality} to draw frames from")
         union = np.unique(np.concatenate(clips))
         self._place = torch.from_numpy(np.searchsorted(union, np.stack(clips))).to(device)
         self._contexts: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -140,10 +135,7 @@ class Reader:
             self._rows = [sample_rows(s, c, sample, frames, g) for s, c, g in zip(start, count, generators)]
 
     def read(self, places: Tensor) -> dict:
-        """Return the inputs of ``IdentityModel`` for the clips at ``places`` (M, B), as ``Together`` takes them.
-
-        They hold until the next call.
-        """
+        """Return the inputs of ``Together`` for the clips at ``places`` (M, B); they hold until the next call."""
         inputs = {}
         if self._frames is not None:
             width, rows = self._frames.feature.shape[1], [rows[place] for rows, place in zip(self._rows, places)]
@@ -190,8 +182,7 @@ def contexts(
 ) -> tuple[Tensor, Tensor]:
     """Return the context feature of clips, (n, D) without the discarded block, and whether they have it, (n,).
 
-    It is the mean of the unit embeddings of all frames, scaled to entries of order 1; a model that discards a block
-    does not know even the length of what it discards.
+    It is the mean of the unit embeddings, without that block, of all frames, scaled to entries of order 1.
     """
     source, count = store.on(name, device), store.modalities[name].count[clips]
     left = gap(source.feature.shape[1], discard)
@@ -216,8 +207,8 @@ def pooled_features(
 ) -> Tensor:
     """Return what enters the MLP, (n, dim), for clips that have the modality, from all of their frames.
 
-    An aggregator with a fixed number of frames (``as coded``) gets that many drawn ones instead.  Clips are read in
-    order of their length, about ``block`` frames at a time, so that little of a batch is padding; a longer one alone.
+    An aggregator with a fixed number of frames (``as coded``) gets that many drawn ones instead.  Clips are read about
+    ``block`` padded frames at a time.
     """
     device = model.prototype.device
     sample, frames = _sampling(model, "all", None)
@@ -231,11 +222,10 @@ def pooled_features(
     for places in _blocks(count, block):
         at, to = (torch.from_numpy(part).to(device) for part in (clips[places], places))
         with enough_memory(_longest(store, modality or next(iter(model.branches)), clips[places[-1]])):
-            frames_of = None
+            inputs = ()
             if modality is not None:
                 rows = sample_rows(source.start[at], source.count[at], sample, frames, generator)
-                frames_of = source.gather(rows, gap=gap(source.feature.shape[1], model.discard))
+                inputs = source.gather(rows, gap=gap(source.feature.shape[1], model.discard))[:4]
             context = {name: contexts(store, name, clips[places], model.discard, device) for name in model.branches}
-            x, mask, quality, det = frames_of[:4] if frames_of else (None,) * 4
-            out[to] = model.pool(x, mask, quality, det, context)
+            out[to] = model.pool(*inputs, contexts=context)
     return out

@@ -16,7 +16,6 @@ from mmlib.models import (
     class_means,
     gap,
     kept_width,
-    region,
     seeded,
     within_class_whitening,
 )
@@ -345,7 +344,7 @@ def test_weights_of_a_fixed_pool_rebuild_its_feature(name):
 
 @pytest.mark.parametrize("width, blocks", [(512, 16), (2048, 32), (514, 16), (10, 4), (7, 7), (5, 1)])
 def test_regions_cover_every_dimension_once(width, blocks):
-    covered = [dimension for block in range(blocks) for dimension in range(width)[region(width, block, blocks)]]
+    covered = [dimension for block in range(blocks) for dimension in range(width)[gap(width, (block, blocks))]]
     assert covered == list(range(width))
 
 
@@ -366,7 +365,7 @@ def test_kept_widths_are_those_of_the_released_code(width, discard, kept):
 @pytest.mark.parametrize("width, block, blocks", [(8, 4, 4), (8, -1, 4), (3, 0, 4), (8, 0, 0)])
 def test_region_that_does_not_exist_is_refused(width, block, blocks):
     with pytest.raises(ValueError, match=f"block {block} of {blocks} does not exist in {width} dimensions"):
-        region(width, block, blocks)
+        gap(width, (block, blocks))
 
 
 @pytest.mark.parametrize("discard, width, ends", [((1, 3), 6, (2, 4)), ((0, 4), 8, (0, 2)), (None, 8, (0, 0))])

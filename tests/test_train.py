@@ -169,13 +169,6 @@ def test_aggregator_of_a_fixed_number_of_frames_gets_that_number(store, read):
     assert all(len(found) == 40 and min(found) >= 0 for _, _, rows in read for found in rows)
 
 
-def test_training_clip_without_frames_is_refused_where_frames_are_drawn(patchy):
-    torch.manual_seed(0)
-    made = IdentityModel(AGGREGATORS["as coded"](16), 6, hidden=8)
-    with pytest.raises(ValueError, match="a training clip has no face to draw frames from"):
-        train(made, patchy, patchy.select("train", labelled=True), SHORT, seed=0)
-
-
 def test_aggregator_has_its_own_learning_rate(store):
     made, _ = trained(store, "NAN", replace(SHORT, aggregator_lr=0.0))
     assert not made.aggregator.query.any()

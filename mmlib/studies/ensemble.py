@@ -18,7 +18,7 @@ from mmlib.data.simulate import PROFILES, World, settings_for
 from mmlib.data.store import ClipStore
 from mmlib.ensemble import KINDS, lost_identities, member_clips
 from mmlib.experiment import Experiment
-from mmlib.models import region
+from mmlib.models import gap
 from mmlib.records import Record
 
 # -- the runs -------------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def against(runs: pd.DataFrame, by: str, baseline: str) -> pd.DataFrame:
 
 def partition(width: int, regions: int, members: int) -> pd.DataFrame:
     """Return what each of the first members discards of ``width`` dimensions: member, start, stop (exclusive)."""
-    gaps = [region(width, member, regions) for member in range(members)]
+    gaps = [gap(width, (member, regions)) for member in range(members)]
     rows = [(member, gap.start, gap.stop, width) for member, gap in enumerate(gaps)]
     return pd.DataFrame(rows, columns=["member", "start", "stop", "width"])
 
@@ -102,7 +102,7 @@ def block_variance(store: ClipStore, modality: str, regions: int, frames: int = 
     principal = np.linalg.svd(x, compute_uv=False) ** 2
     principal = np.pad(principal, (0, x.shape[1] - len(principal)))
     blocks = [
-        (block + 1, axes, float(variance[region(len(variance), block, regions)].sum() / variance.sum()))
+        (block + 1, axes, float(variance[gap(len(variance), (block, regions))].sum() / variance.sum()))
         for axes, variance in (("as stored", (x**2).sum(0)), ("principal axes", principal))
         for block in range(regions)
     ]
