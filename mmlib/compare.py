@@ -3,8 +3,6 @@
 What every chapter uses stands here, what one of them needs in its module of ``mmlib.studies``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
@@ -69,10 +67,7 @@ def _range(group: str, low: float, high: float) -> str:
 def _named(records: Iterable[Record], by: str, names: Iterable[str] | None) -> list[tuple[str, Record]]:
     """Put the name of its arm before each record: its value of field ``by`` unless ``names`` are given."""
     records = list(records)
-    names = [record.experiment[by] for record in records] if names is None else list(names)
-    if len(names) != len(records):
-        raise ValueError(f"names has {len(names)} entries for {len(records)} records")
-    return list(zip(names, records))
+    return list(zip([r.experiment[by] for r in records] if names is None else names, records, strict=True))
 
 
 def compare_arms(
@@ -85,13 +80,12 @@ def compare_arms(
 ) -> pd.DataFrame:
     """Compare every value of field ``by`` with ``baseline``, pair by pair, in points of MAP@100.
 
-    Records that differ in ``by`` and the seed only.  names: the arm of each record, for arms that differ in several
-    fields; ``by`` is then only what their column is called.  arms: those that count, else all.
+    names: the arm of each record, for arms that differ in more than ``by`` and the seed; ``by`` is then only what their
+    column is called.  arms: those that count, else all.
 
-    Returns, sorted by MAP: ``by``, map_at_100 (mean over seeds), difference, low and high (95 %), sd (of the difference
-    over worlds), n, and ``interval``: over worlds by a t interval where each seed is a world of its own, else over
-    identities by a bootstrap of APs averaged over seeds.  Of one identity, or of records with one AP, there is no
-    interval: low and high are NaN.
+    Returns, sorted by MAP: ``by``, map_at_100 (mean over seeds), difference, low and high (95 %, NaN for one identity),
+    sd (of the difference over worlds), n, and ``interval``: over worlds by a t interval where each seed is a world of
+    its own, else over identities by a bootstrap of APs averaged over seeds.
     """
     groups: dict[str, dict[int, Record]] = {}
     for name, record in _named(records, by, names):
@@ -164,7 +158,7 @@ def counts(frame: pd.DataFrame) -> dict[str, int]:
 
 
 def interval_text(row: Mapping, digits: int = 2) -> str:
-    """Write the interval of a difference, with as many more digits as it takes to see on which side of 0 it lies.
+    """Write the interval of a difference, with the digits that it takes to see on which side of 0 it lies.
 
     >>> interval_text({"low": -0.001, "high": 0.5}), interval_text({"low": 0.001, "high": 0.5})
     ('[0.00, +0.50]', '[+0.001, +0.500]')
@@ -214,14 +208,13 @@ def provenance(records: list[Record]) -> str:
     """Say in a sentence where records come from, and whether this library would make the same."""
     if not records:
         return "There are no such records."
-    days = sorted({record.made[:10] for record in records})
-    commits = sorted({record.commit for record in records})
+    days, devices, commits = (sorted(set(said)) for said in zip(*((r.made[:10], r.device, r.commit) for r in records)))
     fresh = all(record.library == library_hash() for record in records)
     kinds = {record.simulated for record in records}
     kind = "partly simulated" if len(kinds) > 1 else "simulated" if True in kinds else "real"
     return (
         f"{len(records)} records on {kind} clips, made {' to '.join(dict.fromkeys((days[0], days[-1])))} on "
-        f"{', '.join(sorted({record.device for record in records}))}, commit {', '.join(commits)}, "
+        f"{', '.join(devices)}, commit {', '.join(commits)}, "
         f"by {'the code that built this page' if fresh else 'an earlier version of the code than this page'}."
     )
 

@@ -1,12 +1,10 @@
-"""Members of an ensemble: what each of them sees, what it never sees, and how much they differ.
+"""Members of an ensemble: what each of them sees, how much they differ, and their training in one batched pass.
 
-Four kinds.  ``views``: every member discards one contiguous block of the feature space and keeps the rest, the
-proposal of One Name (Dong et al., ACM MM 2019).  ``bagging``: a bootstrap of the training clips (Breiman 1996), which
-loses identities of few clips.  ``stratified``: a bootstrap within every identity, which loses none.  ``seeds``: the
-same clips and features, another order, other frames and other dropout.
+Four kinds.  ``views``: every member discards one contiguous block of the feature space, the proposal of One Name (Dong
+et al., ACM MM 2019).  ``bagging``: a bootstrap of the training clips (Breiman 1996), which loses identities of few
+clips.  ``stratified``: one within every identity, which loses none.  ``seeds``: the same clips and features, another
+order, other frames and other dropout.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations
@@ -44,19 +42,13 @@ def member_seed(seed: int, member: int) -> int | list[int]:
     return seed if member == 0 else [seed, member]
 
 
-def lost_identities(identity: np.ndarray, kept: np.ndarray) -> int:
-    """Count the identities among ``identity`` (n,) that are not among ``kept`` (m,)."""
-    return len(np.setdiff1d(identity, kept))
-
-
 def disagreement(predicted: np.ndarray) -> float:
-    """Average over pairs of members the share of clips that they name differently; predicted (M, n), 0 for one member.
+    """Average over pairs of members the share of clips that they name differently; predicted (M, n), M of at least 2.
 
     >>> disagreement(np.array([[1, 2], [1, 3], [1, 3]]))
     0.3333333333333333
     """
-    pairs = [float(np.mean(a != b)) for a, b in combinations(predicted, 2)]
-    return float(np.mean(pairs)) if pairs else 0.0
+    return float(np.mean([np.mean(a != b) for a, b in combinations(predicted, 2)]))
 
 
 class Together:

@@ -69,35 +69,30 @@ class Training:
 
     def loss(self, cosine: Tensor, label: Tensor) -> Tensor:
         """Return the loss of cosines (B, C) at labels (B,), a scalar; without a margin also of inner products."""
-        logits = self.scale * cosine
-        if self.margin:
-            logits = losses.margin_logits(cosine, label, margin=self.margin, scale=self.scale)
+        plain = self.margin == 0
+        logits = self.scale * cosine if plain else losses.margin_logits(cosine, label, self.margin, self.scale)
         focal = losses.focal_loss if self.focal == "clip" else losses.batch_focal_loss
         return focal(logits, label, gamma=self.gamma)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One run of one system on one data set.
+    """One run of one system on one data set; those that differ in ``RANKING`` only share their trained members.
 
     data: ``"simulated"``, or the path of a clip store (then ``profile`` and ``settings`` have no meaning).  settings:
-    (name, value) pairs that override the simulator's.  seed: the world and its training; on a given store the
-    training alone.
+    (name, value) pairs that override the simulator's.  seed: of the world and the training.
 
     The model.  modality: what is aggregated over frames, None for contexts alone.  classifier: ``nearest`` (cosine to
-    the nearest training clip of an identity), ``class means``, ``whitened means`` (class means after WCCN),
-    ``linear`` (a trained cosine classifier), ``mlp`` (behind a residual MLP).  concat, head: as in ``IdentityModel``.
-    context: modalities that join inside the network, reduced to ``context_dim`` dimensions each, by ``fusion``.
-    start: of the identities' vectors.  shrinkage: of the within-class covariance.  distractors: ``all`` in the
-    gallery, as in the challenge; ``held out``, half of them taken out of it; ``class``, that half trained on as one
-    further class.
+    the nearest training clip of an identity), ``class means``, ``whitened means`` (class means after WCCN, of that
+    ``shrinkage``), ``linear`` (a trained cosine classifier), ``mlp`` (behind a residual MLP).  context: modalities that
+    join inside the network, reduced to ``context_dim`` dimensions each, by ``fusion``.  concat, head: as in
+    ``IdentityModel``.  start: of the identities' vectors.  distractors: ``all`` in the gallery, as in the challenge;
+    ``held out``, half of them taken out of it; ``class``, that half trained on as one further class.
 
     The ensemble.  ensemble: a kind of ``mmlib.ensemble``, ``regions``: blocks of ``views``.  members: which are used.
 
     The ranking.  split: whose clips, ``val`` or ``test``.  combine, scale: as in ``combine_scores``.  fallback: when a
     second model on contexts counts; its ensemble is of the same kind, with twice as many regions, as released.
-
-    Experiments that differ in ``RANKING`` only share their trained members.
     """
 
     data: str = "simulated"

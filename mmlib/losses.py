@@ -15,7 +15,7 @@ def _full(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
-def margin_logits(cosine: Tensor, label: Tensor, *, margin: float, scale: float) -> Tensor:
+def margin_logits(cosine: Tensor, label: Tensor, margin: float, scale: float) -> Tensor:
     """Add a margin to the true angle: s cos(theta + m) at the label, s cos(theta) elsewhere, (B, C).
 
     cosine (B, C) in [-1, 1]; label (B,) int in [0, C); margin m in [0, pi/2] radians; scale s > 0. Source: ArcFace,
@@ -38,11 +38,6 @@ def margin_logits(cosine: Tensor, label: Tensor, *, margin: float, scale: float)
     return scale * cosine.scatter(1, label[:, None], moved)
 
 
-def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
-    """Average -log softmax(logits)[label] over the batch; logits (B, C), label (B,), in nats."""
-    return F.cross_entropy(_full(logits), label)
-
-
 def focal_loss(logits: Tensor, label: Tensor, *, gamma: float) -> Tensor:
     """Average (1 - p)^gamma * -log p over the batch, p = softmax(logits)[label] clip by clip.
 
@@ -57,7 +52,7 @@ def batch_focal_loss(logits: Tensor, label: Tensor, *, gamma: float) -> Tensor:
 
     All clips of a batch share one factor, so it scales the learning rate and does not single out hard clips.
     """
-    return _modulated(cross_entropy(logits, label), gamma)
+    return _modulated(F.cross_entropy(_full(logits), label), gamma)
 
 
 def _modulated(loss: Tensor, gamma: float) -> Tensor:

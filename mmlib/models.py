@@ -4,8 +4,6 @@
 optional branch a context (scene, head, body, audio), a residual MLP, and a cosine classifier as its last layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

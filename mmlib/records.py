@@ -4,8 +4,6 @@ Records lie under ``MMLIB_CACHE`` (else the user's cache folder), in a folder na
 code that decides numbers starts an empty one, an edit of prose, of figures or of this module does not.
 """
 
-from __future__ import annotations
-
 import ast
 import gzip
 import hashlib

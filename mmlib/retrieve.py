@@ -1,7 +1,5 @@
 """From an experiment to its ranking: train its members, score and rank the clips of a split, measure what was found."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -219,10 +217,10 @@ def _start(e: Experiment, store: ClipStore, member: int, device: torch.device) -
 class Retrieval:
     """What a system says of a gallery, and how that agrees with the labels of the split.
 
-    gallery (N,): positions in the store of the clips that something can score.  best (C, K): the best gallery rows of
-    every identity, -1 beyond the end; score (C, K): theirs.  predicted (N,): the best identity of each clip; by_member
-    (M, N): that of each member, of clips whose score it has a part in, else -1.  queries (Q,): identities with labelled
-    clips; ranking, hits (Q, K): of those; relevant (Q,): how many, in the gallery or not, as the official AP divides.
+    gallery (N,): clips of the store that something can score.  best, score (C, K): the best gallery rows of every
+    identity, -1 beyond the end.  predicted (N,): the best identity of each clip; by_member (M, N): that of each member,
+    -1 where it has no part in the score.  queries (Q,): identities with labelled clips; ranking, hits (Q, K): of those;
+    relevant (Q,): how many, in the gallery or not, as the official AP divides.
     """
 
     gallery: np.ndarray
@@ -350,7 +348,7 @@ def measure(e: Experiment, store: ClipStore, found: Retrieval) -> tuple[dict[str
     scored = (found.by_member >= 0).all(0) & labelled
     if len(found.members) > 1 and scored.any():
         trained = store.identity_of(training_clips(e, store))
-        lost = [ensemble.lost_identities(trained, store.identity_of(member.clips)) for member in found.members]
+        lost = [len(np.setdiff1d(trained, store.identity_of(member.clips))) for member in found.members]
         measures |= {
             "lost_identities": float(np.mean(lost)),
             "member_clip_top1": float((found.by_member[:, scored] == identity[scored]).mean()),

@@ -169,7 +169,7 @@ def fine_tune(
             with torch.autocast(at.type, dtype=torch.bfloat16, enabled=at.type == "cuda"):
                 cosine = network(batch.pixels)
             logits = losses.margin_logits(cosine, label, margin=settings.margin, scale=settings.scale)
-            loss = losses.cross_entropy(logits, label)
+            loss = nn.functional.cross_entropy(logits, label)
             optimiser.zero_grad(set_to_none=True)
             # Shares may differ by a clip, and the mean over processes is to be that over clips.
             (loss * (len(label) * run.count / len(group))).backward()

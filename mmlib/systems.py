@@ -4,8 +4,6 @@ Where the released code and the description differ, each has its own value here;
 study does not is listed in chapter 10 with the reason.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import NamedTuple
 

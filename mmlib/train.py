@@ -1,7 +1,5 @@
 """One training loop for every model, and the features of a trained one."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

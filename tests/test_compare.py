@@ -53,7 +53,7 @@ def test_arms_that_differ_in_several_fields_are_compared_by_their_names():
 
 
 def test_a_record_without_a_name_is_refused():
-    with pytest.raises(ValueError, match="1 entries for 2 records"):
+    with pytest.raises(ValueError, match="shorter|longer"):
         compare_arms([record(), record(seed=1)], by="arm", baseline="a", names=["a"])
 
 

@@ -16,7 +16,7 @@ from mmlib.compare import as_frame, compare_arms
 from mmlib.data.calibration import clips_per_identity
 from mmlib.data.simulate import PROFILES, World, settings_for
 from mmlib.data.store import ClipStore
-from mmlib.ensemble import KINDS, lost_identities, member_clips
+from mmlib.ensemble import KINDS, member_clips
 from mmlib.experiment import Experiment
 from mmlib.models import gap
 from mmlib.records import Record
@@ -139,7 +139,7 @@ def drawn_lost(identity: np.ndarray, procedure: str, draws: int = 200, seed: int
         kept = [member_clips(kind, clips, identity, seed=seed, member=draw) for draw in range(draws)]
     else:
         kept = [rng.permutation(clips)[: round(0.8 * len(clips))] for _ in range(draws)]
-    return np.array([lost_identities(identity, identity[each]) for each in kept]) / len(np.unique(identity))
+    return np.array([len(np.setdiff1d(identity, identity[each])) for each in kept]) / len(np.unique(identity))
 
 
 def lost_table(store: ClipStore, modality: str = "face", draws: int = 200) -> pd.DataFrame:
