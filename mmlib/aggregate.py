@@ -192,9 +192,8 @@ class NAN(Aggregator):
 class ChannelAttention(Aggregator):
     """Mix frames, x' = gamma A x + x, A from `channel_map`, then pool them by one NAN block, as One Name describes.
 
-    gamma and the query start at 0, so the untrained module is `norm_pool`. The learned temperature starts at 100:
-    DANet has none (1), but on raw embeddings S is near 480 on the diagonal and A would be one-hot with no gradient;
-    100 leaves logits of a few units. scores: as in `NAN`.
+    gamma and the query start at 0, so the untrained module is `norm_pool`. The learned temperature starts at 100: DANet
+    has none (1), but on raw embeddings, with S near 480 on the diagonal, A would be one-hot. scores: as in `NAN`.
     """
 
     def __init__(self, dim: int, *, invert: bool = False, scores: bool = False):
@@ -206,10 +205,7 @@ class ChannelAttention(Aggregator):
         self.query = nn.Parameter(torch.zeros(self.out_dim))
 
     def _pool(self, x, mask, quality, det) -> tuple[Tensor, Tensor]:
-        """Pool without forming the mixed frames, which are (gamma A + 1) x: all is linear in x but A.
-
-        The weight of an original frame is a_j + gamma sum_i a_i A_ij; they sum to 1 + gamma.
-        """
+        """Pool without forming the mixed frames: the weight of an original one is a_j + gamma sum_i a_i A_ij."""
         scores, temperature = frame_scores(quality, det) if self.scores else None, self.log_temperature.exp()
         step = max(1, _MAP // max(1, mask.numel()))
         blocks = [slice(first, first + step) for first in range(0, x.shape[1], step)] or [slice(None)]
@@ -255,7 +251,11 @@ class CodedAttention(Aggregator):
     def forward(self, x: Tensor, mask: Tensor, quality: Maybe = None, det: Maybe = None) -> Tensor:
         scores = frame_scores(quality, det)
         with torch.autocast(x.device.type, enabled=False):
-            gram, own = self._products(x, scores)
+            # Of the frames and a row of ones: the products with each other (B, T + 1, T + 1) and with the query.
+            gram = F.pad(_gram(x, scores), (0, 1, 0, 1))
+            gram[:, -1, :-1] = gram[:, :-1, -1] = x.sum(dim=-1) + scores.sum(dim=-1)
+            gram[:, -1, -1] = self.out_dim
+            own = torch.cat([_dot(x, scores, self.query), self.query.sum().expand(len(x), 1)], dim=1)
             g = _rows(self.g)  # (T/2, T + 1)
             attention, moments = self._affinity(gram, g)
             layer, norm = self.expand
@@ -266,14 +266,6 @@ class CodedAttention(Aggregator):
             back = frames @ expand
             weight = (back[:, None, :-1] @ attention)[:, 0] @ g
             return _sum(x, scores, weight[:, :-1] + frames) + weight[:, -1:] + back[:, -1:]
-
-    def _products(self, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Multiply the frames and a row of ones by each other, (B, T + 1, T + 1), and by the query, (B, T + 1)."""
-        gram = F.pad(_gram(x, scores), (0, 1, 0, 1))
-        gram[:, -1, :-1] = gram[:, :-1, -1] = x.sum(dim=-1) + scores.sum(dim=-1)
-        gram[:, -1, -1] = self.out_dim
-        own = _dot(x, scores, self.query)
-        return gram, torch.cat([own, self.query.sum().expand(len(x), 1)], dim=1)
 
     def _affinity(self, gram: Tensor, g: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return A (B, T/2, T/2) and, in training, the products of what enters the last convolution, A g and ones."""

@@ -33,7 +33,7 @@ def as_frame(records: Iterable[Record]) -> pd.DataFrame:
 def breakdown_frame(records: Iterable[Record], by: str, *, names: Iterable[str] | None = None) -> pd.DataFrame:
     """Return the breakdowns of records, averaged over seeds: ``by``, group, range, clips, top1, precision.
 
-    names: as for ``compare_arms``.  In the order of the groups, of the ranges within a group, and of the arms.
+    names: as for ``compare_arms``.
     """
     rows = [
         (name, group, low, upper_edge(group, high), *measured)
@@ -152,9 +152,8 @@ def verdict(
 
 def counts(frame: pd.DataFrame) -> dict[str, int]:
     """Count the differences of a frame, and of them gains, losses and those that their intervals leave open."""
-    signs = [sign(row) for row in frame.to_dict("records")]
-    gains, losses = signs.count(1), signs.count(-1)
-    return {"all": len(signs), "gains": gains, "losses": losses, "open": len(signs) - gains - losses}
+    signs = [sign(row) or 0 for row in frame.to_dict("records")]
+    return {"all": len(signs), "gains": signs.count(1), "losses": signs.count(-1), "open": signs.count(0)}
 
 
 def interval_text(row: Mapping, digits: int = 2) -> str:

@@ -63,15 +63,12 @@ def official_score(truth: Lines, result: Lines, *, k: int = 100) -> Score:
     truth, result: the lines of the two files, each as (identities, clips of each). Decided cases, as the
     official script has them unless said otherwise:
 
-    - an identity that `result` lacks scores 0; one that `truth` lacks is ignored, but counts in the line
-      limit;
+    - an identity that `result` lacks scores 0; one that `truth` lacks is ignored, but counts in the line limit;
     - more lines in `result` than in `truth`: ValueError;
-    - a clip repeated on a line of `result` is dropped, keeping the first; more than k clips after that:
-      ValueError;
+    - a clip repeated on a line of `result` is dropped, keeping the first; more than k clips after that: ValueError;
     - a clip repeated on a line of `truth` counts twice in R (it can be found once, so AP stays below 1);
     - an identity repeated in `truth`: the last line holds, the others score 0, and all count in id_num;
-    - an empty line of `truth` scores 0 and counts in id_num, submitted or not (the script divides by 0 if it
-      is);
+    - an empty line of `truth` scores 0 and counts in id_num, submitted or not (the script may divide by 0);
     - an identity repeated in `result`: ValueError (nothing says which ranking is meant);
     - a clip that `truth` names nowhere (a distractor) pushes later hits down, and nothing else.
 
@@ -138,8 +135,8 @@ def bootstrap_interval(ap: np.ndarray, *, level: float = 0.95, draws: int = 2000
     ap, rng = np.asarray(ap, float), np.random.default_rng(seed)
     if len(ap) == 1:
         return np.nan, np.nan
-    sizes = _pieces(draws, len(ap))
-    means = [ap[rng.integers(0, len(ap), (size, len(ap)), dtype=np.int32)].mean(axis=1) for size in sizes]
+    rows = (rng.integers(0, len(ap), (size, len(ap)), dtype=np.int32) for size in _pieces(draws, len(ap)))
+    means = [ap[drawn].mean(axis=1) for drawn in rows]
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

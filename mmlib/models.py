@@ -79,10 +79,10 @@ class MaskedBatchNorm(nn.BatchNorm1d):
 
 
 class ResidualMLP(nn.Module):
-    """Add a two-layer transform to the input: D -> hidden -> D, each with batch norm, (B, D) -> (B, D).
+    """Add a two-layer transform to the input (B, D): D -> hidden -> D, each with batch norm.
 
-    The released code has hidden = 1.6 D, PReLU and dropout .5.  Departure: the last batch norm starts at 0, so that
-    an untrained network passes its input through and a classifier can start from class means.
+    Departure from the released code: the last batch norm starts at 0, so that an untrained network passes its input
+    through and a classifier can start from class means.
     """
 
     def __init__(self, dim: int, hidden: int, dropout: float):
@@ -231,8 +231,8 @@ def class_means(feature: Tensor, label: Tensor, identities: int) -> Tensor:
 def within_class_whitening(feature: Tensor, label: Tensor, *, shrinkage: float) -> Tensor:
     """Return W (D, D) such that x @ W has unit within-class covariance: WCCN (Hatch et al., Interspeech 2006).
 
-    feature (n, D), label (n,).  The pooled covariance of deviations from the class mean is shrunk towards its
-    average variance by ``shrinkage`` in [0, 1] before it is inverted; W is its symmetric inverse square root.
+    W is the symmetric inverse square root of the pooled covariance of the deviations of feature (n, D) from the means
+    by label (n,), shrunk towards its average variance by ``shrinkage`` in [0, 1].
     """
     x = feature.double()
     deviation = x - class_means(x, label, int(label.max()) + 1)[label]

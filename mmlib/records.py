@@ -44,10 +44,9 @@ class Record:
 
     measures: map_at_100, top1 (queries whose first clip is right), clip_top1 (labelled clips recognised), counts; of an
     ensemble the mean over members of the identities lost and of clip_top1, and the share of clips on which two members
-    disagree.
-    ap: average precision of each query, in the order of the store's identities.  breakdown: for groups of clips by
-    ``frames``, ``quality`` (percentile) and, where known, ``wrong`` (share of frames of another person): lower edge,
-    upper edge or None, clips, top-1, and their mean precision (``metrics.clip_precision``, of which MAP is a mean).
+    disagree.  ap: of each query, in the order of the store's identities.  breakdown: for groups of clips by ``frames``,
+    ``quality`` (percentile) and, where known, ``wrong`` (share of frames of another person): lower edge, upper edge or
+    None, clips, top-1, and their mean precision (``metrics.clip_precision``, of which MAP is a mean).
     """
 
     key: str
@@ -145,8 +144,7 @@ def _is_text(node) -> bool:
 def _defined(node: ast.stmt) -> list[str]:
     """Name what a statement defines: a function, a class, or values."""
     targets = getattr(node, "targets", [getattr(node, "target", node)])
-    names = [getattr(target, "id", getattr(target, "name", None)) for target in targets]
-    return [name for name in names if name]
+    return [name for target in targets if (name := getattr(target, "id", getattr(target, "name", None)))]
 
 
 def _imported(node: ast.stmt) -> Iterator[tuple[str, str]]:
@@ -265,18 +263,16 @@ def fetch(experiments: Iterable[Experiment], *, device: str = "auto", progress: 
 def workers(trainings: int, device: str) -> int:
     """Return how many processes pay for so many trainings: one on a GPU, which it fills, else one for four of them.
 
-    At most as many as torch would take threads, which ``OMP_NUM_THREADS`` sets, and eight: a second thread is idle most
-    of the time, as the matrices are small, a second process is not.
+    At most eight, and as many as torch has threads (``OMP_NUM_THREADS``), which small matrices leave idle.
     """
     threads = 1 if is_helper() or torch_device(device).type != "cpu" else torch.get_num_threads()
     return max(1, min(threads, 8, trainings // 4))
 
 
 def _missing(keys: dict[Experiment, str]) -> Tasks:
-    """Sort experiments without a record into what one process makes, by the name of its claim, then by key.
+    """Sort experiments without a record into what one process makes: a passing world, or a branch with its members.
 
-    That is a passing world, or else a branch: experiments that share their trained members.  The claim follows from the
-    record's key, so that no record has two.
+    The name of the claim follows from the record's key, so that no record has two.
     """
     tasks: Tasks = {}
     for experiment, key in keys.items():
