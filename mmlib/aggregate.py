@@ -36,12 +36,6 @@ def _einsum(equation: str, *operands: Tensor) -> Tensor:
         return torch.einsum(equation, *operands)
 
 
-def _average(x: Tensor, weight: Tensor) -> Tensor:
-    """Divide the weighted sum by the total; weight is zero where padded."""
-    total = weight.sum(dim=1)
-    return _einsum("bt,btd->bd", weight, x) / torch.where(total > 0, total, 1.0)[:, None]
-
-
 def mean_pool(x: Tensor, mask: Tensor) -> Tensor:
     """Average the L2-normalised embeddings, so that every frame has one vote; not renormalised."""
     norm = x.norm(dim=-1)
@@ -49,9 +43,14 @@ def mean_pool(x: Tensor, mask: Tensor) -> Tensor:
     return _einsum("bt,btd->bd", weight, x) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def norm_pool(x: Tensor, mask: Tensor) -> Tensor:
-    """Average the raw embeddings: along sum |x_i| u_i, the norm-weighted mean of MagFace and AdaFace."""
-    return _average(x, mask.to(x.dtype))
+def norm_pool(x: Tensor, weight: Tensor) -> Tensor:
+    """Average the raw embeddings with the mask, or another weight (B, T) that is 0 where padded.
+
+    By the mask it is along sum |x_i| u_i, the norm-weighted mean of MagFace and AdaFace.
+    """
+    weight = weight.to(x.dtype)
+    total = weight.sum(dim=1)
+    return _einsum("bt,btd->bd", weight, x) / torch.where(total > 0, total, 1.0)[:, None]
 
 
 def seefun_weight(quality: Tensor, det: Tensor) -> Tensor:
@@ -69,7 +68,7 @@ def quality_pool(x: Tensor, mask: Tensor, quality: Tensor, det: Tensor) -> Tenso
     """Average raw embeddings with `seefun_weight`; a clip whose weights are all 0 has frames, and gets `norm_pool`."""
     weight = torch.where(mask, seefun_weight(quality, det).to(x.dtype), 0.0)
     none = (weight.sum(dim=1, keepdim=True) <= 0) & mask
-    return _average(x, torch.where(none, 1.0, weight))
+    return norm_pool(x, torch.where(none, 1.0, weight))
 
 
 def best_half_pool(x: Tensor, mask: Tensor, quality: Tensor) -> Tensor:

@@ -157,13 +157,7 @@ def counts(frame: pd.DataFrame) -> dict[str, int]:
 
 
 def interval_text(row: Mapping, digits: int = 2) -> str:
-    """Write the interval of a difference, with the digits that it takes to see on which side of 0 it lies.
-
-    >>> interval_text({"low": -0.001, "high": 0.5}), interval_text({"low": 0.001, "high": 0.5})
-    ('[0.00, +0.50]', '[+0.001, +0.500]')
-    >>> interval_text({"low": np.nan, "high": np.nan})
-    'no interval'
-    """
+    """Write the interval of a difference, with the digits that it takes to see on which side of 0 it lies."""
     side = sign(row)
     if side is None:
         return "no interval"

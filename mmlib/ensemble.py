@@ -19,11 +19,7 @@ from mmlib.models import Dropout, IdentityModel
 
 
 def member_clips(kind: str, clips: np.ndarray, identity: np.ndarray, *, seed: int, member: int) -> np.ndarray:
-    """Return the training clips of a member, with repeats under bagging; clips (n,) and their identities (n,).
-
-    >>> member_clips("stratified", np.array([4, 5, 9]), np.array([0, 0, 1]), seed=0, member=1)
-    array([4, 4, 9])
-    """
+    """Return the training clips of a member, with repeats under bagging; clips (n,) and their identities (n,)."""
     if kind not in KINDS:
         raise ValueError(f"ensemble must be one of {', '.join(KINDS)}, got {kind!r}")
     rng = np.random.default_rng([seed, member, 4])
@@ -43,11 +39,7 @@ def member_seed(seed: int, member: int) -> int | list[int]:
 
 
 def disagreement(predicted: np.ndarray) -> float:
-    """Average over pairs of members the share of clips that they name differently; predicted (M, n), M of at least 2.
-
-    >>> disagreement(np.array([[1, 2], [1, 3], [1, 3]]))
-    0.3333333333333333
-    """
+    """Average over pairs of members the share of clips that they name differently; predicted (M, n), M > 1."""
     return float(np.mean([np.mean(a != b) for a, b in combinations(predicted, 2)]))
 
 

@@ -4,6 +4,7 @@ An identity is a query, the clips are the gallery. All scores are fractions in [
 identity, so that every interval and comparison can be recomputed later.
 """
 
+from collections import namedtuple
 from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -16,6 +17,8 @@ AP_RULES = ("relevant", "capped", "found", "trapezoid")
 _CHUNK = 2_000_000  # random numbers held at once by the resampling functions
 
 Lines = tuple[Sequence, Sequence[Sequence]]  # identities, and for each its clips
+Paired = namedtuple("Paired", "difference low high p_value n")  # two runs on the same n identities: a minus b
+OverWorlds = namedtuple("OverWorlds", "mean low high sd n")  # a quantity over n worlds, and its spread (sd)
 
 
 class Score(NamedTuple):
@@ -147,16 +150,6 @@ def _pieces(draws: int, width: int) -> list[int]:
     return [min(step, draws - done) for done in range(0, draws, step)]
 
 
-class Paired(NamedTuple):
-    """Hold a comparison of two runs on the same n identities: a minus b, its interval, and its p value."""
-
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    n: int
-
-
 def paired_test(ap_a: np.ndarray, ap_b: np.ndarray, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Paired:
     """Compare two runs identity by identity; ap_a and ap_b (Q,) in the same order of identities.
 
@@ -179,16 +172,6 @@ def paired_test(ap_a: np.ndarray, ap_b: np.ndarray, *, level: float = 0.95, draw
     bar = abs(moved.sum()) - 1e-9 * np.abs(moved).sum()
     extreme = np.abs(2 * plus - moved.sum()) >= bar
     return Paired(float(difference.mean()), low, high, float((1 + extreme.sum()) / (1 + draws)), len(difference))
-
-
-class OverWorlds(NamedTuple):
-    """Hold the mean of a quantity over n worlds, its t interval, and the spread (sd) from world to world."""
-
-    mean: float
-    low: float
-    high: float
-    sd: float
-    n: int
 
 
 def over_worlds(differences: np.ndarray, *, level: float = 0.95) -> OverWorlds:

@@ -63,10 +63,6 @@ def merge(rankings: Iterable[Ranking], *, k: int = 100) -> Ranking:
 
     Equal scores rank by the lower row of the whole gallery, so neither the order of the parts nor their cuts matter,
     and merged rankings can be merged again.
-
-    >>> one, two = (Ranking(torch.tensor([[clip]]), torch.tensor([[0.5]])) for clip in (7, 3))
-    >>> merge([one, two], k=1).clip
-    tensor([[3]])
     """
     keys = [torch.where(clip >= 0, _key(score, clip), _NOTHING) for clip, score in rankings]
     return _unpacked(F.pad(torch.cat(keys, dim=1), (0, k), value=_NOTHING).topk(k, dim=1).values)
@@ -102,9 +98,6 @@ def combine_scores(cosines: Iterable[Tensor], how: str, *, scale: float) -> Tens
 
     how: ``"log softmax"`` or ``"softmax"`` of scale * cosine over the identities, ``"cosine"``. The released code of
     2019 averages softmax at scale 1, which is nearly flat and so nearly an average of cosines.
-
-    >>> combine_scores([torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]])], "cosine", scale=1.0)
-    tensor([[0.5000, 0.0000]])
     """
     total, members = torch.zeros(()), 0
     for cosine in cosines:
@@ -121,10 +114,6 @@ def fuse_ranks(rankings: Iterable[Ranking], *, k: int = 100) -> Ranking:
 
     A clip that a ranking does not list gets nothing from it. Equal scores rank by the lower gallery row. Of the
     rankings, which may be made one after another, only the rows are held. Source: Cormack et al., SIGIR 2009.
-
-    >>> one, two = (Ranking(torch.tensor([clips]), torch.zeros(1, 2)) for clips in ([7, 3], [3, 5]))
-    >>> fuse_ranks([one, two], k=2).clip
-    tensor([[3, 7]])
     """
     clips = [ranking.clip.int() for ranking in rankings]  # half of what the members' rankings would hold together
     rank = torch.cat([torch.arange(1.0, 1 + clip.shape[1], dtype=torch.float64, device=clip.device) for clip in clips])
@@ -195,11 +184,7 @@ class Fallback:
                 refuse_outside(self, Interval(low, np.inf, "neither"), name)
 
     def weights(self, value: np.ndarray) -> np.ndarray:
-        """Return the weight of the second model for clips that have the first modality, by their ``by`` (n,).
-
-        >>> Fallback(share=0.5, low=0.8).weights(np.array([3.0, 1.0, 2.0, 9.0]))
-        array([0. , 0.8, 0.8, 0. ])
-        """
+        """Return the weight of the second model for clips that have the first modality, by their ``by`` (n,)."""
         weight = np.full(len(value), self.weight)
         if self.threshold is None:
             weight[np.argsort(value, kind="stable")[: int(self.share * len(value) + 1e-9)]] = self.low

@@ -570,7 +570,7 @@ def test_names_that_learn_and_that_need_scores():
 @pytest.mark.parametrize("name", ["mean", "norm", "quality", "best half"])
 def test_a_name_without_parameters_is_its_function_and_has_its_weights(name):
     x, mask, quality, det = clips()
-    pool = aggregate.make_aggregator(name, DIM)
+    pool = aggregate.AGGREGATORS[name](DIM)
     torch.testing.assert_close(pool(x, mask, quality, det), POOLS[name](x, mask, quality, det), rtol=0, atol=0)
     frames = torch.nn.functional.normalize(x, dim=2) if name == "mean" else x
     weight = pool.weights(x, mask, quality, det)
