@@ -258,10 +258,7 @@ def retrieve(e: Experiment, store: ClipStore, *, trained: Trained | None = None,
 
 
 def blocks_of(e: Experiment, store: ClipStore, gallery: np.ndarray) -> list[np.ndarray]:
-    """Cut the rows of a gallery at every BLOCK clips of the split, whether it has them all or not.
-
-    So what a block holds does not depend on which clips another model can score.
-    """
+    """Cut the rows of a gallery at every BLOCK clips of the split, so that no block hangs on what models can score."""
     block = (gallery - store.select(e.split)[0]) // BLOCK
     return np.split(np.arange(len(gallery)), np.flatnonzero(np.diff(block)) + 1)
 
@@ -269,8 +266,7 @@ def blocks_of(e: Experiment, store: ClipStore, gallery: np.ndarray) -> list[np.n
 def rank_clips(e: Experiment, store: ClipStore, trained: Trained, part: slice = slice(None)) -> Retrieval:
     """Rank the clips of the experiment's split for every identity with its trained members.
 
-    part: of the blocks; clips of the others are left out.  Parts merge into the ranking of the whole (``rank.merge``),
-    but for rankings fused by ranks.
+    part: of the blocks; their rankings merge into that of the whole (``rank.merge``), unless fused by ranks.
     """
     gallery, every = ranked_gallery(e, store), [trained[key] for key in members_of(e)]
     blocks, shares = blocks_of(e, store, gallery)[part], _shares(e, store, gallery)
@@ -288,11 +284,12 @@ def rank_clips(e: Experiment, store: ClipStore, trained: Trained, part: slice = 
     def scored(first: list[Member], how: str) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in blocks:
             scores = torch.zeros(len(rows), classes, device=device)
-            for models, share in ((first, shares[0][rows]), (second, shares[1][rows])):
-                at = np.flatnonzero(share)
+            for models, share in zip((first, second), shares):
+                at = np.flatnonzero(share[rows])
                 if len(at):
                     score = rank.combine_scores(said(models, rows[at]), how, scale=e.scale)[:, :classes]
-                    scores[torch.from_numpy(at).to(device)] += torch.from_numpy(share[at]).to(score)[:, None] * score
+                    weight = torch.from_numpy(share[rows[at]]).to(score)
+                    scores[torch.from_numpy(at).to(device)] += weight[:, None] * score
             if first is members:
                 predicted[rows] = scores.argmax(1).cpu()
             yield torch.from_numpy(rows).to(device), scores
@@ -305,11 +302,9 @@ def rank_clips(e: Experiment, store: ClipStore, trained: Trained, part: slice = 
         else:
             found = rank.top_k(scored(members, e.combine))
     best, score = found.clip.cpu().numpy(), found.score.cpu().numpy()
-    relevant = np.bincount(store.identity_of(store.select(e.split, labelled=True)), minlength=classes)
-    queries = np.flatnonzero(relevant)
+    queries, relevant = np.unique(store.identity_of(store.select(e.split, labelled=True)), return_counts=True)
     hits = metrics.match_ranking(best[queries], store.identity_of(gallery), queries)
-    asked = (queries, best[queries], hits, relevant[queries])
-    return Retrieval(gallery, best, score, predicted, by_member, members, *asked)
+    return Retrieval(gallery, best, score, predicted, by_member, members, queries, best[queries], hits, relevant)
 
 
 def _shares(e: Experiment, store: ClipStore, gallery: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

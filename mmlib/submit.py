@@ -33,9 +33,7 @@ from mmlib.systems import SYSTEMS, with_members, without_scores
 
 
 class Report(NamedTuple):
-    """Hold what came of a command: members trained, by it or by one beside it, and members that were there before;
-    shards ranked, likewise; and all of it in lines for a terminal.
-    """
+    """Hold what came of a command, by it or by one beside it: members trained, or there before; shards; lines on it."""
 
     trained: int
     loaded: int
@@ -256,23 +254,19 @@ def system_on(
     """
     if system not in SYSTEMS:
         raise ValueError(f"system must be one of {', '.join(SYSTEMS)}, got {system!r}")
-    # Absolute, as an experiment takes the word "simulated" for something else.
-    e = replace(SYSTEMS[system], data=str(store.path.absolute()), seed=seed, split=split)
-    if epochs is not None:
-        e = replace(e, training=replace(e.training, epochs=epochs))
-    if members is not None:
-        if not 1 <= members <= len(e.members):
-            raise ValueError(f"members must lie in [1, {len(e.members)}] for {system}, got {members}")
-        e = with_members(e, members)
+    asked = SYSTEMS[system]
+    if members is not None and not 1 <= members <= len(asked.members):
+        raise ValueError(f"members must lie in [1, {len(asked.members)}] for {system}, got {members}")
+    training = asked.training if epochs is None else replace(asked.training, epochs=epochs)
+    path = str(store.path.absolute())  # an experiment takes the word "simulated" for something else
+    e = replace(with_members(asked, members), data=path, seed=seed, split=split, training=training)
     lacking = [name for name in (e.modality or "face", *e.context) if name not in store.modalities]
     unscored = retrieve.missing_scores(e, store) if e.modality in store.modalities else []
-    if system == "face-only" and not lacking:
-        return (without_scores(e) if unscored else e), unscored
-    if lacking or unscored:
+    if lacking or unscored and system != "face-only":
         what = " and no ".join([*lacking, *(f"{name} score" for name in unscored)])
         hint = "; --system face-only does without" if "face" in store.modalities else ""
         raise ValueError(f"{store.path}: has no {what}, which {system} needs{hint}")
-    return e, []
+    return (without_scores(e) if unscored else e), unscored
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
@@ -284,9 +278,9 @@ def _check_target(out: Path, overwrite: bool) -> None:
 
 def write_member(path: Path, member: Member) -> None:
     """Save a member, whole or not at all."""
-    state = {name: value.cpu() for name, value in member.model.state_dict().items()}
-    clips, content = torch.from_numpy(member.clips), io.BytesIO()
-    torch.save({"state": state, "clips": clips, "losses": member.losses, "seconds": member.seconds}, content)
+    saved = {"state": member.model.state_dict(), "clips": torch.from_numpy(member.clips)}
+    content = io.BytesIO()
+    torch.save(saved | {"losses": member.losses, "seconds": member.seconds}, content)
     write_whole(path, content.getvalue())
 
 

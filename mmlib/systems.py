@@ -131,8 +131,8 @@ ONE_NAME_AS_CODED = _arm(_CODED, _CODED_LOSS | _SGD, members=_ELEVEN, fallback=_
 SYSTEMS = {"one-name": ONE_NAME, "one-name-as-coded": ONE_NAME_AS_CODED, "face-only": FACE_ONLY}
 
 
-def with_members(system: Experiment, members: int) -> Experiment:
-    """Return the system with the first ``members`` of its ensembles."""
+def with_members(system: Experiment, members: int | None) -> Experiment:
+    """Return the system with the first ``members`` of its ensembles, None for all."""
     fallback = system.fallback and replace(system.fallback, members=system.fallback.members[:members])
     return replace(system, members=system.members[:members], fallback=fallback)
 
