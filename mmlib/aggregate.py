@@ -1,10 +1,11 @@
 """Turn the frames of a clip into one clip feature.
 
 Throughout: `x` (B, T, D) raw embeddings, of norms near 22, not normalised, as NAN was published to work on them;
-`mask` (B, T), True where a frame exists; `quality` (B, T) about -20..260 and `det` (B, T) 0..1. A weight (B, T) is
-always such that the clip feature is sum_i weight_i x_i. What stands in padding never changes an output as long as it is
-finite (a clip store pads with zeros), a clip without a frame gives zeros, and the order of frames does not matter
-(CodedAttention excepted). Frames are read and never copied: they are most of the bytes.
+`mask` (B, T), True where a frame exists; `quality` (B, T) about -20..260 and `det` (B, T) 0..1; `scores` (B, T, S),
+further coordinates of every frame, apart from x. A weight (B, T) is always such that the clip feature is
+sum_i weight_i x_i. What stands in padding never changes an output as long as it is finite (a clip store pads with
+zeros), a clip without a frame gives zeros, and the order of frames does not matter (CodedAttention excepted). Frames
+are read and never copied: they are most of the bytes.
 """
 
 from collections.abc import Callable
@@ -80,9 +81,6 @@ def best_half_pool(x: Tensor, mask: Tensor, quality: Tensor) -> Tensor:
     ordered = F.pad(quality.sort(dim=1, descending=True).values, (0, 1))  # padded, so that T may be 0
     last = (mask.sum(dim=1, keepdim=True) - 1).clamp(min=0) // 2
     return norm_pool(x, mask & (quality >= ordered.gather(1, last)))
-
-
-# Attention over frames: each takes `scores` (B, T, S), further coordinates of every frame, apart from x.
 
 
 def frame_scores(quality: Tensor, det: Tensor) -> Tensor:

@@ -6,11 +6,9 @@ identity, so that every interval and comparison can be recomputed later.
 
 from collections import namedtuple
 from collections.abc import Sequence
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 from scipy import stats
 
 AP_RULES = ("relevant", "capped", "found", "trapezoid")
@@ -79,28 +77,25 @@ def official_score(truth: Lines, result: Lines, *, k: int = 100) -> Score:
     >>> official_score(truth, (["1"], [["a", "x", "b"]])).map_at_k == (1 + 2 / 3) / 2 / 2
     True
     """
-    names, submitted = truth[0], result[0]
-    relevant, length = (np.array([*map(len, lines[1])], int) for lines in (truth, result))
+    (names, wanted), (submitted, ranked) = truth, result
     if not len(names):
         raise ValueError("truth has no line, so there is nothing to score")
     if len(submitted) > len(names):
         raise ValueError(f"result has {len(submitted)} lines, more than the {len(names)} of the ground truth")
-    if (repeated := pd.Index(submitted).duplicated()).any():
-        raise ValueError(f"result names identity {submitted[repeated.argmax()]} more than once")
-    clip = np.fromiter(chain(*truth[1], *result[1]), object, relevant.sum() + length.sum())
-    line = np.concatenate([np.repeat(np.arange(len(part)), part) for part in (relevant, length)])
-    rows = pd.DataFrame({"line": line, "clip": pd.factorize(clip)[0]})
-    wanted, found = rows[: relevant.sum()].drop_duplicates(), rows[relevant.sum() :].drop_duplicates()
-    length = np.bincount(found["line"], minlength=len(submitted))
-    if (length > k).any():
-        worst = int(np.argmax(length > k))
-        raise ValueError(f"result line of identity {submitted[worst]} has {length[worst]} clips, more than {k}")
-    holding = {name: number for number, name in enumerate(names)}  # the last line holds
-    known = np.array([holding.get(name, -1) for name in submitted], int)  # -1 is no line of truth
-    found = found.assign(line=known[found["line"]], rank=found.groupby("line").cumcount()).merge(wanted)
-    hits = np.zeros((len(names), k), bool)
-    hits[found["line"], found["rank"]] = True
-    return Score(np.asarray(names), average_precision(hits, relevant), float(hits[:, 0].mean()))
+    row = {name: number for number, name in enumerate(names)}  # the last line holds
+    hits, seen = np.zeros((len(names), k), bool), set()
+    for name, clips in zip(submitted, ranked):
+        clips = list(dict.fromkeys(clips))
+        if name in seen:
+            raise ValueError(f"result names identity {name} more than once")
+        if len(clips) > k:
+            raise ValueError(f"result line of identity {name} has {len(clips)} clips, more than {k}")
+        seen.add(name)
+        if name in row:
+            relevant = set(wanted[row[name]])
+            hits[row[name], : len(clips)] = [clip in relevant for clip in clips]
+    ap = average_precision(hits, np.array([len(clips) for clips in wanted]))
+    return Score(np.asarray(names), ap, float(hits[:, 0].mean()))
 
 
 def match_ranking(ranking: np.ndarray, gallery_identity: np.ndarray, query_codes: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from pandas import Interval
 from torch import Tensor
 from torch.nn import functional as F
 
+COMBINE = ("log softmax", "softmax", "cosine", "ranks")
 _PIECE = 1_000_000  # scores looked at in one go
 _LOW = 2**32 - 1  # the half of a key that holds the row
 _NOTHING = torch.iinfo(torch.int64).min  # the key of an empty place: below that of every score, -inf included
@@ -87,9 +88,6 @@ def _score(key: Tensor) -> Tensor:
 
 def _unpacked(best: Tensor) -> Ranking:
     return Ranking(torch.where(best == _NOTHING, -1, _LOW - (best & _LOW)), _score(best))
-
-
-COMBINE = ("log softmax", "softmax", "cosine", "ranks")
 
 
 @torch.no_grad()

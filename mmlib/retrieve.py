@@ -24,6 +24,9 @@ BLOCK = 1024  # clips of a split that are embedded and scored at a time
 DEPTH = 1000  # clips of a member's ranking that take part in a fusion of ranks
 # Members trained in one batched pass.  It fills a GPU; a CPU is full with one, and one by one a killed run loses less.
 TOGETHER = {"cuda": 16, "cpu": 1}
+LENGTH_EDGES = [1, 5, 10, 15, 20, 30, 40, None]  # frames; None is no edge
+PERCENTILE_EDGES = [*QUALITY_EDGES, 40, 60, 80, 100]
+WRONG_EDGES = [0, 1e-9, 0.1, 0.25, 0.5, 0.8, 1.001]  # share of frames
 
 
 @contextmanager
@@ -315,11 +318,6 @@ def _shares(e: Experiment, store: ClipStore, gallery: np.ndarray) -> tuple[np.nd
         weight[~known] = e.fallback.absent or 0
         weight[~np.isin(gallery, gallery_of(e.second(), store))] = 0
     return np.where(known, 1 - weight, 0), weight
-
-
-LENGTH_EDGES = [1, 5, 10, 15, 20, 30, 40, None]  # frames; None is no edge
-PERCENTILE_EDGES = [*QUALITY_EDGES, 40, 60, 80, 100]
-WRONG_EDGES = [0, 1e-9, 0.1, 0.25, 0.5, 0.8, 1.001]  # share of frames
 
 
 def measure(e: Experiment, store: ClipStore, found: Retrieval) -> tuple[dict[str, float], dict[str, list]]:
