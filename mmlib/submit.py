@@ -135,6 +135,11 @@ def _counts(work: Work, identities: np.ndarray, labelled: np.ndarray) -> list[tu
     ]
 
 
+def predict_shard(store_path: str | Path, out: str | Path, shard: int, shards: int, **options) -> Report:
+    """Rank one of ``shards`` parts of the gallery, and leave it for ``predict``, which says more, to merge."""
+    return predict(store_path, out, shard=shard, shards=shards, **options)
+
+
 class Work:
     """A system on a store: its members, and its ranking in shards of whole blocks, as files of a folder.
 
@@ -254,12 +259,13 @@ def system_on(
     """
     if system not in SYSTEMS:
         raise ValueError(f"system must be one of {', '.join(SYSTEMS)}, got {system!r}")
-    asked = SYSTEMS[system]
-    if members is not None and not 1 <= members <= len(asked.members):
-        raise ValueError(f"members must lie in [1, {len(asked.members)}] for {system}, got {members}")
-    training = asked.training if epochs is None else replace(asked.training, epochs=epochs)
-    path = str(store.path.absolute())  # an experiment takes the word "simulated" for something else
-    e = replace(with_members(asked, members), data=path, seed=seed, split=split, training=training)
+    # Absolute, as an experiment takes the word "simulated" for something else.
+    e = replace(SYSTEMS[system], data=str(store.path.absolute()), seed=seed, split=split)
+    if epochs is not None:
+        e = replace(e, training=replace(e.training, epochs=epochs))
+    if members is not None and not 1 <= members <= len(e.members):
+        raise ValueError(f"members must lie in [1, {len(e.members)}] for {system}, got {members}")
+    e = with_members(e, members)
     lacking = [name for name in (e.modality or "face", *e.context) if name not in store.modalities]
     unscored = retrieve.missing_scores(e, store) if e.modality in store.modalities else []
     if lacking or unscored and system != "face-only":

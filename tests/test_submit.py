@@ -20,7 +20,7 @@ from mmlib.metrics import official_score
 from mmlib.records import run
 from mmlib.retrieve import retrieve
 from mmlib.studies import ladder
-from mmlib.submit import members_folder, predict
+from mmlib.submit import members_folder, predict, predict_shard
 from mmlib.systems import SYSTEMS, with_members, without_scores
 
 SHORT = {"epochs": 1, "members": 2, "device": "cpu"}  # where training twice gives the same bytes
@@ -341,8 +341,7 @@ def test_shards_give_the_bytes_of_one_run(store, tmp_path, blocks, system, shard
     options = SHORT | {"system": system, "members": 1}
     predict(store.path, tmp_path / "whole.txt", **options)
     reports = [
-        predict(store.path, tmp_path / "result.txt", shard=shard, shards=shards, **options)
-        for shard in range(shards, 0, -1)
+        predict_shard(store.path, tmp_path / "result.txt", shard, shards, **options) for shard in range(shards, 0, -1)
     ]
     merged = predict(store.path, tmp_path / "result.txt", **options, shards=shards)
     assert (tmp_path / "result.txt").read_bytes() == (tmp_path / "whole.txt").read_bytes()
@@ -354,7 +353,7 @@ def test_shards_give_the_bytes_of_one_run(store, tmp_path, blocks, system, shard
 
 def test_shards_make_up_the_gallery(store, tmp_path, blocks):
     options = SHORT | {"system": "face-only", "members": 1}
-    reports = [predict(store.path, tmp_path / "result.txt", shard=shard, shards=3, **options) for shard in (1, 2, 3)]
+    reports = [predict_shard(store.path, tmp_path / "result.txt", shard, 3, **options) for shard in (1, 2, 3)]
     ends = [[int(word) for word in report.lines[0].split() if word.isdecimal()] for report in reports]
     clips = len(store.select("val", having="face"))
     assert [end[:2] for end in ends] == [[1, 3], [2, 3], [3, 3]] and all(end[4] == clips for end in ends)
@@ -364,27 +363,25 @@ def test_shards_make_up_the_gallery(store, tmp_path, blocks):
 def test_shards_that_are_missing_are_ranked_by_the_merge(store, tmp_path, blocks):
     options = SHORT | {"system": "face-only", "members": 1}
     predict(store.path, tmp_path / "whole.txt", **options)
-    predict(store.path, tmp_path / "result.txt", shard=2, shards=3, **options)
+    predict_shard(store.path, tmp_path / "result.txt", 2, 3, **options)
     assert predict(store.path, tmp_path / "result.txt", **options, shards=3).loaded == 1
     assert (tmp_path / "result.txt").read_bytes() == (tmp_path / "whole.txt").read_bytes()
 
 
 def test_a_shard_that_is_there_is_not_ranked_again(store, tmp_path, blocks, monkeypatch):
     options = SHORT | {"system": "face-only", "members": 1}
-    assert predict(store.path, tmp_path / "result.txt", shard=1, shards=2, **options).ranked == 1
+    assert predict_shard(store.path, tmp_path / "result.txt", 1, 2, **options).ranked == 1
     before = times_in(members_folder(tmp_path / "result.txt"))
-    again = predict(store.path, tmp_path / "result.txt", shard=1, shards=2, **options)
+    again = predict_shard(store.path, tmp_path / "result.txt", 1, 2, **options)
     assert (again.ranked, again.trained, again.loaded) == (0, 0, 0)
     assert times_in(members_folder(tmp_path / "result.txt")) == before
     for other in ((1, 3, 0), (1, 2, 1)):  # another part, another training
-        assert predict(
-            store.path, tmp_path / "result.txt", shard=other[0], shards=other[1], **options, seed=other[2]
-        ).ranked
+        assert predict_shard(store.path, tmp_path / "result.txt", *other[:2], **options, seed=other[2]).ranked
 
 
 def test_a_damaged_shard_is_named(store, tmp_path, blocks):
     options, out = SHORT | {"system": "face-only", "members": 1}, tmp_path / "result.txt"
-    predict(store.path, out, shard=1, shards=2, **options)
+    predict_shard(store.path, out, 1, 2, **options)
     (path,) = members_folder(out).glob("*.npz")
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(ValueError, match=f"{path.name}: damaged, .* removed, it is ranked again"):
@@ -403,7 +400,7 @@ def test_a_damaged_shard_is_named(store, tmp_path, blocks):
 )
 def test_shards_that_do_not_exist_are_refused(small, tmp_path, shard, shards, message):
     with pytest.raises(ValueError, match=message):
-        predict(small, tmp_path / "result.txt", shard=shard, shards=shards, **SHORT)
+        predict_shard(small, tmp_path / "result.txt", shard, shards, **SHORT)
     assert names_in(tmp_path) == []
 
 

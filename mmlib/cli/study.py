@@ -66,13 +66,15 @@ def predict(
     asked = {"system": system.value, "split": split.value, "epochs": epochs, "members": members, "seed": seed}
     asked |= {"device": device.value, "overwrite": overwrite, "progress": sys.stderr.isatty()}
     with writing(out):
-        number, shards = (None, merge) if shard is None else read_shard(shard)
-        if shard is not None and (merge is not None or labelled_only or keep_members):
+        if shard is None:
+            asked |= {"labelled_only": labelled_only, "keep_members": keep_members, "shards": merge}
+            report = submit.predict(store, out, **asked)
+        elif merge is not None or labelled_only or keep_members:
             raise ValueError(
                 "--shard goes without --merge, --labelled-only and --keep-members: they say how FILE is written"
             )
-        asked |= {"labelled_only": labelled_only, "keep_members": keep_members, "shard": number, "shards": shards}
-        report = submit.predict(store, out, **asked)
+        else:
+            report = submit.predict_shard(store, out, *read_shard(shard), **asked)
     print(*report.lines, sep="\n")
 
 
