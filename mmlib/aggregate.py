@@ -134,7 +134,6 @@ class Aggregator(nn.Module):
     """Pool the frames of clips with weights: ``_pool`` returns the clip feature (B, out_dim) and the weights (B, T)."""
 
     out_dim: int
-    _pool: Callable[..., tuple[Tensor, Tensor]]
 
     def forward(self, x: Tensor, mask: Tensor, quality: Maybe = None, det: Maybe = None) -> Tensor:
         return self._pool(x, mask, quality, det)[0]
@@ -180,7 +179,7 @@ class NAN(Aggregator):
     def _pool(self, x, mask, quality, det) -> tuple[Tensor, Tensor]:
         scores = frame_scores(quality, det) if self.scores else None
         found = nan_pool(x, mask, self.query, scores)
-        if self.weight is None or self.bias is None:
+        if self.weight is None:
             return found
         query = torch.tanh(_einsum("bd,ed->be", found[0], self.weight) + self.bias)
         return nan_pool(x, mask, query, scores)
@@ -237,12 +236,10 @@ class CodedAttention(Aggregator):
         half = frames // 2
         self.frames = frames
         self.out_dim = dim + 2
-        self.theta = nn.Sequential(nn.Conv1d(frames, half, 1), nn.BatchNorm1d(half))
-        self.phi = nn.Sequential(nn.Conv1d(frames, half, 1), nn.BatchNorm1d(half))
+        self.theta, self.phi = (nn.Sequential(nn.Conv1d(frames, half, 1), nn.BatchNorm1d(half)) for _ in range(2))
         self.g = nn.Conv1d(frames, half, 1)
         self.expand = nn.Sequential(nn.Conv1d(half, frames, 1), nn.BatchNorm1d(frames))
-        for start in self.expand[1].parameters():
-            nn.init.zeros_(start)
+        nn.init.zeros_(self.expand[1].weight)  # its bias is 0 already
         self.query = nn.Parameter(torch.zeros(self.out_dim))
 
     def forward(self, x: Tensor, mask: Tensor, quality: Maybe = None, det: Maybe = None) -> Tensor:

@@ -68,9 +68,7 @@ class Together:
         masks, one a model.  On a GPU the models run in bfloat16, the loss in float32.
         """
         device, clips = label.device.type, label.shape[1]
-        drawn = [
-            {name: drop.draw(clips, g) for name, drop in drops.items()} for drops, g in zip(self._drops, generators)
-        ]
+        drawn = [{name: drop.draw(clips, g) for name, drop in d.items()} for d, g in zip(self._drops, generators)]
 
         def one(parameters: dict, buffers: dict, inputs: dict, label: Tensor) -> Tensor:
             with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
@@ -87,7 +85,5 @@ class Together:
         """Give the models what they have learned, and leave them in eval mode."""
         learned = (self.parameters | self._buffers) if len(self.models) > 1 else {}
         for place, model in enumerate(self.models):
-            for name, value in [*model.named_parameters(), *model.named_buffers()]:
-                if name in learned and not name.endswith(".keep"):
-                    value.copy_(learned[name][place])
+            model.load_state_dict({name: value[place] for name, value in learned.items()}, strict=False)
             model.eval()

@@ -144,10 +144,6 @@ class IdentityModel(nn.Module):
     for inner products.  discard: the block of the embeddings and of every context that the model does not see.
     """
 
-    dim: int
-    centre: Tensor
-    whitening: Maybe
-
     def __init__(
         self,
         aggregator: Aggregator | None,

@@ -152,7 +152,6 @@ class Reader:
 
 
 def _stack(parts: Sequence[Tensor]) -> Tensor:
-    """Stack tensors of one shape; a single one stays as it is."""
     return torch.stack(tuple(parts)) if len(parts) > 1 else parts[0]
 
 
