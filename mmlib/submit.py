@@ -5,8 +5,6 @@ shard of the clips: a run that was killed goes on where it was, and ends with th
 on one machine, and commands on many, each with a shard, share members and shards by claiming them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import time
@@ -116,25 +114,6 @@ def predict(
     return Report(trained, loaded, ranked, [line for shown, line in said if shown])
 
 
-def _counts(work: Work, identities: np.ndarray, labelled: np.ndarray) -> list[tuple]:
-    """Count the clips and identities that lack something: whether a line is shown, and the line."""
-    e, store = work.experiment, work.store
-    has = {name: source.count[work.gallery] > 0 for name, source in store.modalities.items()}
-    clips, first = len(store.select(e.split)), has[e.modality or "face"]
-    second = " or ".join(e.fallback.context) if e.fallback else ""
-    untrained = len(np.setdiff1d(identities, store.identity_of(retrieve.training_clips(e, store))))
-    unlabelled = len(np.setdiff1d(identities, labelled)) if e.split == "val" else 0
-    lacking = "a ground truth that does not list them may refuse their lines, and --labelled-only leaves them out"
-    return [
-        (True, f"{e.split}: {clips} clips, {len(first)} ranked"),
-        (second, f"without {e.modality}, ranked by {second} alone: {(~first).sum()} clips"),
-        *((True, f"with {e.modality} and without {name}: {(first & ~has[name]).sum()} clips") for name in e.context),
-        (True, f"without {e.modality}{f' or {second}' * bool(second)}, not ranked: {clips - len(first)} clips"),
-        (untrained, f"without a train clip, ranked by chance: {untrained} identities"),
-        (unlabelled, f"without a labelled val clip: {unlabelled} identities; {lacking}"),
-    ]
-
-
 def predict_shard(store_path: str | Path, out: str | Path, shard: int, shards: int, **options) -> Report:
     """Rank one of ``shards`` parts of the gallery, and leave it for ``predict``, which says more, to merge."""
     return predict(store_path, out, shard=shard, shards=shards, **options)
@@ -224,6 +203,25 @@ class Work:
                 np.savez(content, clip=found.best, score=found.score)
                 write_whole(path, content.getvalue())
         return int(held), 0 if held else number
+
+
+def _counts(work: Work, identities: np.ndarray, labelled: np.ndarray) -> list[tuple]:
+    """Count the clips and identities that lack something: whether a line is shown, and the line."""
+    e, store = work.experiment, work.store
+    has = {name: source.count[work.gallery] > 0 for name, source in store.modalities.items()}
+    clips, first = len(store.select(e.split)), has[e.modality or "face"]
+    second = " or ".join(e.fallback.context) if e.fallback else ""
+    untrained = len(np.setdiff1d(identities, store.identity_of(retrieve.training_clips(e, store))))
+    unlabelled = len(np.setdiff1d(identities, labelled)) if e.split == "val" else 0
+    lacking = "a ground truth that does not list them may refuse their lines, and --labelled-only leaves them out"
+    return [
+        (True, f"{e.split}: {clips} clips, {len(first)} ranked"),
+        (second, f"without {e.modality}, ranked by {second} alone: {(~first).sum()} clips"),
+        *((True, f"with {e.modality} and without {name}: {(first & ~has[name]).sum()} clips") for name in e.context),
+        (True, f"without {e.modality}{f' or {second}' * bool(second)}, not ranked: {clips - len(first)} clips"),
+        (untrained, f"without a train clip, ranked by chance: {untrained} identities"),
+        (unlabelled, f"without a labelled val clip: {unlabelled} identities; {lacking}"),
+    ]
 
 
 def _hashed(*said: object) -> str:
