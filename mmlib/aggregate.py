@@ -54,12 +54,18 @@ def norm_pool(x: Tensor, weight: Tensor) -> Tensor:
     return _einsum("bt,btd->bd", weight, x) / torch.where(total > 0, total, 1.0)[:, None]
 
 
+def _required(*scores: Maybe) -> None:
+    if any(score is None for score in scores):
+        raise ValueError("these clips lack the quality or det scores that this way of aggregation needs")
+
+
 def seefun_weight(quality: Tensor, det: Tensor) -> Tensor:
     """Weigh frames by hand: quality * det * W(quality), (B, T), >= 0.
 
     W = 0 for quality <= 0, .2 up to 20, .3 up to 30, .6 up to 60, 1 above (each edge inclusive). Source: the 2019
     solution of seefun (MAP .8983, faces only), whose text says 60 and whose code says 40.
     """
+    _required(quality, det)
     edge = torch.tensor([0.0, 20.0, 30.0, 60.0], device=quality.device, dtype=quality.dtype)
     level = torch.tensor([0.0, 0.2, 0.3, 0.6, 1.0], device=quality.device, dtype=quality.dtype)
     return quality * det * level[torch.bucketize(quality.contiguous(), edge)]
@@ -77,6 +83,7 @@ def best_half_pool(x: Tensor, mask: Tensor, quality: Tensor) -> Tensor:
 
     Source: the 2019 solution of zheey.
     """
+    _required(quality)
     quality = torch.where(mask, quality, -torch.inf)
     ordered = F.pad(quality.sort(dim=1, descending=True).values, (0, 1))  # padded, so that T may be 0
     last = (mask.sum(dim=1, keepdim=True) - 1).clamp(min=0) // 2
@@ -85,6 +92,7 @@ def best_half_pool(x: Tensor, mask: Tensor, quality: Tensor) -> Tensor:
 
 def frame_scores(quality: Tensor, det: Tensor) -> Tensor:
     """Return quality / 100 and det of each frame, (B, T, 2), what the 2019 code appends to the raw embeddings."""
+    _required(quality, det)
     return torch.stack([quality / QUALITY_UNIT, det], dim=-1)
 
 
@@ -233,6 +241,8 @@ class CodedAttention(Aggregator):
 
     def __init__(self, dim: int, *, frames: int = 40):
         super().__init__()
+        if frames < 2:
+            raise ValueError(f"frames must be at least 2, got {frames!r}")
         half = frames // 2
         self.frames = frames
         self.out_dim = dim + 2
@@ -243,6 +253,8 @@ class CodedAttention(Aggregator):
         self.query = nn.Parameter(torch.zeros(self.out_dim))
 
     def forward(self, x: Tensor, mask: Tensor, quality: Maybe = None, det: Maybe = None) -> Tensor:
+        if x.shape[1] != self.frames:
+            raise ValueError(f"CodedAttention needs exactly {self.frames} frames a clip, got T = {x.shape[1]}")
         scores = frame_scores(quality, det)
         with torch.autocast(x.device.type, enabled=False):
             # Of the frames and a row of ones: the products with each other (B, T + 1, T + 1) and with the query.

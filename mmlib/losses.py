@@ -29,6 +29,8 @@ def margin_logits(cosine: Tensor, label: Tensor, margin: float, scale: float) ->
     >>> margin_logits(torch.tensor([[0.0, 0.5]]), torch.tensor([0]), margin=torch.pi / 6, scale=10.0)
     tensor([[-5.,  5.]])
     """
+    if not (0 <= margin <= math.pi / 2 and scale > 0):
+        raise ValueError(f"margin must be in [0, pi/2] radians and scale positive, got {margin!r} and {scale!r}")
     cosine = _full(cosine)
     target = cosine.gather(1, label[:, None])
     sine = (1.0 - target.square()).clamp_min(torch.finfo(target.dtype).eps).sqrt()
@@ -56,6 +58,8 @@ def batch_focal_loss(logits: Tensor, label: Tensor, *, gamma: float) -> Tensor:
 
 
 def _modulated(loss: Tensor, gamma: float) -> Tensor:
+    if not gamma >= 0:
+        raise ValueError(f"gamma must not be negative, got {gamma!r}")
     # -expm1 keeps 1 - p exact where p is near 1; the clamp keeps the slope of its power finite for gamma < 1.
     easy = -torch.expm1(-loss)
     return easy.clamp_min(torch.finfo(loss.dtype).tiny).pow(gamma) * loss

@@ -47,15 +47,20 @@ def average_precision(hits: np.ndarray, relevant: np.ndarray, *, rule: str = "re
     >>> [average_precision(*one, rule=rule).round(3).item() for rule in AP_RULES]
     [0.208, 0.333, 0.833, 0.198]
     """
-    found, rank = hits.cumsum(axis=1), np.arange(1, hits.shape[1] + 1)
+    found, rank, total = hits.cumsum(axis=1), np.arange(1, hits.shape[1] + 1), hits.sum(axis=1)
+    if (total > relevant).any():
+        row = int(np.argmax(total > relevant))
+        raise ValueError(f"query {row} has {total[row]} hits, but relevant says {relevant[row]}")
     precision = found / rank
     if rule == "trapezoid":
         before = (found - hits) / np.maximum(rank - 1, 1)
         before[:, :1] = 1.0
         precision = (precision + before) / 2
-    capped, all_found = np.minimum(relevant, hits.shape[1]), hits.sum(axis=1)
-    divisor = {"relevant": relevant, "capped": capped, "found": all_found, "trapezoid": relevant}[rule]
-    return (precision * hits).sum(axis=1) / np.maximum(divisor, 1)
+    capped = np.minimum(relevant, hits.shape[1])
+    divisors = {"relevant": relevant, "capped": capped, "found": total, "trapezoid": relevant}
+    if rule not in divisors:
+        raise ValueError(f"rule must be one of {', '.join(AP_RULES)}, got {rule!r}")
+    return (precision * hits).sum(axis=1) / np.maximum(divisors[rule], 1)
 
 
 def official_score(truth: Lines, result: Lines, *, k: int = 100) -> Score:
@@ -104,6 +109,10 @@ def match_ranking(ranking: np.ndarray, gallery_identity: np.ndarray, query_codes
     ranking (Q, K) gallery rows, best first, -1 beyond its end; gallery_identity (N,) identity codes, -1 for
     nobody on the list; query_codes (Q,) whose ranking each row is.
     """
+    ordered = np.sort(ranking, axis=1)
+    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
+    if twice.any():
+        raise ValueError(f"the ranking of identity {query_codes[np.argmax(twice)]} names a clip twice")
     return (ranking >= 0) & (gallery_identity[ranking] == query_codes[:, None])
 
 
@@ -124,13 +133,13 @@ def clip_precision(ranking: np.ndarray, hits: np.ndarray, gallery: int) -> np.nd
 
 def standard_error(ap: np.ndarray) -> float:
     """Standard error of a mean AP over identities: sd / sqrt(Q), with Q - 1 in the variance; NaN for one identity."""
-    ap = np.asarray(ap, float)
+    ap = _finite(ap, "ap")
     return float(stats.sem(ap)) if len(ap) > 1 else np.nan
 
 
 def bootstrap_interval(ap: np.ndarray, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """Percentile interval of the mean of `ap` (Q,) under resampling of identities; NaN for one, without a spread."""
-    ap, rng = np.asarray(ap, float), np.random.default_rng(seed)
+    ap, rng = _finite(ap, "ap"), np.random.default_rng(seed)
     if len(ap) == 1:
         return np.nan, np.nan
     rows = (rng.integers(0, len(ap), (size, len(ap)), dtype=np.int32) for size in _pieces(draws, len(ap)))
@@ -154,6 +163,7 @@ def paired_test(ap_a: np.ndarray, ap_b: np.ndarray, *, level: float = 0.95, draw
     >>> paired_test(np.array([0.75, 0.5]), np.array([0.25, 0.5])).difference
     0.25
     """
+    ap_a, ap_b = _finite(ap_a, "ap_a"), _finite(ap_b, "ap_b")
     if ap_a.shape != ap_b.shape:
         raise ValueError(f"ap_a has {len(ap_a)} identities and ap_b {len(ap_b)}; a paired test needs the same ones")
     difference = ap_a - ap_b
@@ -171,8 +181,15 @@ def paired_test(ap_a: np.ndarray, ap_b: np.ndarray, *, level: float = 0.95, draw
 
 def over_worlds(differences: np.ndarray, *, level: float = 0.95) -> OverWorlds:
     """Summarise one number a world, (W,): mean, t interval with W - 1 degrees of freedom, and sd; NaN for one world."""
-    value = np.asarray(differences, float)
+    value = _finite(differences, "differences")
     if len(value) == 1:
         return OverWorlds(float(value[0]), np.nan, np.nan, np.nan, 1)
     mean, half = float(value.mean()), float(stats.t.ppf((1 + level) / 2, len(value) - 1) * stats.sem(value))
     return OverWorlds(mean, mean - half, mean + half, float(value.std(ddof=1)), len(value))
+
+
+def _finite(value: np.ndarray, name: str) -> np.ndarray:
+    value = np.asarray(value, float)
+    if value.ndim != 1 or not len(value) or not np.isfinite(value).all():
+        raise ValueError(f"{name} must be finite numbers, one a query or world, got {value}")
+    return value

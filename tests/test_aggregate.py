@@ -585,3 +585,37 @@ def test_weights_smaller_than_one_are_divided_by_their_total():
 
 def test_channel_attention_starts_at_the_temperature_of_raw_embeddings():
     assert aggregate.ChannelAttention(DIM).log_temperature.exp().item() == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        aggregate.NAN(DIM, scores=True),
+        aggregate.ChannelAttention(DIM, scores=True),
+        aggregate.CodedAttention(DIM, frames=4),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_scores_without_quality_are_refused(module):
+    x, mask, _, det = clips(lengths=(4,), dtype=torch.float32)
+    with pytest.raises(ValueError, match="lack the quality or det scores"):
+        module(x, mask, None, det)
+
+
+def test_quality_pools_say_when_scores_are_missing():
+    x, mask, quality, _ = clips()
+    with pytest.raises(ValueError, match="lack the quality or det scores"):
+        aggregate.quality_pool(x, mask, quality, None)
+    with pytest.raises(ValueError, match="lack the quality or det scores"):
+        aggregate.best_half_pool(x, mask, None)
+
+
+def test_coded_attention_refuses_another_number_of_frames():
+    x, mask, quality, det = clips(lengths=(7,))
+    with pytest.raises(ValueError, match="exactly 40 frames a clip, got T = 7"):
+        aggregate.CodedAttention(DIM)(x, mask, quality, det)
+
+
+def test_coded_attention_of_one_frame_is_refused():
+    with pytest.raises(ValueError, match="frames must be at least 2"):
+        aggregate.CodedAttention(DIM, frames=1)

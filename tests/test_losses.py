@@ -151,3 +151,22 @@ def test_half_precision_logits_give_a_float32_loss():
     logits, label = focal_case(torch.float16)
     for loss in (losses.focal_loss(logits, label, gamma=0.0), losses.focal_loss(logits, label, gamma=2.0)):
         assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"margin": 28.6, "scale": 30.0}, "radians and scale positive, got 28.6"),
+        ({"margin": -0.1, "scale": 30.0}, "radians"),
+        ({"margin": 1.6, "scale": 30.0}, "got 1.6"),
+        ({"margin": 0.5, "scale": 0.0}, "scale positive, got 0.5 and 0.0"),
+    ],
+)
+def test_degrees_and_other_meaningless_settings_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        losses.margin_logits(*at(1.0), **setting)
+
+
+def test_focal_loss_refuses_a_negative_gamma():
+    with pytest.raises(ValueError, match="gamma must not be negative, got -1"):
+        losses.focal_loss(*focal_case(), gamma=-1)

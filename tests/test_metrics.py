@@ -332,3 +332,40 @@ def test_one_world_has_no_interval():
     found = metrics.over_worlds(np.array([0.5]))
     assert found.mean == 0.5 and found.n == 1
     assert np.isnan([found.low, found.high, found.sd]).all()
+
+
+def test_more_hits_than_relevant_clips_are_refused():
+    with pytest.raises(ValueError, match="query 1 has 2 hits, but relevant says 1"):
+        metrics.average_precision(np.array([[1, 0], [1, 1]], bool), np.array([1, 1]))
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(ValueError, match="got 'mean'"):
+        metrics.average_precision(np.ones((1, 1), bool), np.ones(1, int), rule="mean")
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (np.array([0.1, np.nan]), r"got \[0.1 nan\]"),
+        (np.array([np.inf, 0.1]), r"got \[inf 0.1\]"),
+        (np.array([]), r"got \[\]"),
+        (np.zeros((2, 2)), r"got \[\[0"),
+    ],
+)
+def test_intervals_refuse_what_is_no_list_of_numbers(bad, message):
+    calls = {
+        "ap must": (metrics.bootstrap_interval, metrics.standard_error),
+        "differences must": (metrics.over_worlds,),
+        "ap_a must": (lambda value: metrics.paired_test(value, np.zeros(2)),),
+        "ap_b must": (lambda value: metrics.paired_test(np.zeros(2), value),),
+    }
+    for name, functions in calls.items():
+        for function in functions:
+            with pytest.raises(ValueError, match=f"^{name} .*{message}"):
+                function(bad)
+
+
+def test_the_identity_whose_ranking_names_a_clip_twice_is_named():
+    with pytest.raises(ValueError, match="identity 9 names a clip twice"):
+        metrics.match_ranking(np.array([[0, 1], [1, 1]]), np.array([7, 9]), np.array([7, 9]))
