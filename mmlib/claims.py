@@ -1,7 +1,4 @@
-"""Work that many processes share: claim a task by a lock on a file, write a file whole, start more processes.
-
-The files lie in folders that all the processes see, so they may run on one machine or on many.
-"""
+"""Work that processes share, on one machine or many: claim a task by a lock on a file, get help, clear away."""
 
 from __future__ import annotations
 
@@ -35,25 +32,12 @@ def cache_folder() -> Path:
         raise ValueError(f"MMLIB_CACHE: there is no such home folder: {named}") from None
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 @contextmanager
 def claim(path: Path, wait: float = -1) -> Iterator[bool]:
     """Hold the lock file ``path`` for a block, and yield whether it is held.
 
     wait: seconds to wait for another process to let go of it; below 0 without end.  The file stays.  A folder without
-    ``flock`` is refused, as a killed process would leave its claims there for ever; a shared folder must carry it from
-    machine to machine.
+    ``flock``, which a shared one must carry between machines, is refused: a killed process would leave its claims.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,13 +50,10 @@ def claim(path: Path, wait: float = -1) -> Iterator[bool]:
         hint = "; MMLIB_CACHE names another" if path.is_relative_to(cache_folder()) else ""
         raise ValueError(f"{path.parent}: a folder where no lock can be held ({error.strerror}){hint}") from None
     lock = FileLock(path)
-    try:
+    with suppress(Timeout):
         lock.acquire(timeout=wait)
-    except Timeout:
-        yield False
-        return
     try:
-        yield True
+        yield lock.is_locked
     finally:
         lock.release()
 
@@ -81,7 +62,7 @@ def share(tasks: Iterable[Task], attempt: Callable) -> Iterator[int]:
     """Do tasks that other processes may be doing too: those that are free first, the others when they become free.
 
     attempt: from a task and the seconds to wait for its claims to how much of it is done, which is yielded, and what of
-    it others have claimed.  That is attempted again, as they may die.
+    it others have claimed, which is attempted again, as they may die.
     """
     tasks, wait = list(tasks), 0.0
     while tasks:
@@ -96,9 +77,9 @@ def share(tasks: Iterable[Task], attempt: Callable) -> Iterator[int]:
 
 @contextmanager
 def helped(number: int, function: Callable) -> Iterator[None]:
-    """Have a function called in so many other processes during a block; they end with it, or with this process.
+    """Have a function, which shares what it does by claims, called in so many other processes during a block.
 
-    The function shares what it does by claims, so that nothing is lost with a process that fails.
+    They end with it, or with this process.
     """
     context = multiprocessing.get_context("spawn")
     ended, keep = context.Pipe(duplex=False)
@@ -149,7 +130,6 @@ def remove_locks(folder: Path) -> None:
 def clear_partial(path: Path) -> None:
     """Remove what killed processes left of ``path`` half written; only for a process that has claimed it."""
     for left in path.parent.glob(f".{path.name}.partial-*"):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+        shutil.rmtree(left, ignore_errors=True)
+        with suppress(OSError):
+            left.unlink()

@@ -25,7 +25,8 @@ import torch
 from tqdm.auto import tqdm
 
 from mmlib import retrieve
-from mmlib.claims import cache_folder, claim, clear_partial, helped, is_helper, share, write_whole
+from mmlib.claims import cache_folder, claim, clear_partial, helped, is_helper, share
+from mmlib.data.content import write_whole
 from mmlib.data.simulate import settings_for, simulate
 from mmlib.data.store import ClipStore
 from mmlib.experiment import Experiment, torch_device

@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from mmlib import records
 from mmlib.data.images import ImageBatch, Images, decode, image_batches
 from mmlib.data.store import ClipStore
+from mmlib.data.submission import check_names
 from mmlib.data.writer import partial_folder
 from mmlib.experiment import fingerprint, torch_device
 from mmlib.scene_training import FASTEST, Launch, blocks_of, explained, fine_tune, first_line, launched, training_clips
@@ -262,6 +263,7 @@ def fine_tune_to_store(
     Returns the network and the pictures by mode.  writing: keep, overwrite.  Of a launched run the first process
     writes.
     """
+    check_names(store.clips["clip"], store.identities)
     model = make_model(settings, len(store.identities), seed=seed)
     history, cache = [], records.cache_folder() / "decoded"
     cache.mkdir(parents=True, exist_ok=True)
@@ -328,7 +330,7 @@ def fetch_or_train(
 
 
 def run_key(store: ClipStore, images: Images, settings: SceneSettings, seed: int) -> str:
-    """Hash what decides a network: the store, the images' names and sizes, settings, seed, weights and the code."""
+    """Hash what decides a network: the store, the images' names and content, settings, seed, weights and the code."""
     digest = hashlib.sha256(json.dumps([asdict(settings), seed, fingerprint(store.path), code_hash()]).encode())
     digest.update(images.digest(images.present).encode())
     if settings.weights not in ("", "pretrained") and Path(settings.weights).is_file():

@@ -21,9 +21,10 @@ import torch
 from tqdm.auto import tqdm
 
 from mmlib import rank, retrieve
-from mmlib.claims import claim, clear_partial, helped, remove_locks, share, write_whole
+from mmlib.claims import claim, clear_partial, helped, remove_locks, share
+from mmlib.data.content import write_whole
 from mmlib.data.store import ClipStore
-from mmlib.data.submission import RESULT_LIMIT, write_result
+from mmlib.data.submission import RESULT_LIMIT, check_names, write_result
 from mmlib.experiment import Experiment, torch_device
 from mmlib.records import library_hash, workers
 from mmlib.retrieve import Key, Member
@@ -259,6 +260,7 @@ def system_on(
         raise ValueError(f"system must be one of {', '.join(SYSTEMS)}, got {system!r}")
     # Absolute, as an experiment takes the word "simulated" for something else.
     e = replace(SYSTEMS[system], data=str(store.path.absolute()), seed=seed, split=split)
+    check_names(store.clips["clip"].iloc[store.select(split)], store.identities)
     if epochs is not None:
         e = replace(e, training=replace(e.training, epochs=epochs))
     if members is not None and not 1 <= members <= len(e.members):

@@ -12,7 +12,8 @@ import pytest
 from tqdm import tqdm
 
 from mmlib import claims
-from mmlib.claims import cache_folder, claim, clear_partial, helped, is_helper, remove_locks, share, write_whole
+from mmlib.claims import cache_folder, claim, clear_partial, helped, is_helper, remove_locks, share
+from mmlib.data.content import write_whole
 
 
 def start(code, *arguments, **options):
@@ -111,7 +112,7 @@ def test_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     write_whole(tmp_path / "file", b"before")
-    monkeypatch.setattr(claims.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         write_whole(tmp_path / "file", b"after")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"before")]

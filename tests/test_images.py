@@ -1,7 +1,9 @@
 import os
+import shutil
 import struct
 import zlib
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -80,6 +82,15 @@ def test_clips_without_images_and_stray_files_are_counted(bare, tmp_path):
     assert (found.present.tolist(), found.unknown, found.other) == ([0], 1, 1)
     assert found.lines()[0] == "images: 1 of 1 clips; 5 clips without any, left out"
     assert len(found.lines()) == 3
+
+
+def test_images_are_known_by_name_and_content_and_not_by_place(images, tmp_path):
+    copied = replace(images, folder=shutil.copytree(images.folder, tmp_path / "copy"))
+    digests = [images.digest(images.present), copied.digest(copied.present)]
+    with open(copied.path(3, 1), "r+b") as file:
+        file.write(b"?")
+    digests += [copied.digest(copied.present), copied.digest(copied.present[:3]), images.digest(images.present[:3])]
+    assert digests[0] == digests[1] != digests[2] and digests[3] == digests[4] != digests[0]
 
 
 @pytest.mark.parametrize("made", [False, True])
@@ -352,10 +363,11 @@ def test_clips_that_are_not_decoded_are_read_from_their_files(images, tmp_path):
     assert batch_of(decoded, [0]).clips.tolist() == [0]
 
 
-def test_loading_processes_change_no_decoded_picture(images, tmp_path):
+def test_loading_processes_change_no_decoded_picture(images, tmp_path, monkeypatch):
     folders = [tmp_path / "map0", tmp_path / "map1"]
     for workers, folder in enumerate(folders):
-        decode(images, folder, images.present, resize=10, workers=workers)
+        monkeypatch.setattr(reader, "_workers", lambda *_, number=workers: number)
+        decode(images, folder, images.present, resize=10)
     found = [{path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.ppm")} for folder in folders]
     assert found[0] == found[1] and len(found[0]) == 10
 
@@ -366,13 +378,19 @@ def test_pictures_are_decoded_once(images, tmp_path, monkeypatch):
     assert decode(images, tmp_path / "map", images.present, resize=10) == first
 
 
-@pytest.mark.parametrize("change", ["file", "resize", "clips", "name"])
+@pytest.mark.parametrize("change", ["file", "content", "resize", "clips", "name"])
 def test_other_pictures_are_decoded_anew(images, bare, tmp_path, change):
+    first = save(images.path(0, 0), value=(1, 2, 3))
+    before = first.stat()
     decode(images, tmp_path / "map", images.present, resize=10)
     (tmp_path / "map" / "old").write_text("")
     clips, resize = images.present, 10
     if change == "file":
-        Image.new("RGB", (40, 10), (1, 2, 3)).save(images.path(0, 0))
+        save(first, size=(40, 10))
+    elif change == "content":
+        save(first, value=(3, 2, 1))
+        os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert first.stat().st_size == before.st_size
     elif change == "name":
         images.path(0, 0).rename(images.folder / "a" / "3.png")
         images = index_images(images.folder, bare)
@@ -395,10 +413,13 @@ def test_pictures_that_might_not_fit_are_read_from_their_files(images, tmp_path)
 
 @pytest.mark.parametrize(("content", "reason"), [(b"no", r"not a picture \(2 bytes\)"), (None, "missing")])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_cannot_be_decoded_is_named_and_leaves_nothing(images, tmp_path, content, reason, workers):
+def test_a_picture_that_cannot_be_decoded_is_named_and_leaves_nothing(
+    images, tmp_path, monkeypatch, content, reason, workers
+):
+    monkeypatch.setattr(reader, "_workers", lambda *_: workers)
     images.path(3, 1).write_bytes(content) if content else images.path(3, 1).unlink()
     with pytest.raises(ValueError, match=rf"2\.png: image of clip d: {reason}") as error:
-        decode(images, tmp_path / "map", images.present, resize=10, workers=workers)
+        decode(images, tmp_path / "map", images.present, resize=10)
     assert "\n" not in str(error.value) and left(tmp_path) == ["img"]
 
 

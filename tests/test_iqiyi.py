@@ -90,6 +90,10 @@ def run(folder, **options):
     return import_folder(folder, folder.parent / "store", progress=False, **options)
 
 
+def frames(report):
+    return {name: len(modality.feature) for name, modality in report.store.modalities.items()}
+
+
 def read(path, spool):
     with open(path, "rb", buffering=0) as file:
         return read_pickle(path, file, spool)
@@ -150,11 +154,42 @@ def test_clips_get_split_identity_and_frames(folder):
 
 def test_report_counts_what_was_found(folder):
     report = run(folder)
-    assert report.clips == {"train": 3, "val": 5} and report.faceless == {"train": 0, "val": 1}
-    assert report.frames == {"face": 13}
-    assert (report.distractors, report.unlabelled, report.refused) == (2, 1, {})
+    assert (report.refused, report.damaged) == ({}, 0)
     assert report.absent[:3] == ["img/", "feat/face_test.pickle", "feat/head_train.pickle"]
-    assert "val: 5 clips, 1 without a face" in report.lines()
+    assert report.lines()[:3] == [
+        "train: 3 clips, 1 without an identity, 0 without a face",
+        "val: 5 clips, 2 without an identity, 1 without a face",
+        "face: 13 frames of 512 dimensions",
+    ]
+
+
+def test_identities_that_no_train_clip_has_are_counted_and_named(folder):
+    report = run(folder)
+    assert report.untrained == ["1", "2"]
+    assert "4 identities, 2 without a train clip: 1, 2" in report.lines()
+
+
+def scenes(*values):
+    return {b"VAL_1": [(index, feature(value, 2048, np.float32)) for index, value in enumerate(values)]}
+
+
+def test_scenes_that_float16_loses_are_stored_and_counted(folder):
+    dump(pickle_path(folder, "scene", "val"), scenes(1e-9, 1e-6, 0, 1, 1, 1, 1e-3))
+    report = run(folder)
+    assert (report.damaged, report.vanished) == (2, 1)
+    assert any("2 frames, 1 of them" in line for line in report.lines())
+    assert ClipStore.open(folder.parent / "store").modalities["scene"].feature[0].tolist() == [0] * 2048
+
+
+def test_scenes_of_which_float16_loses_most_are_refused(folder):
+    dump(pickle_path(folder, "scene", "val"), scenes(1e-9, 1e-8, 0, 1))
+    assert_refused(folder, "scene_val.pickle: too small for float16.* 2 of 4 rows")
+
+
+def test_an_identity_that_cannot_be_written_back_is_refused_before_any_pickle_is_read(folder, monkeypatch):
+    monkeypatch.setattr(iqiyi, "read_pickle", lambda *_: pytest.fail("read for nothing"))
+    (folder / "train_gt.txt").write_text(TRAIN_TRUTH + "TRAIN_3.mp4 \ufeff7\n")
+    assert_refused(folder, r"identity '\\ufeff7'")
 
 
 def test_a_pickle_of_python2_is_read(folder):
@@ -180,8 +215,8 @@ def test_other_modalities_and_the_test_split_are_taken_where_present(folder):
     dump(pickle_path(folder, "face", "test"), {b"TEST_1": [face(9)]})
     report = run(folder)
     store = ClipStore.open(folder.parent / "store")
-    assert report.frames == {"face": 14, "head": 1, "body": 1, "audio": 1, "scene": 1}
-    assert report.clips == {"train": 3, "val": 6, "test": 1}
+    assert frames(report) == {"face": 14, "head": 1, "body": 1, "audio": 1, "scene": 1}
+    assert store.clips["split"].value_counts().to_dict() == {"train": 3, "val": 6, "test": 1}
     names = store.clips["clip"].to_numpy(object)
     assert {m: names[store.select(having=m)].tolist() for m in ("head", "body", "audio", "scene")} == {
         "head": ["TRAIN_1"],
@@ -272,7 +307,7 @@ def test_an_object_may_be_shared_across_a_whole_pickle(folder, protocol):
     many[0][1] = box
     clips = {b"VAL_1": [face(1, feat=feat)], b"VAL_2": many, b"VAL_3": [last], b"VAL_4": [face(1, feat=feat)]}
     dump(pickle_path(folder, "face", "val"), clips, protocol)
-    assert run(folder).frames == {"face": 5 + 17_003}
+    assert frames(run(folder)) == {"face": 5 + 17_003}
     store = ClipStore.open(folder.parent / "store")
     batch = store.batch([3, 5, 6])
     assert batch.feature[:, 0, 0].tolist() == [3, 20, 3]
@@ -387,7 +422,7 @@ def test_something_else_in_a_record_is_not_made_and_its_record_is_named(folder, 
     dump(pickle_path(folder, "face", "val"), clips, protocol)
     shown = {"type": "(long|int)", "datetime64": "numpy.<M8"}.get(name, name)
     assert_refused(folder, rf"clip VAL_2, record 2 \(frame b'3'\): box .*{shown}.*--skip-bad-records")
-    assert run(folder, skip_bad_records=True).frames == {"face": 5 + 6}
+    assert frames(run(folder, skip_bad_records=True)) == {"face": 5 + 6}
     assert not canary.exists()
 
 
@@ -465,7 +500,7 @@ def test_a_list_that_holds_itself_is_refused_at_once(folder):
     wide = []
     wide.extend([wide] * 1000)
     put_val(folder, b"VAL_2", [face(2), wide])
-    assert run(folder, skip_bad_records=True).frames == {"face": 5 + 7}
+    assert frames(run(folder, skip_bad_records=True)) == {"face": 5 + 7}
 
 
 def test_the_attack_would_run_if_it_were_let(tmp_path):
@@ -615,14 +650,14 @@ def test_checks_hold_across_chunks_of_clips_and_blocks_of_records(folder, monkey
     monkeypatch.setattr(iqiyi, "BLOCK", block)
     put_val(folder, b"VAL_3", [face(9), face(box=(-1.0, 0.0, 1.0, 1.0))])
     report = run(folder, skip_bad_records=True)
-    assert report.frames == {"face": 12}
+    assert frames(report) == {"face": 12}
     faces = ClipStore.open(folder.parent / "store").modalities["face"]
     assert faces.count.tolist() == [3, 1, 1, 2, 2, 1, 2, 0]
 
 
 def test_a_scene_feature_beyond_float16_is_refused(folder):
     dump(pickle_path(folder, "scene", "val"), {b"VAL_1": [(3, feature(70000, 2048, np.float32))]})
-    assert_refused(folder, "scene_val.pickle: clip VAL_1, record 1 .*inf at position 0")
+    assert_refused(folder, "scene_val.pickle: clip VAL_1, record 1 .*70000.0 at position 0")
 
 
 def test_an_audio_clip_must_be_one_array(folder):

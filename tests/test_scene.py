@@ -277,6 +277,14 @@ def test_an_interrupted_extraction_leaves_nothing(trained, world, images, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_a_name_that_no_store_takes_is_refused_before_the_training(world, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(scene, "fine_tune", lambda *_, **__: pytest.fail("trained for nothing"))
+    older = replace(world, identities=np.array(["Ann Lee", *world.identities[1:]], object))
+    with pytest.raises(ValueError, match="identity 'Ann Lee'"):
+        scene.fine_tune_to_store(older, images, SMALL, tmp_path / "out", seed=0, run=ALONE)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_store_that_exists_is_refused_before_the_training(world, images, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("")

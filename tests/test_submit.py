@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -50,6 +51,12 @@ def made_store(path, presence, *, scores=("quality", "det"), identities=2):
                 spans[name] = np.cumsum(count) - count, count
         writer.finish(clips, [f"{i}" for i in range(identities)], spans)
     return path
+
+
+def renamed(path, table, column, old, new):
+    """Write a name into a table of a store, as older versions did unchecked."""
+    rows = pd.read_parquet(path / table).replace({column: {old: new}})
+    rows.to_parquet(path / table)
 
 
 TRAIN = [("train", 0, 2, 1), ("train", 0, 1, 1), ("train", 1, 3, 1), ("train", 1, 1, 1)]
@@ -531,4 +538,17 @@ def test_a_split_without_labels_or_clips_is_said(tmp_path, options, message):
     path = made_store(tmp_path / "store", [*TRAIN, ("val", -1, 1, 1)])
     with pytest.raises(ValueError, match=message):
         predict(path, tmp_path / "result.txt", **SHORT, **options)
+    assert names_in(tmp_path) == ["store"]
+
+
+@pytest.mark.parametrize(("table", "column", "old"), [("clips", "clip", "c4"), ("identities", "identity", "1")])
+@pytest.mark.parametrize("command", [predict, partial(predict_shard, shard=1, shards=1)])
+def test_a_name_that_no_result_can_hold_is_refused_before_the_training(
+    tmp_path, monkeypatch, command, table, column, old
+):
+    store = made_store(tmp_path / "store", [*TRAIN, ("val", 0, 2, 1)])
+    renamed(store, f"{table}.parquet", column, old, "Ann Lee")
+    monkeypatch.setattr(retrieve_module, "train_members", lambda *_, **__: pytest.fail("trained for nothing"))
+    with pytest.raises(ValueError, match=f"{column} 'Ann Lee'"):
+        command(store, tmp_path / "result.txt", device="cpu")
     assert names_in(tmp_path) == ["store"]

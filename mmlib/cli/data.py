@@ -103,18 +103,14 @@ def import_features(
 
     A table of frames and an array beside it become a clip store.
     """
-    from rich.console import Console
-    from rich.progress import Progress
+    import rich
 
     from mmlib.data import features
 
-    with writing(store), Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(f"store {array.name}", total=1.0)
-
-        def advance(share: float) -> None:
-            bar.update(task, completed=share)
-
-        report = features.import_features(table, array, store, width=width, overwrite=overwrite, progress=advance)
+    rich.reconfigure(stderr=True)  # standard output is for the report
+    options = {"width": width, "overwrite": overwrite, "progress": sys.stderr.isatty()}
+    with writing(store):
+        report = features.import_features(table, array, store, **options)
     print(*report.lines(), sep="\n")
 
 

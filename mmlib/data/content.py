@@ -1,11 +1,9 @@
 """The digest of what a store holds: stores share one only if every name and number in them is the same.
 
-`StoreWriter` hashes what passes through it and leaves the digest in `store.json`, where it is believed while no other
-file has been changed since. Of an older or a changed store every byte is read when the digest is first asked for.
-Either is then noted in `content.json` beside size, time of writing and time of change of each file, and believed until
-one of them differs: the first two alone would miss an edit by a tool that sets the time of writing back; nothing sets
-back the third. What remains unnoticed is an edit in place of a store that was never asked before, if `store.json` was
-written or copied after it.
+`StoreWriter` leaves it in `store.json`, where it is believed while no other file has been changed since; else every
+byte is read when it is first asked for. It is then noted in `content.json` beside size, time of writing and time of
+change of each file, the one that no tool sets back, and believed until one of them differs. Unnoticed remains an edit
+in place of a store that was never asked before, if `store.json` was written or copied after it.
 """
 
 from __future__ import annotations
@@ -14,13 +12,13 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.lib import format as npy
 
@@ -29,23 +27,21 @@ TABLES = ("clips.parquet", "identities.parquet")
 
 
 class ArrayStream:
-    """Write a `.npy` file of unknown length: rows are appended, hashed by a thread beside, and hardly held."""
+    """Write a `.npy` file of unknown length: rows are appended, hashed, and not held."""
 
     def __init__(self, path: Path, dtype: np.dtype, row_shape: tuple[int, ...]):
         self.dtype, self.row_shape, self.rows = np.dtype(dtype), tuple(row_shape), 0
-        self._sha256, self._beside = hashlib.sha256(), ThreadPoolExecutor(1)
-        self._hashed = self._beside.submit(self._sha256.update, b"")
+        self._sha256 = hashlib.sha256()
         self._file = open(path, "wb")  # noqa: SIM115 - open until finish or abandon
         self._write_header()
 
     def append(self, block: np.ndarray) -> None:
-        """Add the rows of `block (n, *row_shape)`, which must have the stream's dtype and not be changed afterwards."""
+        """Add the rows of `block (n, *row_shape)`, which must have the stream's dtype."""
         wanted, got = (self.dtype, list(self.row_shape)), (block.dtype, list(block.shape[1:]))
         if got != wanted:
             raise ValueError("{}: expected rows of {}{}, got {}{}".format(self._file.name, *wanted, *got))
         content = np.ascontiguousarray(block).data
-        self._hashed.result()  # so that one block is held and no more
-        self._hashed = self._beside.submit(self._sha256.update, content)
+        self._sha256.update(content)
         self._file.write(content)
         self.rows += len(block)
 
@@ -54,12 +50,10 @@ class ArrayStream:
         self._file.seek(0)
         self._write_header()
         self._file.close()
-        self._beside.shutdown()
         return self.dtype.str, (self.rows, *self.row_shape), self._sha256.hexdigest()
 
     def abandon(self) -> None:
         """Close the file, whatever its state."""
-        self._beside.shutdown()
         with suppress(OSError):  # on a full disk the last flush fails again
             self._file.close()
 
@@ -76,7 +70,7 @@ def write_whole(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.write_bytes(content)
-        partial.replace(path)
+        os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -92,27 +86,36 @@ def combine(arrays: Mapping[str, tuple[str, tuple[int, ...], str]], tables: Mapp
 
 
 def fingerprint(path: Path, meta: dict) -> str:
-    """Name the content of the store at `path`, which `meta` describes: 20 hexadecimal digits.
-
-    Where a store comes from decides nothing, whether it is simulated does.
-    """
-    columns = {name: ("feature", *described["columns"]) for name, described in meta["modalities"].items()}
-    names = [*TABLES, *(f"{modality}/{column}.npy" for modality, of in columns.items() for column in of)]
-    stats = {name: (path / name).stat() for name in names}
+    """Name the content of the store at `path`, and whether it is simulated, by 20 hexadecimal digits."""
+    kinds = meta["modalities"].items()
+    arrays = [f"{name}/{column}.npy" for name, of in kinds for column in ("feature", *of["columns"])]
+    stats = {name: (path / name).stat() for name in (*TABLES, *arrays)}
     stamp = {name: [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats.items()}
-    content = _noted(path, stamp)
-    if content is None:
+    noted = None
+    try:
+        noted = json.loads((path / NOTE).read_text())
+        content = noted["content"] if noted["files"] == stamp else ""
+    except FileNotFoundError:
         changed = max(max(times) for _, *times in stamp.values())
-        as_written = not (path / NOTE).exists() and changed <= (path / "store.json").stat().st_mtime_ns
-        content = (as_written and meta.get("content")) or _read_all(path, json.dumps(stamp))
-        _note(path, content, stamp)
-    return hashlib.sha256(f"{meta['simulated']} {content}".encode()).hexdigest()[:20]
+        content = meta.get("content") if changed <= (path / "store.json").stat().st_mtime_ns else ""
+    except (OSError, ValueError, KeyError, TypeError):  # damaged ones are made anew
+        content = ""
+    note = {"content": content or _read_all(path, json.dumps(stamp)), "files": stamp}
+    if note != noted:
+        with suppress(OSError):  # the folder may not be ours
+            write_whole(path / NOTE, json.dumps(note, indent=1).encode() + b"\n")
+    return hashlib.sha256(f"{meta['simulated']} {note['content']}".encode()).hexdigest()[:20]
 
 
 def read_table(path: Path) -> pd.DataFrame:
     """Read a parquet file as it is: folders named `split=val` above it add no column."""
-    with pq.ParquetFile(path) as file:
-        return file.read().to_pandas()
+    try:
+        with pq.ParquetFile(path) as file:
+            return file.read().to_pandas()
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing") from None
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path}: not a readable table ({error})") from None
 
 
 @lru_cache(maxsize=64)  # for stores beside which nothing can be noted
@@ -126,16 +129,3 @@ def _read_all(path: Path, stamp: str) -> str:
             order = "" if array.flags.c_contiguous else " Fortran"
             arrays[name] = array.dtype.str + order, array.shape, hashlib.file_digest(file, "sha256").hexdigest()
     return combine(arrays, {name: read_table(path / name) for name in TABLES})
-
-
-def _noted(path: Path, stamp: dict) -> str | None:
-    try:
-        noted = json.loads((path / NOTE).read_text())
-        return noted["content"] if noted["files"] == stamp else None
-    except (OSError, ValueError, KeyError, TypeError):  # damaged ones are made anew
-        return None
-
-
-def _note(path: Path, content: str, stamp: dict) -> None:
-    with suppress(OSError):  # the folder may not be ours
-        write_whole(path / NOTE, json.dumps({"content": content, "files": stamp}, indent=1).encode() + b"\n")

@@ -3,15 +3,16 @@
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from rich.progress import track
 
-from mmlib.data.foreign import SCORES, count_lost, open_array, read_rows, to_half
-from mmlib.data.store import SPLITS, ClipStore
+from mmlib.data.foreign import SCORES, ImportReport, count_lost, open_array, read_rows, to_half
+from mmlib.data.store import ClipStore
+from mmlib.data.writer import nonfinite_rows
 
 BLOCK = 2**22  # numbers copied at once
 # The files of import_lfw: sha256, and the names they go by. The first is theirs in oss_data/ of
@@ -26,50 +27,20 @@ LFW_LABELS = (
 )
 
 
-@dataclass
-class FeatureReport:
-    """What an import of a table found."""
-
-    clips: dict[str, int]  # by split
-    nameless: dict[str, int]  # clips without an identity, by split
-    frames: int
-    width: int
-    identities: int
-    untrained: list[str]  # identities that no train clip has
-    absent: list[str]  # score columns
-    damaged: int  # frames of whose small numbers float16 keeps few digits
-    vanished: int  # frames of which it keeps nothing
-    seconds: float
-
-    def lines(self) -> list[str]:
-        """Say it in sentences for a terminal."""
-        lines = [f"{split}: {n} clips, {self.nameless[split]} without an identity" for split, n in self.clips.items()]
-        lines.append(f"{self.frames} frames of {self.width} dimensions, {self.identities} identities")
-        if self.untrained:
-            some = ", ".join(self.untrained[:5]) + ", ..." * (len(self.untrained) > 5)
-            lines.append(f"without a train clip: {len(self.untrained)} identities, {some}")
-        if self.damaged:
-            lines.append(f"too small for float16: {self.damaged} frames, {self.vanished} of them stored as zeros")
-        lines += [f"no column {name}: the store has no such score" for name in self.absent]
-        return [*lines, f"{self.seconds:.1f} s"]
-
-
 def import_features(
     table: str | Path,
     array: str | Path,
-    store_path: str | Path,
+    store: str | Path,
     *,
     width: int | None = None,
-    modality: str = "face",
     overwrite: bool = False,
-    progress: Callable[[float], None] = lambda _: None,
-) -> FeatureReport:
-    """Turn `table` (parquet or CSV) and `array` into a store with one modality.
+    progress: bool = False,
+) -> ImportReport:
+    """Turn `table` (parquet or CSV) and `array` into a store of faces.
 
-    Row i of the table (columns clip, frame, identity, split, and quality and det where known) belongs to
-    row i of the array: a `.npy` (F, D) of floats, or raw little-endian float32 of the given `width`. Rows
-    may come in any order; an empty identity is none. Identities stand in the store sorted by name.
-    `progress` hears of the share done.
+    Row i of the table (columns clip, frame, identity, split, and quality and det where known) belongs to row i of the
+    array: a `.npy` (F, D) of floats, or raw little-endian float32 of the given `width`. Rows may come in any order; an
+    empty identity is none. Identities stand in the store sorted by name.
     """
     began, table, array = time.perf_counter(), Path(table), Path(array)
     rows, features = read_rows(table), open_array(array, width)
@@ -77,58 +48,51 @@ def import_features(
         raise ValueError(f"{array}: {len(features)} rows, but {table} has {len(rows)}")
     columns = [name for name in ("frame", *SCORES) if name in rows]
     provenance = {"table": _digest(table), "array": _digest(array)}
-    with ClipStore.create(store_path, simulated=False, provenance=provenance, overwrite=overwrite) as writer:
-        step, lost = max(1, BLOCK // max(1, features.shape[1])), []
-        for first in range(0, len(rows), step):
+    with ClipStore.create(store, simulated=False, provenance=provenance, overwrite=overwrite) as writer:
+        step, losses = max(1, BLOCK // max(1, features.shape[1])), []
+        starts = range(0, len(rows), step)
+        for first in track(starts, f"store {array.name}", transient=True, disable=not progress):
             block = rows.iloc[first : first + step]
-            feature, loss = to_half(features[block.index.to_numpy()], block, array)
-            writer.append(modality, feature, **{name: block[name].to_numpy() for name in columns})
-            lost.append(loss)
-            progress(min(1.0, (first + step) / len(rows)))
-        damaged, vanished = count_lost(np.concatenate(lost), array)
+            taken = features[block.index.to_numpy()]
+            feature, loss = to_half(taken)
+            for row in nonfinite_rows(feature):
+                place, at = np.argmin(np.isfinite(feature[row])), block.iloc[row]
+                where = f"{array}, row {at.name + 1}: clip {at['clip']}, frame {at['frame']}"
+                what = f"feature is {taken[row, place]} at position {place}, which float16 cannot hold"
+                raise ValueError(f"{where}: {what}")
+            writer.append("face", feature, **{name: block[name].to_numpy() for name in columns})
+            losses.append(loss)
+        lost = count_lost(np.concatenate(losses), array)
         clips = rows.drop_duplicates("clip")[["clip", "split", "identity"]].reset_index(drop=True)
         named = pd.Categorical(clips["identity"])
         clips["identity"] = named.codes.astype(np.int32)
         count = rows.groupby("clip", sort=False).size().to_numpy()
-        writer.finish(clips, [*named.categories], {modality: (np.cumsum(count) - count, count)})
-    found = {split: clips.loc[clips["split"] == split, "identity"] for split in SPLITS}
-    trained = {*found["train"]}
-    return FeatureReport(
-        clips={split: len(of) for split, of in found.items() if len(of)},
-        nameless={split: int((of < 0).sum()) for split, of in found.items() if len(of)},
-        frames=len(rows),
-        width=features.shape[1],
-        identities=len(named.categories),
-        untrained=[name for code, name in enumerate(named.categories) if code not in trained],
-        absent=[name for name in SCORES if name not in columns],
-        damaged=damaged,
-        vanished=vanished,
-        seconds=time.perf_counter() - began,
-    )
+        writer.finish(clips, [*named.categories], {"face": (np.cumsum(count) - count, count)})
+    absent = [f"column {name}" for name in SCORES if name not in columns]
+    return ImportReport(ClipStore.open(store), time.perf_counter() - began, absent, *lost)
 
 
-def import_lfw(folder: str | Path, store_path: str | Path, *, seed: int = 0, overwrite: bool = False) -> FeatureReport:
+def import_lfw(folder: str | Path, store: str | Path, *, seed: int = 0, overwrite: bool = False) -> ImportReport:
     """Turn public embeddings of photographs of Labeled Faces in the Wild into a store.
 
-    `folder` holds `LFW_ARRAY`, 2,921 FaceNet embeddings of 128 dimensions as raw float32, and `LFW_LABELS`, a
-    name a line; their sha256 is checked. `group_photographs` makes clips of them. Spaces in a name become
-    underscores, because the challenge's text files divide words at spaces. The photographs are for research.
+    `folder` holds `LFW_ARRAY`, 2,921 FaceNet embeddings of 128 dimensions as raw float32, and `LFW_LABELS`, a name a
+    line; their sha256 is checked. Spaces in a name become underscores, as the challenge's text files divide words at
+    spaces. The photographs, of which `group_photographs` makes clips, are for research.
     """
     array, labels = (_find_published(Path(folder), *file) for file in (LFW_ARRAY, LFW_LABELS))
     names = labels.read_text(encoding="utf-8").replace(" ", "_").splitlines()
     with tempfile.TemporaryDirectory() as scratch:
         table = Path(scratch) / f"grouped-{seed}.csv"
         group_photographs(names, seed).to_csv(table, index=False)
-        return import_features(table, array, store_path, width=128, overwrite=overwrite)
+        return import_features(table, array, store, width=128, overwrite=overwrite)
 
 
 def group_photographs(names: Sequence[str], seed: int) -> pd.DataFrame:
     """Make clips of photographs: a table for `import_features`, row i for the photograph of `names[i]` (F,).
 
-    The photographs of a person are shuffled. Of 4 or more, half (and the odd one) go to train and half to
-    val, each half cut into clips of 2 to 5, as even as a random number of clips allows. 2 or 3 make one val
-    clip, and 1 a val clip of one frame: distractors, without identity. Clips are numbered in random order, so
-    that a name tells nothing.
+    The photographs of a person are shuffled. Of 4 or more, half (and the odd one) go to train and half to val, each
+    half cut into a random number of even clips of 2 to 5. 1 to 3 make one val clip, a distractor without identity.
+    Clips are numbered in random order, so that a name tells nothing.
 
     >>> table = group_photographs(["ann", "bob", "ann", "ann", "bob", "ann"], seed=0)
     >>> table["split"].value_counts().to_dict()
@@ -153,11 +117,10 @@ def group_photographs(names: Sequence[str], seed: int) -> pd.DataFrame:
 
 
 def _find_published(folder: Path, digest: str, names: Sequence[str]) -> Path:
-    path = next((folder / name for name in names if (folder / name).exists()), folder / names[0])
+    path = next(filter(Path.exists, (folder / name for name in names)), folder / names[0])
     if not path.exists():
         raise ValueError(f"{path}: missing")
-    found = _digest(path)["sha256"]
-    if found != digest:
+    if (found := _digest(path)["sha256"]) != digest:
         raise ValueError(f"{path}: not the published file, its sha256 is {found}, not {digest}")
     return path
 

@@ -1,15 +1,19 @@
-"""Tables and arrays that others wrote: what is in them, whatever they were written with."""
+"""Tables and arrays that others wrote: what is in them, whatever they were written with, and what an import found."""
+
+from __future__ import annotations
 
 import re
 import string
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from mmlib.data.content import read_table
+from mmlib.data.store import ClipStore
 from mmlib.data.submission import NAME_RULE, bad_names
-from mmlib.data.writer import SPLITS, map_array, nonfinite_rows
+from mmlib.data.writer import SPLITS, map_array
 
 TEXT, SCORES = ("clip", "identity", "split"), ("quality", "det")
 REQUIRED = (*TEXT, "frame")
@@ -25,22 +29,62 @@ MAGIC = {
 }
 
 
+@dataclass
+class ImportReport:
+    """What an import found: the store that it made, and all that was absent, damaged or left out.
+
+    absent: files and columns.  damaged: frames of whose small numbers float16 keeps few digits; vanished: those of them
+    of which it keeps nothing.  refused: by reason, how many records, and the first of them.
+    """
+
+    store: ClipStore
+    seconds: float
+    absent: list[str]
+    damaged: int
+    vanished: int
+    refused: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    @property
+    def untrained(self) -> list[str]:
+        """Identities that no train clip has."""
+        trained = self.store.identity_of(self.store.select("train", labelled=True))
+        return np.delete(self.store.identities, trained).tolist()
+
+    def lines(self) -> list[str]:
+        """Say it in sentences for a terminal."""
+        lines, store, untrained = [], self.store, self.untrained
+        for split in SPLITS:
+            if clips := len(store.select(split)):
+                faces, nameless = (len(store.select(split, **of)) for of in ({"having": "face"}, {"labelled": False}))
+                lines.append(f"{split}: {clips} clips, {nameless} without an identity, {clips - faces} without a face")
+        for name, modality in store.modalities.items():
+            lines.append("{}: {} frames of {} dimensions".format(name, *modality.feature.shape))
+        some = f": {', '.join(untrained[:5])}{', ...' * (len(untrained) > 5)}" if untrained else ""
+        lines.append(f"{len(store.identities)} identities, {len(untrained)} without a train clip{some}")
+        if self.damaged:
+            lines.append(f"too small for float16: {self.damaged} frames, {self.vanished} of them stored as zeros")
+        if self.absent:
+            lines.append(f"absent: {', '.join(self.absent)}")
+        lines += [f"refused: {n} records, {rule}; first: {first}" for rule, (n, first) in self.refused.items()]
+        return [*lines, f"{self.seconds:.1f} s"]
+
+
 def read_rows(path: Path) -> pd.DataFrame:
     """Read the table of frames, clip, identity and split as text, frame and scores as numbers, and check it.
 
     Rows come back sorted by clip and frame; their index says which row of the table each was.
     """
-    try:
-        if path.suffix.lower() in (".parquet", ".pq"):
-            table = read_table(path)
-        else:  # only an empty cell is no identity: someone may be called NA or None
-            empty = {name: [""] for name in (*REQUIRED, *SCORES)}
-            kinds = dict.fromkeys(TEXT, str)
-            table = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=empty, encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: missing") from None
-    except (ValueError, OSError) as error:  # of which the errors of pandas and pyarrow are kinds
-        raise ValueError(f"{path}: not a readable table ({error})") from None
+    if path.suffix.lower() in (".parquet", ".pq"):
+        table = read_table(path)
+    else:
+        # Only an empty cell is no identity: someone may be called NA or None.
+        options = {"keep_default_na": False, "na_values": {name: [""] for name in (*REQUIRED, *SCORES)}}
+        try:
+            table = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), encoding="utf-8-sig", **options)
+        except FileNotFoundError:
+            raise ValueError(f"{path}: missing") from None
+        except (ValueError, OSError) as error:  # of which the errors of pandas are kinds
+            raise ValueError(f"{path}: not a readable table ({error})") from None
     if missing := [name for name in REQUIRED if name not in table]:
         raise ValueError(f"{path}: no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
     if not len(table):
@@ -48,11 +92,10 @@ def read_rows(path: Path) -> pd.DataFrame:
     table = table[[*REQUIRED, *(name for name in SCORES if name in table)]].reset_index(drop=True)
 
     def refuse(wrong: pd.Series, name: str, why: str = "") -> None:
-        if wrong.any():
-            row = int(np.argmax(wrong))
+        for row in np.flatnonzero(wrong):
             value = table[name][row]
-            shown = repr(value) if isinstance(value, str) else value
             whose = "" if name == "clip" else f"clip {table['clip'][row]}: "
+            shown = repr(value) if isinstance(value, str) else value
             raise ValueError(f"{path}, row {row + 1}: {whose}{name} is {shown}{why}")
 
     for name in TEXT:
@@ -60,8 +103,7 @@ def read_rows(path: Path) -> pd.DataFrame:
     table["clip"] = table["clip"].str.removesuffix(".mp4")
     refuse(table["clip"].isna(), "clip")
     for name in ("clip", "identity"):
-        bad = bad_names(name, table[name].dropna().unique())
-        refuse(table[name].isin(bad), name, f"; {NAME_RULE}")
+        refuse(table[name].isin(bad_names(name, table[name].dropna().unique())), name, f"; {NAME_RULE}")
     refuse(~table["split"].isin(SPLITS), "split")
     for name in table.columns.drop([*TEXT]):
         numbers = pd.to_numeric(table[name], errors="coerce").astype(np.float64)
@@ -93,9 +135,7 @@ def _check_clips(rows: pd.DataFrame, path: Path) -> None:
     clip = rows["clip"].to_numpy()
     for name in ("identity", "split", "frame"):
         values = (rows[name].fillna("") if name == "identity" else rows[name]).to_numpy()
-        wrong = (clip[1:] == clip[:-1]) & ((values[1:] == values[:-1]) == (name == "frame"))
-        if wrong.any():
-            at = int(np.argmax(wrong))
+        for at in np.flatnonzero((clip[1:] == clip[:-1]) & ((values[1:] == values[:-1]) == (name == "frame"))):
             found = " and ".join(str(rows[name].iloc[row]) for row in (at, at + 1))
             raise ValueError(f"{path}, row {rows.index[at + 1] + 1}: clip {clip[at]} has {name} {found}")
 
@@ -135,18 +175,15 @@ def _kind(path: Path) -> str:
     return next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), "")
 
 
-def to_half(block: np.ndarray, rows: pd.DataFrame, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Round the features (n, D) of the frames `rows` (n) to float16; return them and what each has lost, (n,).
+def to_half(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Round features (n, D) to float16; return them, infinite where they are too large, and what each has lost, (n,).
 
     The loss is the largest error over the largest number: 1 where nothing is left, NaN where nothing was.
     """
+    if block.dtype == np.float16:
+        return block, np.zeros(len(block))
     with np.errstate(over="ignore"):
         half = block.astype(np.float16)
-    if (bad := nonfinite_rows(half)).size:
-        row, place = bad[0], np.flatnonzero(~np.isfinite(half[bad[0]]))[0]
-        clip, frame = (rows[name].iloc[row] for name in ("clip", "frame"))
-        where = f"{path}, row {rows.index[row] + 1}: clip {clip}, frame {frame}"
-        raise ValueError(f"{where}: feature is {block[row, place]} at position {place}, which float16 cannot hold")
     peak = np.maximum(block.max(1, initial=0), -block.min(1, initial=0))
     loss = np.where(peak > 0, 0.0, np.nan)
     small = np.flatnonzero((peak > 0) & (peak < 2.0**-14))  # only below this it can lose more than 2 ** -11

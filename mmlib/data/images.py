@@ -1,8 +1,7 @@
 """Scene pictures ``img/<clip>/<n>.jpg``: find those of a store's clips, decode them once, cut one crop a clip.
 
-Everything random about a crop (which picture of its clip, where, flipped or not) comes from a generator of the seed,
-the epoch and the clip, so that neither the order nor the number of loading processes changes a batch.  Nor does it
-whether a picture is decoded when it is asked for or was before.
+What is random about a crop comes from a generator of the seed, the epoch and the clip: neither order, nor loading
+processes, nor pictures decoded before change a batch.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -24,29 +24,27 @@ import PIL
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from mmlib.data.store import ClipStore
 from mmlib.data.writer import partial_folder
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
-LONGEST = 2  # the longer side of a picture in shorter sides; of longer ones the middle is taken
+LONGEST = 2  # longer sides, in shorter ones: of a longer picture the middle is taken, so that memory is bounded
 EVALUATION = -1  # in place of an epoch: the one picture a clip that is drawn in test
 DECODED = "decoded.json"  # in a folder of decoded pictures: of which files
 _WORTH_A_WORKER = 128  # pixels; smaller pictures are decoded faster than they are passed between processes
 _AT_ONCE = 16  # clips a loading process decodes before it hands over
-
-# -- which files ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Images:
     """The image files of a store's clips.
 
-    files: for each clip of the store the names of its files, by number (``2.jpg`` before ``10.jpg``), those without a
-    number after them by name; empty for a clip without any; whole paths of files that lie elsewhere.  unknown: folders
-    that are no clip of the store.  other: files in clips' folders that are no ``.jpg``, ``.jpeg`` or ``.png``.
+    files: for each clip the names of its files, by number (``2.jpg`` before ``10.jpg``), then by name; whole paths of
+    those that lie elsewhere.  unknown: folders that are no clip of the store.  other: files in clips' folders that are
+    no ``.jpg``, ``.jpeg`` or ``.png``.
     """
 
     folder: Path
@@ -65,26 +63,31 @@ class Images:
         return self.folder / self.clips[clip] / self.files[clip][number]
 
     def digest(self, clips: np.ndarray) -> str:
-        """Hash the names and sizes of the files of clips (n,)."""
-        digest = hashlib.sha256()
-        for clip in clips:
-            for number, file in enumerate(self.files[clip]):
-                path = self.path(clip, number)
-                try:
-                    digest.update(f"{self.clips[clip]}/{file} {path.stat().st_size}\n".encode())
-                except FileNotFoundError:
-                    raise ValueError(f"{path}: image of clip {self.clips[clip]}: missing") from None
-        return digest.hexdigest()
+        """Hash the names and the content of the files of clips (n,).
+
+        Size and times would be cheaper, but a copy of the folder has others, and would be decoded and trained on again.
+        To read every file costs little beside decoding it.
+        """
+        files = [(clip, number) for clip in clips for number in range(len(self.files[clip]))]
+        with ThreadPoolExecutor() as pool:
+            found = list(pool.map(self._digest, *zip(*files)))
+        return hashlib.sha256("".join(found).encode()).hexdigest()
+
+    def _digest(self, clip: int, number: int) -> str:
+        path = self.path(clip, number)
+        try:
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+        except FileNotFoundError:
+            raise ValueError(f"{path}: image of clip {self.clips[clip]}: missing") from None
+        return f"{self.clips[clip]}/{self.files[clip][number]} {content}\n"
 
     def lines(self) -> list[str]:
         """Say it in sentences for a terminal."""
         count, clips = sum(map(len, self.files)), len(self.present)
-        lines = [f"images: {count} of {clips} clips; {len(self.clips) - clips} clips without any, left out"]
-        if self.unknown:
-            lines.append(f"images: {self.unknown} folders belong to no clip of the store")
-        if self.other:
-            lines.append(f"images: {self.other} files are no .jpg, .jpeg or .png")
-        return lines
+        said = [f"{count} of {clips} clips; {len(self.clips) - clips} clips without any, left out"]
+        said += [f"{self.unknown} folders belong to no clip of the store"] * bool(self.unknown)
+        said += [f"{self.other} files are no .jpg, .jpeg or .png"] * bool(self.other)
+        return [f"images: {line}" for line in said]
 
 
 def index_images(folder: str | Path, store: ClipStore) -> Images:
@@ -113,15 +116,8 @@ def _by_number(file: str) -> tuple[bool, int, str]:
     return not numbered, int(stem) if numbered else 0, file
 
 
-# -- one picture ----------------------------------------------------------------------------------------------------
-
-
 def read_image(path: Path, clip: str) -> tuple[Image.Image, str]:
-    """Open an image file as RGB; return it and the mode that it had.
-
-    Grey, palette and CMYK pictures become RGB, 16-bit grey by its upper byte; an alpha channel is dropped.  A file that
-    cannot be decoded to its end, or of another mode, raises.
-    """
+    """Open an image file as RGB, 16-bit grey by its upper byte, without alpha; return it and the mode that it had."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice that size is an error below
@@ -150,11 +146,7 @@ def count_converted(modes: Counter) -> str:
 
 
 def fit_picture(image: Image.Image, resize: int) -> Image.Image:
-    """Resize the shorter side of an image to ``resize`` pixels, the longer in proportion.
-
-    Of a picture longer than two squares the middle two are taken, so that one of one pixel by ten thousand takes no
-    more memory than another.
-    """
+    """Resize the shorter side of an image to ``resize`` pixels, the longer in proportion, at most to ``LONGEST``."""
     shorter = min(image.size)
     size = [min(LONGEST * resize, round(side * resize / shorter)) for side in image.size]
     kept = [min(side, LONGEST * shorter) for side in image.size]
@@ -163,9 +155,9 @@ def fit_picture(image: Image.Image, resize: int) -> Image.Image:
 
 
 def crop_picture(image: Image.Image, size: int, place: np.ndarray, flip: bool) -> np.ndarray:
-    """Cut a crop (S, S, 3) uint8 of ``size`` pixels a side; between pixels it is interpolated.
+    """Cut a crop (S, S, 3) uint8 of ``size`` pixels a side, interpolated between pixels, and mirrored if ``flip``.
 
-    place: (2,) in [0, 1], along width and height, from the left or top (0) to the right or bottom (1).  flip: mirrored.
+    place: (2,) in [0, 1], along width and height, from the left or top (0) to the right or bottom (1).
     """
     left, top = ((side - size) * part for side, part in zip(image.size, place))
     box = (left, top, left + size, top + size)
@@ -173,56 +165,33 @@ def crop_picture(image: Image.Image, size: int, place: np.ndarray, flip: bool) -
     return pixels[:, ::-1] if flip else pixels
 
 
-# -- decoded once ---------------------------------------------------------------------------------------------------
-
-
 def decode(
-    images: Images,
-    folder: str | Path,
-    clips: np.ndarray,
-    *,
-    resize: int,
-    most: int | None = None,
-    workers: int | None = None,
-    progress: bool = False,
+    images: Images, folder: Path, clips: np.ndarray, *, resize: int, most: int | None = None, progress: bool = False
 ) -> Images:
     """Return the images with those of clips (n,) decoded: read from ``folder`` without compression, the same pixels.
 
-    What is in the folder is used again if it is of the same files, sizes and ``resize``, else replaced.  A picture
-    takes 3 bytes for each of ``resize`` x ``resize`` x its aspect: at 256 pixels and 16:9 that is 350 kB, 21 GB for one
-    of each of the challenge's 60,566 train clips.  So this is for pictures that are read in many epochs.  most: bytes
-    that they may take, half of what the disk has free unless given; where they might take more, the images are returned
-    as they are.  workers: as in ``image_batches``.
+    What is in the folder is used again if it is of the same files and ``resize``, else replaced.  At 256 pixels a
+    picture of 16:9 takes 350 kB, one of each of the challenge's 60,566 train clips 21 GB.  most: bytes that they may
+    take, half of what the disk has free unless given; where they might take more, the images are returned as they are.
     """
     folder, clips = Path(os.path.abspath(folder)), np.unique(clips)
     said = [resize, LONGEST, PIL.__version__, images.clips, clips.tolist(), images.digest(clips)]
-    key = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    key = json.dumps({"key": hashlib.sha256(json.dumps(said).encode()).hexdigest()})
     files = {int(clip): [f"{number}.ppm" for number in range(len(images.files[clip]))] for clip in clips}
-    if _key(folder) != key:
+    if not (folder / DECODED).exists() or (folder / DECODED).read_bytes() != key.encode():
         folder.parent.mkdir(parents=True, exist_ok=True)
         most = shutil.disk_usage(folder.parent).free // 2 if most is None else most
         if 3 * resize * LONGEST * resize * sum(map(len, files.values())) > most:
             return images
         with partial_folder(folder, DECODED, overwrite=True) as partial:
             groups = np.array_split(clips, -(-len(clips) // _AT_ONCE))
-            cores = os.cpu_count() or 1
-            workers = _workers(resize, groups, cores) if workers is None else workers
-            saved = _loaded(functools.partial(_save_fitted, images, resize, partial), groups, workers)
+            save = functools.partial(_save_fitted, images, resize, partial)
+            saved = _loaded(save, groups, _workers(resize, groups))
             for _ in tqdm(saved, "decode", len(groups), unit="block", disable=not progress, mininterval=1):
                 pass
-            (partial / DECODED).write_text(json.dumps({"key": key}) + "\n")
-    whole = [tuple(str(folder / images.clips[clip] / name) for name in names) for clip, names in files.items()]
-    decoded = dict(zip(files, whole))
+            (partial / DECODED).write_text(key)
+    decoded = {clip: tuple(str(folder / images.clips[clip] / name) for name in of) for clip, of in files.items()}
     return replace(images, files=tuple(decoded.get(clip, own) for clip, own in enumerate(images.files)))
-
-
-def _key(folder: Path) -> str:
-    try:
-        return json.loads((folder / DECODED).read_text())["key"]
-    except FileNotFoundError:
-        return ""
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / DECODED}: not the description of decoded pictures ({error!r})") from None
 
 
 def _save_fitted(images: Images, resize: int, folder: Path, clips: list[int]) -> None:
@@ -233,18 +202,13 @@ def _save_fitted(images: Images, resize: int, folder: Path, clips: list[int]) ->
             fit_picture(image, resize).save(folder / images.clips[clip] / f"{number}.ppm")
 
 
-# -- batches --------------------------------------------------------------------------------------------------------
-
-
 class ImageBatch(NamedTuple):
-    """Pictures of B clips: ``clips`` (B,) positions in the store, ``number`` (B,) which of the clip's images,
-    ``pixels`` (B, 3, S, S) uint8, channels last in memory, ``modes`` (B,) of the files, such as ``RGB`` or ``L``.
-    """
+    """Pictures of B clips."""
 
-    clips: np.ndarray
-    number: np.ndarray
-    pixels: Tensor
-    modes: list[str]
+    clips: np.ndarray  # (B,) positions in the store
+    number: np.ndarray  # (B,) which of the clip's images
+    pixels: Tensor  # (B, 3, S, S) uint8, channels last in memory
+    modes: list[str]  # of the files, such as ``RGB`` or ``L``
 
 
 def image_batches(
@@ -260,16 +224,12 @@ def image_batches(
 ) -> Iterator[ImageBatch]:
     """Yield one drawn picture of each clip, for groups of clips that have images, in the order given.
 
-    The shorter side becomes ``resize`` pixels, and of that a crop of ``size`` is taken.  epoch: from 0 in training
-    (crop anywhere, flipped in one half of the cases); EVALUATION draws the picture of test (centre crop).  workers:
-    loading processes; None takes as many as there are cores where pictures are large enough for that to pay.  device:
-    where the pixels come to lie; they travel as bytes.
+    The shorter side becomes ``resize`` pixels, and of that a crop of ``size`` is taken: in training, epoch 0 and on,
+    anywhere, and flipped in one half of the cases; in EVALUATION in the centre.  workers: loading processes; None takes
+    one a core where pictures are large enough for that to pay.  device: of the pixels, which travel as bytes.
     """
-    for clip in (clip for group in groups for clip in group):
-        if not images.files[clip]:
-            raise ValueError(f"{images.folder}: clip {images.clips[clip]} has no image")
     if workers is None:  # processes of a launched run share the machine's cores
-        workers = _workers(size, groups, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        workers = _workers(size, groups, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     draw = functools.partial(_draw, images, size, resize, seed, epoch)
     for batch in _loaded(draw, groups, workers, pin=torch.device(device).type == "cuda"):
         yield batch._replace(pixels=batch.pixels.to(device, non_blocking=True).permute(0, 3, 1, 2))
@@ -279,6 +239,8 @@ def _draw(images: Images, size: int, resize: int, seed: int, epoch: int, clips: 
     """Draw one crop a clip by seed, epoch and clip; the pixels are (B, S, S, 3)."""
     numbers, modes, pixels = [], [], np.empty((len(clips), size, size, 3), np.uint8)
     for row, clip in enumerate(clips):
+        if not images.files[clip]:
+            raise ValueError(f"{images.folder}: clip {images.clips[clip]} has no image")
         rng = np.random.default_rng([seed, 5, epoch + 1, clip])
         number = int(rng.integers(len(images.files[clip])))
         image, mode = read_image(images.path(clip, number), images.clips[clip])
@@ -289,42 +251,31 @@ def _draw(images: Images, size: int, resize: int, seed: int, epoch: int, clips: 
     return ImageBatch(np.array(clips), np.array(numbers), torch.from_numpy(pixels), modes)
 
 
-def _workers(side: int, groups: list[np.ndarray], cores: int) -> int:
+def _workers(side: int, groups: list[np.ndarray], sharing: int = 1) -> int:
+    cores = (os.cpu_count() or 1) // sharing
     return min(32, max(1, cores)) if side >= _WORTH_A_WORKER and len(groups) > 4 else 0
 
 
-class _Job(Dataset):
-    """What ``work`` makes of a group of clips, or its error, which a DataLoader would wrap into pages of traceback."""
-
-    def __init__(self, work: Callable[[list[int]], Any]):
-        self.work = work
-
-    def __getitem__(self, group: np.ndarray) -> Any:
-        try:
-            return self.work([int(clip) for clip in group])
-        except (ValueError, OSError, MemoryError) as error:
-            return error
+def _attempt(work: Callable, group: np.ndarray) -> Any:
+    """Return what ``work`` makes of a group, or its error, which a DataLoader would wrap into pages of traceback."""
+    try:
+        return work([int(clip) for clip in group])
+    except (ValueError, OSError, MemoryError) as error:
+        return error
 
 
 def _loaded(work: Callable, groups: list[np.ndarray], workers: int, pin: bool = False) -> Iterator:
     """Yield what ``work`` makes of each group of clips, computed by ``workers`` processes, and raise where it fails."""
-    own = torch.Generator()  # or the loader would take a number from the global one
-    options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin, "generator": own, "collate_fn": _as_it_is}
-    loader = iter(DataLoader(_Job(work), batch_size=None, sampler=groups, **options))
-    while True:
-        try:
-            found = next(loader)
-        except StopIteration:
-            return
-        except RuntimeError as error:  # a process that the system killed
-            if "DataLoader worker" not in str(error):
-                raise
-            reason = str(error).splitlines()[0]
-            raise MemoryError(f"in a process that loads pictures ({reason}); lower batch, or allow more") from None
-        if isinstance(found, Exception):
-            raise found
-        yield found
-
-
-def _as_it_is(found: Any) -> Any:
-    return found
+    # A generator of its own, or the loader would take a number from the global one.
+    how: dict[str, Any] = {"dataset": groups, "batch_size": None, "num_workers": workers, "pin_memory": pin}
+    how |= {"generator": torch.Generator(), "collate_fn": functools.partial(_attempt, work)}
+    try:
+        for found in DataLoader(**how):
+            if isinstance(found, Exception):
+                raise found
+            yield found
+    except RuntimeError as error:  # a process that the system killed
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise MemoryError(f"in a process that loads pictures ({reason}); lower batch, or allow more") from None

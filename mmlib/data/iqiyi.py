@@ -1,26 +1,26 @@
 """The challenge's own files to a ClipStore and back.
 
-A folder holds `feat/<modality>_<split>.pickle`, `train_gt.txt` and `val_gt.txt`. The pickles are dicts from
-clip to records, written by Python 2; `LAYOUTS` gives the records of each modality.
+A folder holds `feat/<modality>_<split>.pickle`, `train_gt.txt` and `val_gt.txt`. The pickles are dicts from clip to
+records, written by Python 2; `LAYOUTS` gives the records of each modality.
 """
 
 import json
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from rich.progress import Progress
 
-from mmlib.data.pickles import SHORT, Spool, collection_paused, read_pickle, write_pickle
-from mmlib.data.store import SPLITS, ClipStore, Modality, StoreWriter
-from mmlib.data.submission import read_train_truth, read_val_truth, write_train_truth, write_val_truth
-from mmlib.data.writer import nonfinite_rows, partial_folder
+from mmlib.data.foreign import ImportReport, count_lost, to_half
+from mmlib.data.pickles import SHORT, Spool, collection_paused, plain, read_pickle, rows_of, write_pickle
+from mmlib.data.store import SPLITS, ClipStore, Modality
+from mmlib.data.submission import check_names, read_train_truth, read_val_truth, write_train_truth, write_val_truth
+from mmlib.data.writer import StoreWriter, nonfinite_rows, partial_folder
 
 ORIGIN = "origin.json"  # beside exported files: whether they are simulated, and where they come from
 CHUNK, BLOCK = 2**8, 2**14  # clips, and of their records how many, that are checked and stored at once
@@ -44,31 +44,6 @@ LAYOUTS = {
 }
 
 
-@dataclass
-class ImportReport:
-    """What an import found: counts of clips and frames, and all that was absent, refused or left out."""
-
-    clips: dict[str, int] = field(default_factory=dict)  # by split
-    frames: dict[str, int] = field(default_factory=dict)  # by modality
-    faceless: dict[str, int] = field(default_factory=dict)  # clips without a face, by split
-    distractors: int = 0  # val clips that val_gt.txt does not name
-    unlabelled: int = 0  # train clips that train_gt.txt does not name
-    absent: list[str] = field(default_factory=list)  # files
-    refused: dict[str, tuple[int, str]] = field(default_factory=dict)  # by reason: records, the first of them
-    seconds: float = 0.0
-
-    def lines(self) -> list[str]:
-        """Say it in sentences for a terminal."""
-        lines = [f"{split}: {n} clips, {self.faceless[split]} without a face" for split, n in self.clips.items()]
-        lines += [f"{modality}: {frames} frames" for modality, frames in self.frames.items()]
-        lines.append(f"val: {self.distractors} distractors (clips that val_gt.txt does not name)")
-        lines.append(f"train: {self.unlabelled} clips that train_gt.txt does not name, kept without identity")
-        if self.absent:
-            lines.append(f"absent: {', '.join(self.absent)}")
-        refused = [f"refused: {n} records, {rule}; first: {first}" for rule, (n, first) in self.refused.items()]
-        return [*lines, *(refused or ["refused: no record"]), f"{self.seconds:.1f} s"]
-
-
 class BadRecord(ValueError):
     """A record that cannot be: the rule that it breaks, and what does."""
 
@@ -90,8 +65,8 @@ def import_folder(
     """
     began = time.perf_counter()
     truth, identities = _read_truth(folder)
-    report = ImportReport(absent=[] if (folder / "img").is_dir() else ["img/"])
-    found = []
+    absent = [] if (folder / "img").is_dir() else ["img/"]
+    found, lost, refused = [], np.zeros(2, int), {}
     with (
         ClipStore.create(store, overwrite=overwrite, **_read_origin(folder)) as writer,
         Progress(disable=not progress, transient=True) as bar,
@@ -100,26 +75,20 @@ def import_folder(
         for modality, split in product(LAYOUTS, SPLITS):
             path = pickle_path(folder, modality, split)
             if path.exists():
-                reader = _Reader(path, modality, writer, report.refused if skip_bad_records else None)
+                reader = _Reader(path, modality, writer, refused if skip_bad_records else None)
                 found.append(reader.stream(bar).assign(modality=modality, split=split))
+                lost += count_lost(np.concatenate(reader.losses), path)
             elif modality == "face" and split != "test":
                 raise ValueError(f"{path}: missing")
             else:
-                report.absent.append(path.relative_to(folder).as_posix())
+                absent.append(path.relative_to(folder).as_posix())
         spans = pd.concat(found).pivot(index=["clip", "split"], columns="modality", values=["start", "count"])
         start, count = (spans[part].fillna(0).astype(np.int64) for part in ("start", "count"))
         clips = count.index.to_frame(index=False)
         _check_clips(folder, clips, truth)
         clips["identity"] = [truth.get(clip, (0, -1))[1] for clip in count.index]
         writer.finish(clips, identities, {name: (start[name], count[name]) for name in count})
-    report.frames = {modality: int(count[modality].sum()) for modality in LAYOUTS if modality in count}
-    faceless = (count["face"] == 0).groupby("split").agg(["size", "sum"])
-    for split in filter(faceless.index.__contains__, SPLITS):
-        report.clips[split], report.faceless[split] = faceless.loc[split].tolist()
-    nameless = clips.loc[clips["identity"] < 0, "split"].value_counts()
-    report.distractors, report.unlabelled = int(nameless.get("val", 0)), int(nameless.get("train", 0))
-    report.seconds = time.perf_counter() - began
-    return report
+    return ImportReport(ClipStore.open(store), time.perf_counter() - began, absent, *lost.tolist(), refused)
 
 
 def export_folder(store: ClipStore, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -141,9 +110,9 @@ def export_folder(store: ClipStore, folder: str | Path, *, overwrite: bool = Fal
         train, val = (store.select(split, labelled=True) for split in ("train", "val"))
         write_train_truth(made / "train_gt.txt", names[train], store.identities[store.identity_of(train)])
         code = store.identity_of(val)
-        order = np.argsort(code, kind="stable")
-        parts = np.split(names[val[order]], np.searchsorted(code[order], np.arange(1, len(store.identities))))
-        write_val_truth(made / "val_gt.txt", store.identities, [part.tolist() for part in parts])
+        rows = pd.Series(code).groupby(code).indices
+        clips_of = [names[val[rows.get(identity, slice(0))]] for identity in range(len(store.identities))]
+        write_val_truth(made / "val_gt.txt", store.identities, clips_of)
         origin = {key: store.meta[key] for key in ("simulated", "provenance")}
         (made / ORIGIN).write_text(json.dumps(origin) + "\n")
 
@@ -154,13 +123,11 @@ def _official_items(store: ClipStore, modality: Modality, clips: np.ndarray) -> 
         rows = slice(modality.start[clip], modality.start[clip] + modality.count[clip])
         fields = {name: modality.columns[name][rows].tolist() for name in layout.fields[:-1]}
         fields["feature"] = np.array(modality.feature[rows], layout.dtype)
-        if modality.name == "scene":
-            yield names[clip].encode(), list(zip(*fields.values()))
-        elif modality.name != "audio":
+        if modality.name not in ("scene", "audio"):
             fields["frame"] = [b"%d" % frame for frame in fields["frame"]]
-            yield names[clip].encode(), list(map(list, zip(*fields.values())))
-        elif len(fields["feature"]):
-            yield names[clip].encode(), fields["feature"][0]
+        records = list(map(tuple if modality.name == "scene" else list, zip(*fields.values())))
+        if records or modality.name != "audio":
+            yield names[clip].encode(), records[0][0] if modality.name == "audio" else records
 
 
 def _read_truth(folder: Path) -> tuple[dict[tuple[str, str], tuple[int, int]], list[str]]:
@@ -177,6 +144,7 @@ def _read_truth(folder: Path) -> tuple[dict[tuple[str, str], tuple[int, int]], l
                 raise ValueError(f"{where}: {what} is named twice, first on line {seen[what]}")
             seen[what] = line
         truth.update({(clip, "val"): (line, code[identity]) for clip in of})
+    check_names((), code)
     return truth, list(code)
 
 
@@ -203,14 +171,14 @@ def _check_clips(folder: Path, clips: pd.DataFrame, truth: dict[tuple[str, str],
 class _Reader:
     """Check one official pickle and stream it to a store.
 
-    Frames are integers that never fall within a clip; 0 <= x1 <= x2 and 0 <= y1 <= y2; scores are finite Python floats
-    (integers are refused, as by the published loaders); features are finite, of the official dtype and width.
-    refused: where bad records are counted, which else raise.
+    Frames are integers that never fall within a clip; scores are finite Python floats (integers are refused, as by the
+    published loaders); features are finite, of the official dtype and width. refused: where bad records are counted,
+    which else raise.
     """
 
     def __init__(self, path: Path, modality: str, writer: StoreWriter, refused: dict[str, tuple[int, str]] | None):
         self._path, self._modality, self._layout = path, modality, LAYOUTS[modality]
-        self._writer, self._refused = writer, refused
+        self._writer, self._refused, self._last, self.losses = writer, refused, 0, [np.zeros(0)]
 
     def stream(self, bar: Progress) -> pd.DataFrame:
         """Append all good records to the store: clip, start and count of each clip."""
@@ -223,7 +191,6 @@ class _Reader:
             self._clips = _clip_names(self._path, loaded)
             self._count, self._bad = np.zeros((2, len(self._clips)), np.int64)
             self._owner = np.full(self._spool.rows, -1, np.int32)  # of each feature
-            self._last = 0
             first = self._writer.append(self._modality, **self._parse([], np.zeros(0, np.int64)))
             keys = list(loaded)
             for at in bar.track(range(0, len(keys), CHUNK), description=f"store {self._path.name}"):
@@ -246,38 +213,32 @@ class _Reader:
     def _append(self, records: list, owner: np.ndarray) -> None:
         """Store records (n) of the clips `owner` (n,), all at once or, if one is bad, by halves, down to that one."""
         try:
-            columns = self._parse(records, owner)
+            self._writer.append(self._modality, **self._parse(records, owner))
+            np.add.at(self._count, owner, 1)
         except BadRecord as error:
             if half := len(records) // 2:
                 self._append(records[:half], owner[:half])
                 self._append(records[half:], owner[half:])
-            else:
-                self._refuse(error, records[0], owner[0])
-        else:
-            np.add.at(self._count, owner, 1)
-            self._writer.append(self._modality, **columns)
-
-    def _refuse(self, error: BadRecord, record: Any, owner: int) -> None:
-        self._bad[owner] += 1
-        where = f"{self._path}: clip {self._clips[owner]}, record {self._count[owner] + self._bad[owner]}"
-        if self._layout.fields[0] == "frame" and type(record) in (list, tuple) and record:
-            where += f" (frame {SHORT.repr(record[0])})"
-        rule, message = error.args[0], f"{where}: {': '.join(error.args)}"
-        if self._refused is None:
-            raise ValueError(f"{message} (--skip-bad-records leaves such records out)") from None
-        count, first = self._refused.get(rule, (0, message))
-        self._refused[rule] = count + 1, first
+                return
+            clip, frame = owner[0], ""
+            self._bad[clip] += 1
+            if "frame" in self._layout.fields and type(records[0]) in (list, tuple) and records[0]:
+                frame = f" (frame {SHORT.repr(records[0][0])})"
+            where = f"clip {self._clips[clip]}, record {self._count[clip] + self._bad[clip]}{frame}"
+            rule, message = error.args[0], f"{self._path}: {where}: {': '.join(error.args)}"
+            if self._refused is None:
+                raise ValueError(f"{message} (--skip-bad-records leaves such records out)") from None
+            count, first = self._refused.get(rule, (0, message))
+            self._refused[rule] = count + 1, first
 
     def _parse(self, records: list, owner: np.ndarray) -> dict[str, np.ndarray]:
         """Turn records (n) into columns (n, ...), or raise BadRecord for one of them."""
         fields, width = self._layout.fields, self._layout.width
         if len(records) > BLOCK or set(map(type, records)) - {list, tuple} or set(map(len, records)) - {len(fields)}:
             raise BadRecord(f"record without its {len(fields)} fields", SHORT.repr(records[0]))
-        values = dict(zip(fields, zip(*records) if records else [()] * len(fields)))
-        features = values.pop("feature")
-        columns = {name: _column(name, self._spool.values(of)) for name, of in values.items()}
-        rows = self._spool.rows_of(features)
-        columns["feature"] = self._spool.read(rows)
+        *values, features = zip(*records) if records else [()] * len(fields)
+        columns, rows = {name: _column(name, plain(of)) for name, of in zip(fields, values)}, rows_of(features)
+        columns["feature"], loss = to_half(self._spool.read(rows))
         if (rows < 0).any() or len(nonfinite_rows(columns["feature"])):
             reason = f"feature is not {self._layout.dtype} ({width},), finite in float16"
             raise BadRecord(reason, self._spool.describe(features[0]))
@@ -287,6 +248,7 @@ class _Reader:
                 raise BadRecord("frames out of order", f"{columns['frame'][0]} after {self._last & 2**32 - 1}")
             self._last = place[-1]
         self._owner[rows] = owner
+        self.losses.append(loss)
         return columns
 
 
@@ -304,7 +266,6 @@ def _clip_names(path: Path, keys: Iterable) -> list[str]:
 def _column(name: str, values: Sequence) -> np.ndarray:
     """Turn a field of n records into an array (n, ...), or raise BadRecord if one of them breaks its rule."""
     kinds, right = set(map(type, values)), np.zeros(1, bool)
-    column: np.ndarray = right
     try:
         if name == "frame" and kinds <= {bytes, str, int}:
             column = np.fromiter(map(int, values), np.int64, len(values))

@@ -1,14 +1,13 @@
 """The ClipStore: clips with their frames' embeddings on disk, memory-mapped, and batches of them.
 
-A store is a folder: `store.json` (what it is), `clips.parquet` (one row a clip, sorted by split and
-name, with `<modality>_start` and `<modality>_count`), `identities.parquet` (the queries in order) and
-`<modality>/{feature,frame,box,det,quality}.npy`: one flat array over all frames of all clips.
+A store is a folder: `store.json`, `clips.parquet` (a row a clip, sorted by split and name, with `<modality>_start` and
+`<modality>_count`), `identities.parquet` (the queries in order) and `<modality>/{feature,frame,box,det,quality}.npy`:
+one flat array over all frames of all clips.
 """
 
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,23 +15,23 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from mmlib.data.content import fingerprint, read_table
-from mmlib.data.writer import SCHEMA_VERSION, SPLITS, StoreWriter, check_clips, map_array, write_store
+from mmlib.data.writer import SCHEMA_VERSION, SPLITS, check_clips, map_array, write_store
 
+SAMPLES = ("all", "first", "random", "replace", "draw")
 _PIECE = 2**20  # numbers converted at a time
 _SHARE = 0.5  # of the free memory of a GPU that the features of one modality may take
 
 
 class Batch(NamedTuple):
-    """Frames of B clips, padded to T: `mask` (B, T) is True where a frame exists, all else is 0 there.
+    """Frames of B clips, padded to T: `mask` (B, T) is True where a frame exists.
 
-    `feature` is (B, T, D) float32; `quality` and `det` are (B, T) float32, or None where the store has
-    no such score; `rows` (B, T) are row numbers in the modality's arrays, -1 where padded.
+    `feature` is (B, T, D) float32; `quality` and `det` are (B, T) float32, or None where the store has no such score;
+    `rows` (B, T) are row numbers in the modality's arrays, -1 where padded.
     """
 
     feature: Tensor
@@ -44,10 +43,9 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Modality:
-    """One ragged array: rows `start[i]` to `start[i] + count[i]` of `feature` (F, D) are clip i's frames.
+    """One ragged array: `count[i]` rows of `feature` (F, D) from `start[i]` on are clip i's frames, none if it is 0.
 
-    `columns` are what else is known of each frame (F, ...), `start` and `count` are (N,) int64; a count of 0
-    is a clip without this modality.
+    `columns` are what else is known of each frame (F, ...), `start` and `count` are (N,) int64.
     """
 
     name: str
@@ -61,9 +59,8 @@ class Modality:
 class Resident:
     """A modality on a device: `feature` (F, D) float16, `quality` and `det` (F,) or None, `start` and `count` (N,).
 
-    On a CPU these are the mapped files themselves. On a GPU they are copies, made once, so that a batch is gathered
-    without the host; features that would take more than half of the free memory stay on the host, and the gathered
-    frames travel.
+    On a CPU these are the mapped files themselves. On a GPU they are copies, made once; features that would take more
+    than half of the free memory stay on the host, and the gathered frames travel.
     """
 
     feature: Tensor
@@ -73,17 +70,17 @@ class Resident:
     count: Tensor
 
     def gather(self, rows: Tensor, *, gap: slice = slice(0, 0), out: Tensor | None = None) -> Batch:
-        """Read the frames `rows` (B, T), -1 where padded, without the dimensions in `gap`.
+        """Read the frames `rows` (B, T), -1 where padded, without the dimensions in `gap`; padding may hold anything.
 
-        out (B, T, D - gap) float32: memory for the features; fresh memory for every batch costs more than the copy of
-        the frames into it. Padding holds the numbers of some other frame: the mask says where.
+        out (B, T, D - gap) float32: memory for the features, as fresh memory costs more than the copy into it.
         """
         mask, flat = rows >= 0, rows.clamp(min=0).flatten()
         dim = self.feature.shape[1] - (gap.stop - gap.start)
         if out is None:
             out = torch.empty(*rows.shape, dim, device=rows.device)
+        scores = (self.quality, self.det)
         if not len(self.feature):  # then all is padding
-            quality, det = (None if c is None else out.new_zeros(rows.shape) for c in (self.quality, self.det))
+            quality, det = (None if score is None else out.new_zeros(rows.shape) for score in scores)
             return Batch(out.zero_(), mask, quality, det, rows)
         target, place = out.view(-1, dim), flat.to(self.feature.device)
         # On a CPU little by little, so that the float16 numbers are still in its cache when they are converted.
@@ -94,17 +91,16 @@ class Resident:
                 piece = piece.pin_memory().to(rows.device, non_blocking=True)
             target[i : i + step, : gap.start] = piece[:, : gap.start]
             target[i : i + step, gap.start :] = piece[:, gap.stop :]
-        scores = (self.quality, self.det)
-        quality, det = (None if c is None else c.index_select(0, flat).view(rows.shape) for c in scores)
+        quality, det = (None if score is None else score.index_select(0, flat).view(rows.shape) for score in scores)
         return Batch(out, mask, quality, det, rows)
 
 
 @dataclass(frozen=True)
 class ClipStore:
-    """Clips, identities and features of one data set; open it with `ClipStore.open`.
+    """Clips, identities and features of one data set; `open` it, or `create` it as by `write_store`.
 
-    `clips` has a row a clip: `clip`, `split`, `identity` (a position in `identities`; -1 is none: a
-    distractor in train and val, unknown in test) and columns of truth where a simulator knows it.
+    `clips` has a row a clip: `clip`, `split`, `identity` (a position in `identities`; -1 is none: a distractor in train
+    and val, unknown in test) and columns of truth where a simulator knows it.
     """
 
     path: Path
@@ -118,9 +114,8 @@ class ClipStore:
     def open(cls, path: str | Path) -> ClipStore:
         """Open and validate the store at `path`, mapping its features without reading them."""
         path = Path(path)
-        meta = _read_meta(path / "store.json")
-        clips = _read_table(path / "clips.parquet")
-        identities = _read_table(path / "identities.parquet")["identity"].to_numpy(object)
+        meta, clips = _read_meta(path / "store.json"), read_table(path / "clips.parquet")
+        identities = read_table(path / "identities.parquet")["identity"].to_numpy(object)
         described = meta["modalities"]
         check_clips(path, clips, identities, {name: kinds["frames"] for name, kinds in described.items()})
         modalities = {}
@@ -131,10 +126,7 @@ class ClipStore:
             modalities[name] = Modality(name, arrays.pop("feature"), arrays, *spans)
         return cls(path, meta, clips, identities, modalities)
 
-    @staticmethod
-    def create(path: str | Path, **options) -> AbstractContextManager[StoreWriter]:
-        """Start a store at `path`; see `write_store` and `StoreWriter`."""
-        return write_store(Path(path), **options)
+    create = staticmethod(write_store)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -150,9 +142,7 @@ class ClipStore:
         """Return the positions of the clips of `split` that have (or have not) an identity and a modality."""
         if split not in (None, *SPLITS):
             raise ValueError(f"split: {split!r} is none of {', '.join(SPLITS)}")
-        chosen = np.ones(len(self), bool)
-        if split is not None:
-            chosen &= self.clips["split"].to_numpy() == split
+        chosen = np.full(len(self), True) if split is None else self.clips["split"].to_numpy() == split
         if labelled is not None:
             chosen &= (self.clips["identity"].to_numpy() >= 0) == labelled
         if having is not None:
@@ -182,21 +172,16 @@ class ClipStore:
         chosen = torch.from_numpy(np.asarray(clips, np.int64))
         rows = sample_rows(source.start[chosen], source.count[chosen], **sampling)
         batch = source.gather(rows)
-        for value in (batch.feature, batch.quality, batch.det):
-            if value is not None:
-                value[~batch.mask] = 0
+        for value in filter(torch.is_tensor, (batch.feature, batch.quality, batch.det)):
+            value[~batch.mask] = 0
         return batch
 
     def clip_means(self, modality: str, column: str) -> np.ndarray:
-        """Average a per-frame column over the frames of each clip, (N,); NaN for a clip without frames.
-
-        column: one of the store's, or ``norm``, the L2 norm of the raw embeddings.
-        """
+        """Average a column, or ``norm``, the L2 norm of features, over the frames of each clip: (N,), NaN for none."""
         source = self._modality(modality)
         if column == "norm":
-            step = max(1, _PIECE // source.feature.shape[1])
-            pieces = (torch.from_numpy(source.feature[i : i + step]) for i in range(0, len(source.feature), step))
-            value = np.concatenate([np.zeros(0, np.float32), *(piece.float().norm(dim=1).numpy() for piece in pieces)])
+            pieces = np.array_split(source.feature, 1 + source.feature.size // _PIECE)
+            value = np.concatenate([torch.from_numpy(piece).float().norm(dim=1).numpy() for piece in pieces])
         elif column in source.columns:
             value = source.columns[column]
         else:
@@ -214,23 +199,14 @@ class ClipStore:
 def _read_meta(path: Path) -> dict:
     try:
         meta = json.loads(path.read_text())
-        schema, modalities = meta["schema"], meta["modalities"]
+        schema, _ = meta["schema"], meta["modalities"].items()
     except FileNotFoundError:
         raise ValueError(f"{path}: missing, so {path.parent} is not a clip store") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the description of a clip store ({error!r})") from None
-    if schema != SCHEMA_VERSION or not isinstance(modalities, dict):
+    if schema != SCHEMA_VERSION:
         raise ValueError(f"{path}: schema {schema!r}, this version reads {SCHEMA_VERSION}")
     return meta
-
-
-def _read_table(path: Path) -> pd.DataFrame:
-    try:
-        return read_table(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: missing") from None
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path}: not a readable table ({error})") from None
 
 
 def _map_column(path: Path, column: str, described: dict) -> np.ndarray:
@@ -242,20 +218,13 @@ def _map_column(path: Path, column: str, described: dict) -> np.ndarray:
     return array
 
 
-SAMPLES = ("all", "first", "random", "replace", "draw")
-
-
 def sample_rows(
-    start: Tensor,
-    count: Tensor,
-    sample: str = "all",
-    frames: int | None = None,
-    generator: torch.Generator | None = None,
+    start: Tensor, count: Tensor, sample: str = "all", frames: int | None = None, generator: Generator | None = None
 ) -> Tensor:
     """Choose frames of B clips that lie at ``start`` (B,) and number ``count`` (B,): rows (B, T), -1 as padding.
 
-    - all: every frame in stored order; T is the longest clip, at least 1.
-    - first: the first ``frames`` in stored order; T is ``frames`` here and below.
+    - all: every frame in stored order; T is the longest clip, at least 1, and ``frames`` below.
+    - first: the first ``frames`` in stored order.
     - random: uniform without replacement, in random order; short clips are padded.
     - replace: uniform with replacement; only clips without a frame are padded.
     - draw: as random, but clips with fewer than ``frames`` as replace: what the 2019 code does with 40.
@@ -287,7 +256,7 @@ def sample_rows(
     return torch.where(there, start + within, -1)
 
 
-def _shuffled(count: Tensor, frames: int, generator: torch.Generator | None) -> Tensor:
+def _shuffled(count: Tensor, frames: int, generator: Generator | None) -> Tensor:
     """Return the first ``frames`` of every clip's frames (B, 1) in random order; beyond its number, anything."""
     # One sort for all clips, by clip and a random key within it.
     owner = torch.repeat_interleave(count[:, 0])

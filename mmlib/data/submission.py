@@ -1,8 +1,7 @@
 """The challenge's text files: ground truth of train and val, and the submission.
 
-Windows line ends, spaces at the end of a line and empty lines at the end of a file are read as if they
-were not there; anything else that departs from the format is refused with file, line and text. Clip names
-carry `.mp4` in the files and nowhere else.
+Windows line ends, spaces at the end of a line and empty lines at the end of a file count for nothing; anything else
+that departs from the format is refused. Clip names carry `.mp4` in the files and nowhere else.
 """
 
 from collections.abc import Iterable, Sequence
@@ -36,7 +35,7 @@ def read_train_truth(path: str | Path) -> pd.DataFrame:
 def read_val_truth(path: str | Path, *, needed: bool = True) -> Lines:
     """Read `val_gt.txt`, one identity and its clips a line: identities and their clips, item i is line i + 1.
 
-    Repeated identities and clips are kept: the official score gives them a meaning. needed: refuse an empty file.
+    Repeats are kept: the official score gives them a meaning. needed: refuse an empty file.
     """
     lines = _read_lines(Path(path), needed)
     for number, words in enumerate(lines, 1):
@@ -47,10 +46,7 @@ def read_val_truth(path: str | Path, *, needed: bool = True) -> Lines:
 
 
 def read_result(path: str | Path) -> Lines:
-    """Read a submission, in the format of `val_gt.txt` with the best clip first; it may be empty.
-
-    A line may name 100 clips after repeats are dropped; repeats themselves are kept here.
-    """
+    """Read a submission, as `val_gt.txt` with the best clip first: 100 clips a line beside repeats, which are kept."""
     result = read_val_truth(path, needed=False)
     for number, clips in enumerate(result[1], 1):
         if (distinct := len(set(clips))) > RESULT_LIMIT:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -30,10 +30,12 @@ COLUMNS = {
 
 
 @contextmanager
-def write_store(path: Path, *, simulated: bool, provenance: dict, overwrite: bool = False) -> Iterator[StoreWriter]:
+def write_store(
+    path: str | Path, *, simulated: bool, provenance: dict, overwrite: bool = False
+) -> Iterator[StoreWriter]:
     """Yield the writer of a store, which takes its place at the end of the block; on any exception nothing is left."""
     meta = {"schema": SCHEMA_VERSION, "simulated": simulated, "provenance": provenance}
-    with partial_folder(path, "store.json", overwrite) as partial, ExitStack() as files:
+    with partial_folder(Path(path), "store.json", overwrite) as partial, ExitStack() as files:
         yield StoreWriter(partial, files, meta)
         if not (partial / "store.json").exists():
             raise RuntimeError(f"{partial}: the store was left unfinished")
@@ -47,10 +49,9 @@ class StoreWriter:
         self._streams: dict[str, dict[str, ArrayStream]] = {}
 
     def append(self, modality: str, feature: np.ndarray, **columns: np.ndarray) -> int:
-        """Write frames `feature` (n, D) float16 with their columns (n, ...); return the first one's row.
+        """Write frames `feature` (n, D) float16 with their columns (n, ...), the same in each call; return its row.
 
-        Every call for a modality brings the same columns and width. Columns named in `COLUMNS` are
-        converted to the dtype given there.
+        Columns named in `COLUMNS` are converted to the dtype given there.
         """
         if feature.dtype != np.float16 or feature.ndim != 2:
             raise ValueError(f"{modality}: features must be float16 (n, D), got {feature.dtype} {feature.shape}")
@@ -63,25 +64,18 @@ class StoreWriter:
                 path = self.partial / modality / f"{name}.npy"
                 streams[name] = ArrayStream(path, array.dtype, array.shape[1:])
                 self._files.callback(streams[name].abandon)
-        if arrays.keys() != streams.keys():
-            raise ValueError(f"{modality}: columns {sorted(arrays)} after {sorted(streams)}")
         first = streams["feature"].rows
         for name, array in arrays.items():
-            if len(array) != len(feature):
-                raise ValueError(f"{modality}: {len(array)} values of {name} for {len(feature)} frames")
             if array.dtype.kind == "f" and (bad := nonfinite_rows(array)).size:
                 raise ValueError(f"{modality}: NaN or infinite {name} in row {first + bad[0]}")
         for name, array in arrays.items():
             streams[name].append(array)
         return first
 
-    def finish(
-        self, clips: pd.DataFrame, identities: list[str], spans: dict[str, tuple[np.ndarray, np.ndarray]]
-    ) -> None:
-        """Write the tables: `clips` as in `ClipStore.clips`, in any order, `spans` their starts and counts.
+    def finish(self, clips: pd.DataFrame, identities: Sequence[str], spans: Mapping[str, Sequence]) -> None:
+        """Write the tables: `clips` as in `ClipStore.clips`, in any order; `spans` start and count (N,) by modality.
 
-        Modalities to which nothing was appended are left out. A name that the challenge's text files cannot hold is
-        refused; see `submission.check_names`.
+        Modalities to which nothing was appended are left out. Names are those that `submission.check_names` takes.
         """
         clips = clips.reset_index(drop=True).astype({"identity": np.int32})
         for name in self._streams:
@@ -92,10 +86,8 @@ class StoreWriter:
         check_clips(self.partial, clips, names["identity"].to_numpy(object), frames)
         check_names(clips["clip"], names["identity"])
         clips = clips.sort_values("clip").sort_values("split", key=lambda split: split.map(SPLITS.index), kind="stable")
-        arrays = {}
-        for modality, streams in self._streams.items():
-            for name, stream in streams.items():
-                arrays[f"{modality}/{name}.npy"] = stream.finish()
+        streams = {f"{name}/{column}.npy": s for name, of in self._streams.items() for column, s in of.items()}
+        arrays = {path: stream.finish() for path, stream in streams.items()}
         tables = {"clips.parquet": clips, "identities.parquet": names}
         for name, table in tables.items():
             pq.write_table(pa.Table.from_pandas(table, preserve_index=False), self.partial / name)
@@ -112,8 +104,7 @@ def check_clips(store: Path, clips: pd.DataFrame, identities: np.ndarray, frames
         raise ValueError(f"{path}: no column {', '.join(missing)}")
 
     def refuse(wrong: pd.Series, what: str, *columns: str) -> None:
-        if wrong.any():
-            at = int(np.argmax(wrong))
+        for at in np.flatnonzero(wrong):
             found = " and ".join(str(clips[column].iloc[at]) for column in columns)
             raise ValueError(f"{path}: clip {clips['clip'].iloc[at]!r}: {what} {found}")
 
@@ -125,37 +116,29 @@ def check_clips(store: Path, clips: pd.DataFrame, identities: np.ndarray, frames
         start, count = clips[f"{name}_start"], clips[f"{name}_count"]
         wrong = (count < 0) | (start < 0) | (start > rows - count)
         refuse(wrong, f"of {rows} rows of {name} it has start and count", start.name, count.name)
-    repeated = pd.Series(identities).duplicated().to_numpy()
-    if repeated.any():
-        raise ValueError(f"{store / 'identities.parquet'}: {identities[np.argmax(repeated)]!r} stands twice")
+    for name in identities[pd.Series(identities).duplicated()]:
+        raise ValueError(f"{store / 'identities.parquet'}: {name!r} stands twice")
 
 
 def _describe(feature: ArrayStream, **others: ArrayStream) -> dict:
-    columns = {}
+    columns: dict[str, dict] = {}
     for name, stream in others.items():
-        meaning = COLUMNS[name][1] if name in COLUMNS else "truth of the simulator"
+        _, meaning = COLUMNS.get(name, ("", "truth of the simulator"))
         columns[name] = {"dtype": stream.dtype.str, "shape": list(stream.row_shape), "meaning": meaning}
     return {"frames": feature.rows, "dim": feature.row_shape[0], "dtype": feature.dtype.str, "columns": columns}
 
 
 def map_array(path: Path) -> np.ndarray:
-    """Memory-map a `.npy` file copy-on-write, refusing one that is missing, damaged, cut short or no numbers."""
+    """Memory-map a `.npy` file, refusing one that is missing, damaged, cut short or no numbers."""
     try:
-        with open(path, "rb") as file:
-            read_header = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
-            shape, fortran, dtype = read_header(file)
-            start, size = file.tell(), file.seek(0, 2)
-        if dtype.hasobject:
-            raise ValueError("it holds Python objects, not numbers")
+        array = npy.open_memmap(path, "c")  # so that torch.from_numpy takes it without a warning
     except FileNotFoundError:
         raise ValueError(f"{path}: missing") from None
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: not a readable array ({error})") from None
-    expected = start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if size != expected:
-        raise ValueError(f"{path}: {size} bytes where {dtype} {shape} takes {expected}")
-    # copy-on-write rather than read-only, so that torch.from_numpy takes it without a warning
-    return np.memmap(path, dtype, "c", start, shape, "F" if fortran else "C")
+    if (rest := path.stat().st_size - array.offset - array.nbytes) > 0:
+        raise ValueError(f"{path}: {rest} bytes after an array of {array.dtype} {array.shape}")
+    return array
 
 
 def nonfinite_rows(block: np.ndarray) -> np.ndarray:
@@ -172,8 +155,8 @@ def nonfinite_rows(block: np.ndarray) -> np.ndarray:
 def partial_folder(path: Path, marker: str, overwrite: bool = False) -> Iterator[Path]:
     """Yield a hidden folder beside `path` that takes its name when the block ends well, else is removed.
 
-    A folder that exists is refused unless `overwrite`, and is then replaced only when the new one is
-    complete, and only if it holds `marker`: a slip of the pen must not delete someone's documents.
+    A folder that exists is refused unless `overwrite`, and is replaced only when the new one is complete, and only if
+    it holds `marker`: a slip of the pen must not delete someone's documents.
     """
     path = Path(os.path.abspath(path))
 
