@@ -60,6 +60,7 @@ def command(*examples: str, name: str | None = None, before: str = ""):
     return app.command(name, epilog=f"{before}\b\nExample{'s' * (len(examples) > 1)}:\n{lines}")
 
 
+PAIRS = {"metavar": "NAME=VALUE"}  # of an option that may be repeated
 Overwrite = Annotated[bool, option("Replace what is there once the new is complete.", "--overwrite")]
 NewStore = Annotated[Path, argument("STORE", "Clip store to write, a folder.")]
 Where = Annotated[Device, option("auto is a GPU where there is one.")]

@@ -90,9 +90,10 @@ def settings_for(profile: str, **overrides) -> Settings:
     """Return the settings of a profile (``tiny``, ``quick`` or ``full``) with some of them overridden."""
     if profile not in PROFILES:
         raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
-    unknown = set(overrides) - {field.name for field in fields(Settings)}
-    if unknown:
-        raise ValueError(f"the simulator has no setting named {', '.join(sorted(unknown))}")
+    known = [field.name for field in fields(Settings)]
+    if unknown := set(overrides) - set(known):
+        listed = ", ".join(sorted(unknown))
+        raise ValueError(f"the simulator has no setting named {listed}; there are {', '.join(known)}")
     return Settings(**{"identities": PROFILES[profile]} | overrides)
 
 
