@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, one_hot
 
 from mmlib import compare, metrics, scene
 from mmlib.data.images import ImageBatch, Images, image_batches, index_images
@@ -106,21 +106,21 @@ def _rendered(store: ClipStore, size: int) -> Path:
 
 def settings_frame(scenes: Scenes) -> pd.DataFrame:
     """Set the network's settings and pictures beside those that are described: setting, as described, on this page."""
-    if scenes.run is None:
-        return pd.DataFrame(columns=["setting", "as described", "on this page"])
-    store, (images, run) = scenes.store, scenes.pictured()
-    said, here = asdict(SceneSettings()), asdict(run.settings)
-    here["weights"] = Path(run.settings.weights).name or "from scratch"
-    said |= {"features": 2048, "identities": 10034, "train clips": 60566}
-    here |= {
-        "features": run.model.prototype.shape[1],
-        "identities": len(store.identities),
-        "train clips": len(np.intersect1d(store.select("train", labelled=True), images.present)),
-        "pictures": "rendered" if scenes.rendered else "given",
-        "clips with a picture": len(images.present),
-        "clips without one, left out": len(store) - len(images.present),
-        "pictures converted to RGB": sum(number for mode, number in run.modes.items() if mode != "RGB"),
-    }
+    said: dict[str, object] = {}
+    here: dict[str, object] = {}
+    if scenes.run is not None:
+        store, (images, run) = scenes.store, scenes.pictured()
+        said = asdict(SceneSettings()) | {"features": 2048, "identities": 10034, "train clips": 60566}
+        here = asdict(run.settings) | {
+            "weights": Path(run.settings.weights).name or "from scratch",
+            "features": run.model.prototype.shape[1],
+            "identities": len(store.identities),
+            "train clips": len(np.intersect1d(store.select("train", labelled=True), images.present)),
+            "pictures": "rendered" if scenes.rendered else "given",
+            "clips with a picture": len(images.present),
+            "clips without one, left out": len(store) - len(images.present),
+            "pictures converted to RGB": sum(number for mode, number in run.modes.items() if mode != "RGB"),
+        }
     rows = [(name, str(said.get(name, "")), str(value)) for name, value in here.items()]
     return pd.DataFrame(rows, columns=["setting", "as described", "on this page"])
 
@@ -161,13 +161,13 @@ def _features(scenes: Scenes, name: str) -> Iterator[tuple[ImageBatch, np.ndarra
         yield from scene.extract(model, images, run.settings, seed=scenes.seed)
         return
     for batch in scenes.pictures(images.present, THUMBNAIL_SIDE, THUMBNAIL_SIDE):
-        feature = batch.pixels.flatten(1).numpy() / 255 - 0.5
+        feature = batch.pixels.flatten(1) / 255 - 0.5
         if name == TRUTH:
-            show, stage = (scenes.store.clips[column].to_numpy(np.int64) for column in ("show", "set"))
-            shows, place = np.arange(show.max() + 1), show * SETS + stage % SETS
-            is_set = place[batch.clips, None] == np.arange(len(shows) * SETS)
-            feature = np.hstack([show[batch.clips, None] == shows, 0.7 * is_set])
-        yield batch, feature.astype(np.float16)
+            show, stage = (torch.from_numpy(scenes.store.clips[of].to_numpy(np.int64)) for of in ("show", "set"))
+            shows, place = int(show.max()) + 1, show * SETS + stage % SETS
+            known = one_hot(show[batch.clips], shows), 0.7 * one_hot(place[batch.clips], shows * SETS)
+            feature = torch.cat(known, 1)
+        yield batch, feature.numpy().astype(np.float16)
 
 
 def feature_table(scenes: Iterable[Scenes], device: str = "auto") -> pd.DataFrame:
@@ -250,18 +250,17 @@ def wrong_from_known_shows(scenes: Scenes, found: Retrieval | None, depth: int =
     """Return of the wrong clips among the first ``depth`` of each query the share from a show of its train clips, and
     the share of all wrong clips of the gallery that are: found, chance, clips; NaN where shows are not known.
     """
-    wrong: list[bool] = []
-    chance: list[float] = []
-    if found is not None and scenes.shows:
-        show, clips = scenes.store.clips["show"].to_numpy(), found.members[0].clips
-        trained, identity = scenes.store.identity_of(clips), scenes.store.identity_of(found.gallery)
-        for query, ranked, hits in zip(found.queries, found.ranking[:, :depth], found.hits[:, :depth]):
-            known = show[clips[trained == query]]
-            missed = found.gallery[ranked[(ranked >= 0) & ~hits]]
-            if len(known) and len(missed):
-                wrong.extend(np.isin(show[missed], known))
-                chance.append(np.isin(show[found.gallery[identity != query]], known).mean())
-    shares = [float(np.mean(each)) if each else np.nan for each in (wrong, chance)]
+    if found is None or not scenes.shows:
+        return {"found": np.nan, "chance": np.nan, "clips": 0}
+    show, clips, ranked = scenes.store.clips["show"].to_numpy(), found.members[0].clips, found.ranking[:, :depth]
+    trained = pd.crosstab(scenes.store.identity_of(clips), show[clips])
+    known = trained.reindex(found.queries, columns=range(show.max() + 1), fill_value=0).to_numpy() > 0
+    known_of_gallery = known[:, show[found.gallery]]  # (queries, gallery), as is the next
+    other = scenes.store.identity_of(found.gallery) != found.queries[:, None]
+    chance = (known_of_gallery & other).sum(1) / other.sum(1)
+    missed = (ranked >= 0) & ~found.hits[:, :depth] & known.any(1, keepdims=True)
+    wrong = np.take_along_axis(known_of_gallery, ranked, 1)[missed]
+    shares = [float(each.mean()) if len(each) else np.nan for each in (wrong, chance[missed.any(1)])]
     return {"found": shares[0], "chance": shares[1], "clips": len(wrong)}
 
 
@@ -295,20 +294,19 @@ def show_confusion(nearest: pd.DataFrame, shows: int = 10) -> pd.DataFrame:
     weight = pd.concat([wrong["show"], wrong["nearest show"]]).value_counts().sort_index()
     chosen = sorted(weight.sort_values(ascending=False, kind="stable").index[:shows].astype(int))
     part = nearest[nearest["show"].isin(chosen)]
-    column = part["nearest show"].where(part["nearest show"].isin(chosen), -1)
-    table = pd.crosstab(part["show"], column, normalize="index").reindex(index=chosen, columns=[*chosen, -1])
-    return table.fillna(0).rename(columns={-1: "other"})
+    column = part["nearest show"].where(part["nearest show"].isin(chosen), "other")
+    table = pd.crosstab(part["show"], column, normalize="index")
+    return table.reindex(index=chosen, columns=[*chosen, "other"], fill_value=0.0)
 
 
 def confused_pairs(nearest: pd.DataFrame, rows: int = 6) -> pd.DataFrame:
     """List the shows most often taken for another: show, taken for, clips, same channel, same colours."""
-    wrong = nearest[nearest["show"] != nearest["nearest show"]]
-    groups = wrong.groupby(["show", "nearest show"])
-    table = groups.size().rename("clips").reset_index().rename(columns={"nearest show": "taken for"})
-    first = groups.first()
+    wrong = nearest[nearest["show"] != nearest["nearest show"]].rename(columns={"nearest show": "taken for"})
     for name, column in (("same channel", "channel"), ("same colours", "family")):
-        table[name] = np.where(first[column] == first[f"nearest {column}"], "yes", "no")
-    return table.sort_values("clips", ascending=False, kind="stable").head(rows).reset_index(drop=True)
+        wrong[name] = np.where(wrong[column] == wrong[f"nearest {column}"], "yes", "no")
+    table = wrong.groupby(["show", "taken for"])[["same channel", "same colours"]].first()
+    table.insert(0, "clips", wrong.groupby(["show", "taken for"]).size())
+    return table.sort_values("clips", ascending=False, kind="stable").head(rows).reset_index()
 
 
 def confusion_causes(nearest: pd.DataFrame) -> dict[str, float]:
@@ -317,16 +315,12 @@ def confusion_causes(nearest: pd.DataFrame) -> dict[str, float]:
 
     Chance: a clip of another show, drawn as often as it is a nearest one of anybody's.
     """
-    if nearest.empty:
-        return dict.fromkeys(("show", "set", "channel", "channel chance", "family", "family chance"), np.nan)
-    right = nearest["show"] == nearest["nearest show"]
-    out = {"show": right.mean(), "set": (nearest["set"] == nearest["nearest set"])[right].mean()}
-    wrong = nearest[~right]
+    same = {name: nearest[name] == nearest[f"nearest {name}"] for name in ("show", "set", "channel", "family")}
+    wrong, out = nearest[~same["show"]], {"show": same["show"].mean(), "set": same["set"][same["show"]].mean()}
     other = np.not_equal.outer(wrong["show"].to_numpy(), nearest["nearest show"].to_numpy())
     for name in ("channel", "family"):
-        same = np.equal.outer(wrong[name].to_numpy(), nearest[f"nearest {name}"].to_numpy())
-        out[name] = (wrong[name] == wrong[f"nearest {name}"]).mean()
-        out[f"{name} chance"] = same[other].mean() if other.any() else np.nan
+        alike = np.equal.outer(wrong[name].to_numpy(), nearest[f"nearest {name}"].to_numpy())[other]
+        out |= {name: same[name][~same["show"]].mean(), f"{name} chance": alike.mean() if len(alike) else np.nan}
     return {name: float(value) for name, value in out.items()}
 
 
