@@ -22,8 +22,6 @@ STEPS = {  # one change each: the arm with it, and the arm without
     "mixing frames before NAN, with scores": ("attention + scores", "NAN + scores"),
 }
 
-# -- attention ------------------------------------------------------------------------------------------------------
-
 
 def mixed_clips(store: ClipStore, n: int) -> np.ndarray:
     """Choose n val clips of 12 to 30 faces of which .2 to .6 are of another person, in the order of the store.
@@ -81,8 +79,6 @@ def _weights(model: IdentityModel, store: ClipStore, clips: np.ndarray) -> tuple
     known = np.zeros_like(mask) if wrong is None else mask & (wrong[np.maximum(batch.rows.numpy(), 0)] > 0)
     return (weight / weight.sum(1, keepdim=True)).numpy(), mask, known
 
-
-# -- the sensitivity grid -------------------------------------------------------------------------------------------
 
 GRID_AXES = {
     "share": "share of wrong frames (factor)",

@@ -21,8 +21,6 @@ from mmlib.experiment import Experiment
 from mmlib.models import gap
 from mmlib.records import Record
 
-# -- the runs -------------------------------------------------------------------------------------------------------
-
 MAIN, PLAIN = "softmax", "seeds, 1"
 RULES: dict[str, dict[str, Any]] = {  # how the scores of members are averaged
     MAIN: {"combine": "softmax", "scale": 30.0},
@@ -76,9 +74,6 @@ def against(runs: pd.DataFrame, by: str, baseline: str) -> pd.DataFrame:
         for name, part in runs.groupby("system", sort=False)
     }
     return pd.concat(parts, names=["system", None]).reset_index("system").reset_index(drop=True)
-
-
-# -- what members see and lose ----------------------------------------------------------------------------------------
 
 
 def partition(width: int, regions: int, members: int) -> pd.DataFrame:
@@ -226,9 +221,6 @@ def _on_identities(part: pd.DataFrame, sides: dict[str, pd.Series], baseline: st
     pairs = [(name, replace(sides[name][seed], ap=each)) for name in sides for seed, each in ap[name].items()]
     names, records = zip(*pairs)
     return compare_arms(records, "kind", baseline, names=names).set_index("kind")
-
-
-# -- members, kinds, rules ------------------------------------------------------------------------------------------
 
 
 def by_members(runs: pd.DataFrame) -> pd.DataFrame:

@@ -78,9 +78,6 @@ def costs(found: pd.Series) -> pd.DataFrame:
     return frame.groupby("arm", sort=False)[["parameters", *words]].mean().rename(columns=words).reset_index()
 
 
-# -- groups of clips ------------------------------------------------------------------------------------------------
-
-
 def coverage(store: ClipStore) -> pd.DataFrame:
     """Count clips by split and by whether they have a face, with the share of them that have each other modality.
 
@@ -131,9 +128,6 @@ def _over_clips(frame: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
     """Average ``value`` within groups, every clip alike; columns ``by``, clips, ``value``."""
     total = frame.assign(**{value: frame[value] * frame["clips"]}).groupby(by, sort=False)[["clips", value]].sum()
     return total.assign(**{value: total[value] / total["clips"]}).reset_index()
-
-
-# -- the weight of a second score -----------------------------------------------------------------------------------
 
 
 def held_out(found: pd.Series) -> tuple[pd.Series, pd.DataFrame]:

@@ -18,8 +18,6 @@ from mmlib.records import Record
 from mmlib.retrieve import make_model, missing_scores
 from mmlib.train import pooled_features
 
-# -- logit and gradient ---------------------------------------------------------------------------------------------
-
 
 def margin_curves(settings: Sequence[tuple[float, float]], *, identities: int, scale: float = 30.0) -> pd.DataFrame:
     """Follow one clip as its angle to its identity grows, every other identity being at a right angle.
@@ -100,8 +98,6 @@ def share_of_hardest(shares: pd.DataFrame, hardest: int = 2) -> dict[str, float]
     return {name: part.nsmallest(hardest, "p")["share"].sum() for name, part in shares.groupby("loss", sort=False)}
 
 
-# -- the arms -------------------------------------------------------------------------------------------------------
-
 STEPS = {  # one change each: the arm with it, and the arm without
     "cosines in place of inner products": ("cosine softmax", "softmax"),
     "a margin": ("margin", "cosine softmax"),
@@ -136,8 +132,6 @@ def sweep_frame(records: Iterable[Record], field: str, baseline: float) -> pd.Da
     frame.loc[frame["n"] == 1, ["low", "high"]] = np.nan
     return frame.reset_index()
 
-
-# -- what the scores add --------------------------------------------------------------------------------------------
 
 PAIRS = {  # the arm without the scores, or without the focal term, that each is compared with
     "margin, scores": "margin",
