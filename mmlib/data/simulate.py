@@ -73,17 +73,13 @@ class Settings:
     scene_noise: float = 1.5
 
     def __post_init__(self):
-        if not isinstance(self.identities, int) or self.identities < 2:
-            raise ValueError(f"identities must be an integer of at least 2, got {self.identities}")
-        for name in ("contaminated", "mostly_wrong", "reliability", "lookalikes", "no_face"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        lowest = {"wrong_quality": -np.inf, "identities_per_show": np.nextafter(0, 1)}
+        most = {"lookalike_weight": 0.7}  # a group's weight varies by 1.4 and cannot pass 1
+        most |= dict.fromkeys(("contaminated", "mostly_wrong", "reliability", "lookalikes", "no_face"), 1.0)
+        least = {"identities": 2, "wrong_quality": -np.inf, "identities_per_show": 1e-9}
         for name, value in asdict(self).items():
-            if not (np.isfinite(value) and value >= lowest.get(name, 0)):
-                raise ValueError(f"{name} must be positive and finite, got {value}")
-        if self.lookalike_weight > 0.7:  # a group's weight varies by 1.4 and cannot pass 1
-            raise ValueError(f"lookalike_weight must be at most 0.7, got {self.lookalike_weight}")
+            low, high, whole = least.get(name, 0), most.get(name, np.inf), name == "identities"
+            if not (np.isfinite(value) and low <= value <= high) or (whole and not isinstance(value, int)):
+                raise ValueError(f"{name} must be a {'whole ' * whole}number in [{low:g}, {high:g}], got {value}")
 
 
 def settings_for(profile: str, **overrides) -> Settings:
