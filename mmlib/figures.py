@@ -56,21 +56,17 @@ def set_style() -> None:
     """
     if getattr(get_ipython(), "kernel", None):
         get_ipython().enable_matplotlib("inline")
-    shape = {"figure.figsize": (7, 4), "figure.dpi": 110, "savefig.bbox": "tight"}
-    quiet = {"axes.edgecolor": "0.4", "grid.color": "0.9", "legend.frameon": False}
-    open_ = {"axes.spines.top": False, "axes.spines.right": False}
-    large, small = ("font.size", "axes.labelsize"), ("legend.fontsize", "legend.title_fontsize")
-    text = dict.fromkeys(large, 10) | dict.fromkeys((*small, "xtick.labelsize", "ytick.labelsize"), 9)
-    sns.set_theme(context="notebook", style="whitegrid", rc=shape | quiet | open_ | text)
+    shape = {"figure.figsize": (7, 4), "figure.dpi": 110, "savefig.bbox": "tight", "legend.frameon": False}
+    quiet = {"axes.edgecolor": "0.4", "grid.color": "0.9", "axes.spines.top": False, "axes.spines.right": False}
+    small = ("legend.fontsize", "legend.title_fontsize", "xtick.labelsize", "ytick.labelsize")
+    text = dict.fromkeys(("font.size", "axes.labelsize"), 10) | dict.fromkeys(small, 9)
+    sns.set_theme(context="notebook", style="whitegrid", rc=shape | quiet | text)
 
 
 def panels(columns: int, *, width: float = 3.6, height: float = 3.4, **options) -> tuple[Figure, Sequence[Axes]]:
     """Make ``columns`` axes side by side; inches each."""
     figure, axes = plt.subplots(1, columns, figsize=(width * columns, height), layout="constrained", **options)
     return figure, np.atleast_1d(axes)
-
-
-# -- prose ----------------------------------------------------------------------------------------------------------
 
 
 def glue(name: str, value: float | int | str) -> None:
@@ -92,30 +88,22 @@ def glue_difference(name: str, row: Mapping, **words: str) -> None:
 
 def notice(simulated: bool, detail: str = "") -> None:
     """Say on the page, and in a plain notebook, whether its numbers are simulated; pasted as ``notice``."""
-    text = (
-        "Every number and figure on this page comes from <b>simulated clips</b>, a stand-in calibrated on published "
-        "marginals. None of them is a result on iQIYI-VID-2019."
-        if simulated
-        else "The numbers on this page come from a data set of the reader's own, not from the simulator."
-    )
     title = "Simulated data" if simulated else "Data of one's own"
-    body = (
-        f'<div class="simulated admonition"><p class="admonition-title">{title}</p>'
-        f"<p>{text} {html.escape(detail)}</p></div>"
-    )
+    text = "The numbers on this page come from a data set of the reader's own, not from the simulator."
+    if simulated:
+        text = (
+            "Every number and figure on this page comes from <b>simulated clips</b>, a stand-in calibrated on published "
+            "marginals. None of them is a result on iQIYI-VID-2019."
+        )
+    head = f'<div class="simulated admonition"><p class="admonition-title">{title}</p>'
+    body = f"{head}<p>{text} {html.escape(detail)}</p></div>"
     _record("notice", {"text/html": body, "text/plain": repr(title)})
 
 
 def _record(name: str, data: dict[str, str]) -> None:
     prefix = "application/papermill.record/"
-    display(
-        {prefix + kind: text for kind, text in data.items()},
-        raw=True,
-        metadata={"scrapbook": {"name": name, "mime_prefix": prefix}},
-    )
-
-
-# -- drawings -------------------------------------------------------------------------------------------------------
+    metadata = {"scrapbook": {"name": name, "mime_prefix": prefix}}
+    display({prefix + kind: text for kind, text in data.items()}, raw=True, metadata=metadata)
 
 
 def forest(frame: pd.DataFrame, *, label: str, value: str, by: str = "", ax: Axes | None = None, **axis) -> Axes:
@@ -126,12 +114,12 @@ def forest(frame: pd.DataFrame, *, label: str, value: str, by: str = "", ax: Axe
     ax = ax or plt.gca()
     frame = frame if by else frame.sort_values(value, ascending=False)
     rows, kinds = list(frame[label].unique()), list(frame[by or label].unique())
-    for shift, (kind, marker) in enumerate(zip(kinds, cycle(MARKERS if by else "o"))):
+    aside = np.linspace(-0.25, 0.25, len(kinds)) if by else np.zeros(len(kinds))
+    for kind, shift, marker in zip(kinds, aside, cycle(MARKERS if by else "o")):
         part = frame[frame[by or label] == kind]
-        aside = 0.5 * (shift / max(1, len(kinds) - 1) - 0.5) if by else 0.0
-        place = [-rows.index(name) - aside for name in part[label]]
-        colour = COLOURS.get(kind, "0.2")
-        ax.errorbar(part[value], place, xerr=_error(part, value), fmt=marker, capsize=3, label=kind, color=colour)
+        place = [-rows.index(name) - shift for name in part[label]]
+        style = {"fmt": marker, "capsize": 3, "label": kind, "color": COLOURS.get(kind, "0.2")}
+        ax.errorbar(part[value], place, xerr=_error(part, value), **style)
     ax.axvline(0, color="0.5", linewidth=0.8)
     ax.set(yticks=[-i for i in range(len(rows))], yticklabels=rows, ylim=(-len(rows) + 0.4, 0.6), **axis)
     ax.grid(axis="y", visible=False)
@@ -140,9 +128,9 @@ def forest(frame: pd.DataFrame, *, label: str, value: str, by: str = "", ax: Axe
     return ax
 
 
-def _error(frame: pd.DataFrame, value: str, low: str = "low", high: str = "high") -> np.ndarray:
+def _error(frame: pd.DataFrame, value: str) -> np.ndarray:
     """Return the lengths of bars below and above, (2, n); 0 where there is no interval, and so no bar."""
-    return np.nan_to_num([frame[value] - frame[low], frame[high] - frame[value]]).clip(min=0)
+    return np.nan_to_num([frame[value] - frame["low"], frame["high"] - frame[value]]).clip(min=0)
 
 
 def traces(
@@ -199,10 +187,8 @@ def plain_log(ax: Axes, *axes: str) -> Axes:
     for name in axes:
         if getattr(ax.dataLim, f"{name}1") > 0:
             ax.set(**{f"{name}scale": "log"})
-            axis = getattr(ax, f"{name}axis")
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter(ScalarFormatter())
-            axis.set_minor_formatter(NullFormatter())
+            plain = {"major_locator": LogLocator(subs=(1, 2, 5)), "major_formatter": ScalarFormatter()}
+            getattr(ax, f"{name}axis").set(minor_formatter=NullFormatter(), **plain)
     return ax
 
 
@@ -244,9 +230,8 @@ def frame_weights(frame: pd.DataFrame, axes: Sequence[Axes]) -> Sequence[Axes]:
     frame: columns clip, frame (position), method, weight (share of the clip), wrong (bool).
     """
     for ax, (_, part) in zip(axes, frame.groupby("clip", sort=False)):
-        label = "weight (share of the clip)" if ax is axes[0] else ""
-        place = "best" if ax is axes[0] else "none"
-        traces(part, x="frame", y="weight", by="method", legend=place, xlabel="frame", ylabel=label, ax=ax)
+        traces(part, x="frame", y="weight", by="method", legend="best" if ax is axes[0] else "none", ax=ax)
+        ax.set(xlabel="frame", ylabel="weight (share of the clip)" if ax is axes[0] else "")
         for position in part.loc[part["wrong"], "frame"].unique():
             ax.axvspan(position - 0.5, position + 0.5, color=RED, alpha=0.12, linewidth=0)
     return axes
@@ -255,13 +240,11 @@ def frame_weights(frame: pd.DataFrame, axes: Sequence[Axes]) -> Sequence[Axes]:
 def verdict_grids(frame: pd.DataFrame) -> Figure:
     """Draw the differences (points) of a sensitivity grid, a panel a learned arm (rows) and a reliability (columns).
 
-    Colour is the sign, a dot says that the interval excludes 0; a cell without a row stays empty.  frame: columns
-    aggregator, reliability, share, wrong quality, difference, low, high, at most one row a cell.
+    Colour is the sign, a dot says that the interval excludes 0.  frame: as of ``aggregation.grid_frame``.
     """
     arms, reliabilities = frame["aggregator"].unique(), sorted(frame["reliability"].unique())
-    size = max(1, len(arms)), max(1, len(reliabilities))
-    options = {"layout": "constrained", "figsize": (3.0 * size[1], 2.3 * size[0])}
-    figure, axes = plt.subplots(*size, squeeze=False, **options)
+    high, wide = max(1, len(arms)), max(1, len(reliabilities))
+    figure, axes = plt.subplots(high, wide, squeeze=False, layout="constrained", figsize=(3.0 * wide, 2.3 * high))
     limit = max(0.5, frame["difference"].abs().max()) if len(frame) else 1.0
     rows, columns = sorted(frame["wrong quality"].unique(), reverse=True), sorted(frame["share"].unique())
     style = {"cmap": "RdBu", "center": 0, "vmin": -limit, "vmax": limit, "annot": True, "fmt": "+.1f", "cbar": False}
@@ -291,8 +274,6 @@ def partition(frame: pd.DataFrame, *, ax: Axes | None = None, **axis) -> Axes:
     ax.grid(visible=False)
     return ax
 
-
-# -- scenes ---------------------------------------------------------------------------------------------------------
 
 _MARKS = {"right": {"edgecolor": GREEN, "linestyle": "-"}, "wrong": {"edgecolor": RED, "linestyle": (0, (2, 1.5))}}
 
