@@ -92,8 +92,8 @@ def notice(simulated: bool, detail: str = "") -> None:
     text = "The numbers on this page come from a data set of the reader's own, not from the simulator."
     if simulated:
         text = (
-            "Every number and figure on this page comes from <b>simulated clips</b>, a stand-in calibrated on published "
-            "marginals. None of them is a result on iQIYI-VID-2019."
+            "Every number and figure on this page comes from <b>simulated clips</b>, a stand-in calibrated on "
+            "published marginals. None of them is a result on iQIYI-VID-2019."
         )
     head = f'<div class="simulated admonition"><p class="admonition-title">{title}</p>'
     body = f"{head}<p>{text} {html.escape(detail)}</p></div>"

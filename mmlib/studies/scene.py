@@ -66,9 +66,8 @@ def open_scenes(
 ) -> list[Scenes]:
     """Open or make the clips, pictures and networks of the chapter, one a seed; all of it is kept.
 
-    data, profile: as in ``Experiment``; a simulated world has ``identities`` of them, at most SMALLEST in the tiny
-    profile.  images: the folder of a given store's pictures; ``""`` renders those of a simulated one, and a store that
-    is not has none.
+    identities: of a simulated world, at most SMALLEST in the tiny profile.  images: the folder of a given store's
+    pictures; ``""`` renders those of a simulated one, and any other has none.
     """
     if images and data == "simulated":
         raise ValueError(f"images belong to the clips of a store: name it as data beside images = {images!r}")
@@ -160,8 +159,7 @@ def _features(scenes: Scenes, name: str) -> Iterator[tuple[ImageBatch, np.ndarra
 def feature_table(scenes: Iterable[Scenes], device: str = "auto") -> pd.DataFrame:
     """Compare the kinds of features, with class means, with the network's (else the only kind there is).
 
-    Columns: feature, those of ``compare_arms``, top1, and mlp (MAP@100 behind a trained MLP).  Stores of several seeds
-    are worlds of their own; seeds on one store are not.
+    Columns: feature, as ``compare_arms``, top1, mlp (MAP@100 behind an MLP).  Stores are worlds, seeds not.
     """
     stores = [(name, each, path) for each in scenes for name, path in feature_stores(each).items()]
     names = [name for name, *_ in stores]
@@ -211,8 +209,7 @@ def retrieved_pictures(
 ) -> pd.DataFrame:
     """Return ``known`` train pictures of identities and the ``top`` val pictures ranked highest, a row each.
 
-    From the best AP to the worst: the identities at even steps of AP among those with a train picture and at least
-    three relevant clips (any, where none has three).
+    From the best AP to the worst: identities with a train picture and at least three relevant clips, or any.
     """
     parts = [pd.DataFrame()]
     if found is not None:
@@ -295,9 +292,7 @@ def confused_pairs(nearest: pd.DataFrame, rows: int = 6) -> pd.DataFrame:
 
 def confusion_causes(nearest: pd.DataFrame) -> dict[str, float]:
     """Return shares of val clips: show (nearest train clip of the same show), set (of the same set, where the show is
-    right), channel and family (shared, where the show is wrong), and for the last two what chance would give.
-
-    Chance: a clip of another show, drawn as often as it is a nearest one of anybody's.
+    right), channel and family (shared, where the show is wrong), and what chance gives, a nearest clip of anybody's.
     """
     same = {name: nearest[name] == nearest[f"nearest {name}"] for name in ("show", "set", "channel", "family")}
     wrong, out = nearest[~same["show"]], {"show": same["show"].mean(), "set": same["set"][same["show"]].mean()}
@@ -349,15 +344,12 @@ def occlusion_maps(scenes: Scenes, clips: int = 24) -> Maps:
 def region_effect(maps: Maps) -> pd.DataFrame:
     """Return how much more a place of each region counts than an average place of its picture.
 
-    Columns: region, share (of pixels), effect (mean over clips of: mean of the map in the region less that of the whole
-    picture, in cosine), low, high (95 %, bootstrap over clips), clips (that show the region).
+    Columns: region, share (of pixels), effect (mean over clips: of the map in the region less of the whole, in cosine),
+    low, high (95 %, bootstrap over clips), clips (that show the region).
     """
-    columns = ["region", "share", "effect", "low", "high", "clips"]
-    if maps.regions is None:
-        return pd.DataFrame(columns=columns)
-    rows = []
-    for place, name in enumerate(REGIONS):
-        inside = maps.regions == place
+    columns, rows = ["region", "share", "effect", "low", "high", "clips"], []
+    for place, name in enumerate(REGIONS if maps.regions is not None else ()):
+        inside = np.equal(maps.regions, place)
         share = inside.mean((1, 2))
         shown = (share > 0.01) & (share < 1)  # a few pixels say nothing
         if shown.any():
