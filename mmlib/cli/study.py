@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from dataclasses import replace
 from enum import StrEnum
@@ -53,14 +54,14 @@ def predict(
 
     asked = {"system": system.value, "split": split.value, "epochs": epochs, "members": members, "seed": seed}
     asked |= {"device": device.value, "overwrite": overwrite, "progress": sys.stderr.isatty()}
+    written = {"labelled_only": labelled_only, "keep_members": keep_members, "shards": merge}
+    if shard and any(written.values()):
+        raise ValueError(
+            "--shard goes without --merge, --labelled-only and --keep-members: they say how FILE is written"
+        )
     with writing(out):
         if shard is None:
-            asked |= {"labelled_only": labelled_only, "keep_members": keep_members, "shards": merge}
-            report = submit.predict(store, out, **asked)
-        elif merge is not None or labelled_only or keep_members:
-            raise ValueError(
-                "--shard goes without --merge, --labelled-only and --keep-members: they say how FILE is written"
-            )
+            report = submit.predict(store, out, **asked, **written)
         else:
             report = submit.predict_shard(store, out, *read_shard(shard), **asked)
     print(*report.lines, sep="\n")
@@ -231,10 +232,9 @@ def scene(
 
 def read_shard(text: str) -> tuple[int, int]:
     """Read I/N."""
-    number, slash, total = text.partition("/")
-    if not (slash and number.isdecimal() and total.isdecimal()):
+    if not (parts := re.fullmatch(r"(\d+)/(\d+)", text)):
         raise ValueError(f"--shard {text}: expected I/N, such as 1/4")
-    return int(number), int(total)
+    return int(parts[1]), int(parts[2])
 
 
 def find_chapter(name: str) -> Path:
@@ -244,8 +244,7 @@ def find_chapter(name: str) -> Path:
         raise ValueError(f"{CHAPTERS}: no chapters there; rerun works from a checkout of the repository")
     stem = name.removesuffix(".ipynb")
     found = [path for path in chapters if path.stem == stem or path.stem.startswith(f"{stem}_")]
-    if len(found) != 1:
-        listed = ", ".join(path.stem for path in found or chapters)
-        number = "more than one" if found else "no"
-        raise ValueError(f"{name}: {number} chapter has that name; there are {listed}")
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    listed, number = ", ".join(path.stem for path in found or chapters), "more than one" if found else "no"
+    raise ValueError(f"{name}: {number} chapter has that name; there are {listed}")

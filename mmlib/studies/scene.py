@@ -308,7 +308,7 @@ class Maps(NamedTuple):
 
     pictures: np.ndarray = np.empty(0)
     maps: np.ndarray = np.empty(0)
-    regions: np.ndarray | None = None
+    regions: Any = None
 
 
 def occlusion_maps(scenes: Scenes, clips: int = 24) -> Maps:
@@ -349,7 +349,7 @@ def region_effect(maps: Maps) -> pd.DataFrame:
     """
     columns, rows = ["region", "share", "effect", "low", "high", "clips"], []
     for place, name in enumerate(REGIONS if maps.regions is not None else ()):
-        inside = np.equal(maps.regions, place)
+        inside = maps.regions == place
         share = inside.mean((1, 2))
         shown = (share > 0.01) & (share < 1)  # a few pixels say nothing
         if shown.any():
