@@ -43,12 +43,9 @@ def rules(base: Experiment) -> dict[str, Experiment]:
 
 
 def with_rule(base: Experiment, **changed) -> Experiment:
-    """Return the experiment with the described rule and what is ``changed`` in it; a share or weight of 0 is one rule.
-
-    What goes by quality goes by norm where the base has no quality scores.
-    """
+    """Return the experiment with the described rule, by the scores that it has, and what is ``changed`` in the rule."""
     rule = replace(DESCRIBED, **{"by": base.aggregator} | changed)
-    if not (rule.share and rule.low):
+    if not (rule.share and rule.low):  # one rule, whatever it goes by
         rule = replace(rule, by=base.aggregator, share=0.0, low=DESCRIBED.low)
     return replace(base, fallback=rule)
 
@@ -60,12 +57,10 @@ def sweeps(base: Experiment) -> pd.DataFrame:
     lines = [("share", by, shares, {"by": by}) for by in dict.fromkeys([base.aggregator, "norm"])]
     lines += [("low", f"lowest {100 * share:g}%", weights, {"share": share}) for share in (0.01, 0.05)]
     lines += [("absent", "described", (0.5, 0.8, 0.95, 1.0, 1.2), {})]
-    frame = pd.DataFrame(lines if base.context else [], columns=["sweep", "line", "x", "fixed"]).explode("x")
-    rules = [
-        with_rule(base, **fixed, **{sweep: x})
-        for sweep, x, fixed in zip(frame["sweep"], frame["x"], frame.pop("fixed"))
-    ]
-    return frame.assign(experiment=rules).astype({"x": float}).reset_index(drop=True)
+    rows: list[tuple] = []
+    for sweep, line, values, fixed in lines if base.context else ():
+        rows += [(sweep, line, x, with_rule(base, **fixed, **{sweep: x})) for x in values]
+    return pd.DataFrame(rows, columns=["sweep", "line", "x", "experiment"])
 
 
 def pick(found: Mapping[Experiment, Record], named: Mapping) -> tuple[list[Record], list[str]]:
@@ -105,10 +100,7 @@ def extremes(curve: pd.DataFrame) -> pd.DataFrame:
 
 
 def breakdown_gain(records: Iterable[Record], names: Iterable[str]) -> pd.DataFrame:
-    """Return what each rule gains over its baseline, by percentile of quality: rule, range, clips, gain.
-
-    In the precision at which a clip is found, in points, the mean over seeds.
-    """
+    """Return the gain of each rule in precision, points, by percentile of quality: rule, range, clips, gain."""
     frame = breakdown_frame(records, "rule", names=names).query("group == 'quality'").reset_index(drop=True)
     precision = frame.set_index(["rule", "range"])["precision"]
     before = precision.reindex(zip(frame["rule"].map(baselines(records, names)), frame["range"]))
@@ -123,13 +115,9 @@ def ceiling(store: ClipStore, threshold: float = THRESHOLD) -> dict[str, float]:
     identity, has = store.identity_of(clips), store.modalities["face"].count > 0
     relevant, found = np.bincount(identity), np.bincount(identity, weights=has[clips])
     best = np.minimum(found, 100)[relevant > 0] / relevant[relevant > 0]
-    return {
-        "relevant": len(clips),
-        "without": int((~has[clips]).sum()),
-        "map_at_100": float(best.mean()),
-        "gallery_without": int((~has[val]).sum()),
-        "below": float((store.clip_means("face", "norm")[val][has[val]] < threshold).mean()),
-    }
+    below = store.clip_means("face", "norm")[val][has[val]] < threshold
+    counts = {"relevant": len(clips), "without": int((~has[clips]).sum()), "map_at_100": float(best.mean())}
+    return counts | {"gallery_without": int((~has[val]).sum()), "below": float(below.mean())}
 
 
 def quality_groups(store: ClipStore, by: str, shares: Iterable[float] = (0.01, 0.05)) -> pd.Categorical:
@@ -160,5 +148,5 @@ def lost_points(found: Retrieval, store: ClipStore, group: pd.Categorical) -> pd
     weight = 1 / np.bincount(identity)[identity] / len(found.queries)
     frame = pd.DataFrame({"group": group[clips], "clips": 1, "precision": precision[clips]})
     frame["lost"] = 100 * weight * (1 - frame["precision"])
-    out = frame.groupby("group", observed=True).agg({"clips": "sum", "precision": "mean", "lost": "sum"})
-    return out.reset_index().astype({"group": str})
+    measures = {"clips": "sum", "precision": "mean", "lost": "sum"}
+    return frame.groupby("group", observed=True).agg(measures).reset_index().astype({"group": str})

@@ -101,14 +101,13 @@ def steps_of(names: Iterable[str]) -> Pairs:
 
 
 def step_frame(records: Iterable[Record], names: Iterable[str]) -> pd.DataFrame:
-    """Return the steps of both ladders: ladder, step, before (MAP@100), the columns of ``differences``, published.
+    """Return the steps of both ladders: ladder, step, before (MAP@100), as ``differences``, and published (points).
 
-    The last in points.  A row ``all steps`` compares the last rung with the first.
+    A row ``all steps`` compares the last rung with the first.
     """
     frame = differences(steps_of(names), records, names)
-    parts = frame["step"].str.split(": ")
-    frame.insert(0, "ladder", parts.str[0])
-    frame["step"] = parts.str[1]
+    frame.insert(0, "ladder", frame["step"].str.split(": ").str[0])
+    frame["step"] = frame["step"].str.split(": ").str[1]
     frame.insert(frame.columns.get_loc("map_at_100"), "before", frame["map_at_100"] - frame["difference"] / 100)
     frame["published"] = frame["step"].map(PUBLISHED | {ALL: sum(PUBLISHED.values())})
     return frame
