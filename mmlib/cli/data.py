@@ -103,15 +103,7 @@ def import_features(
     print(*report.lines(), sep="\n")
 
 
-@command(
-    "import-lfw oss_data/ store/",
-    name="import-lfw",
-    before="""\b
-The two files are LFW_tensor.bytes and LFW_labels.tsv, from oss_data/ at
-https://github.com/huyhoang17/128D-Facenet-LFW-Embedding-Visualisation
-
-""",
-)
+@command("import-lfw oss_data/ store/", name="import-lfw")
 def import_lfw(
     folder: Annotated[Path, argument("FOLDER", "Folder with the two published files; their sha256 is checked.")],
     store: NewStore,
@@ -121,7 +113,9 @@ def import_lfw(
     """Import public embeddings of real faces.
 
     FaceNet embeddings of photographs of Labeled Faces in the Wild become a clip store: each person's
-    photographs are grouped into short clips, those of persons with fewer than four into distractors.
+    photographs are grouped into short clips, those of persons with fewer than four into distractors. The two
+    files are LFW_tensor.bytes and LFW_labels.tsv, from oss_data/ at
+    https://github.com/huyhoang17/128D-Facenet-LFW-Embedding-Visualisation
     """
     from mmlib.data import features
 

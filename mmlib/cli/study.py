@@ -55,15 +55,17 @@ def predict(
     asked = {"system": system.value, "split": split.value, "epochs": epochs, "members": members, "seed": seed}
     asked |= {"device": device.value, "overwrite": overwrite, "progress": sys.stderr.isatty()}
     written = {"labelled_only": labelled_only, "keep_members": keep_members, "shards": merge}
-    if shard and any(written.values()):
+    if shard is not None and any(written.values()):
         raise ValueError(
             "--shard goes without --merge, --labelled-only and --keep-members: they say how FILE is written"
         )
+    if shard is not None and not re.fullmatch(r"\d+/\d+", shard):
+        raise ValueError(f"--shard {shard}: expected I/N, such as 1/4")
     with writing(out):
-        if shard is None:
-            report = submit.predict(store, out, **asked, **written)
+        if shard:
+            report = submit.predict_shard(store, out, *map(int, shard.split("/")), **asked)
         else:
-            report = submit.predict_shard(store, out, *read_shard(shard), **asked)
+            report = submit.predict(store, out, **asked, **written)
     print(*report.lines, sep="\n")
 
 
@@ -228,13 +230,6 @@ def scene(
     print(f"scene: {sum(modes.values())} clips, {architecture}, {start}, epochs: {epochs}")
     if rendered:
         print("simulated: the pictures are rendered; no score on them is a result on the challenge")
-
-
-def read_shard(text: str) -> tuple[int, int]:
-    """Read I/N."""
-    if not (parts := re.fullmatch(r"(\d+)/(\d+)", text)):
-        raise ValueError(f"--shard {text}: expected I/N, such as 1/4")
-    return int(parts[1]), int(parts[2])
 
 
 def find_chapter(name: str) -> Path:

@@ -45,12 +45,12 @@ def marginals(store: ClipStore, pairs: int = 20_000, seed: int = 0) -> dict[str,
         "cosine of two clips of two identities, standard deviation": impostor.std(),
     }
     shares = {"1 %": 0.01, "2 %": 0.02, "4 %": 0.04, "median": 0.5}
-    out |= _quantiles("mean norm of a clip", norm[having], shares)
+    out |= {f"mean norm of a clip, {name}": np.quantile(norm[having], share) for name, share in shares.items()}
     if "quality" in face.columns:
         quality = face.columns["quality"]
         out |= {"quality score, mean": quality.mean(), "quality score, standard deviation": quality.std()}
         shares = {"5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95}
-        out |= _quantiles("quality score", quality, shares)
+        out |= {f"quality score, {name}": np.quantile(quality, share) for name, share in shares.items()}
     if "det" in face.columns:
         det = face.columns["det"]
         out |= {"det score at least .8": np.mean(det >= 0.8), "det score above .9": np.mean(det > 0.9)}
@@ -78,11 +78,6 @@ def cosines_by_quality(store: ClipStore, pairs: int = 20_000, seed: int = 0) -> 
         parts.append(pd.DataFrame({"pair": name, "quality": group, "cosine": _cosines(mean[having], left, right)}))
     out = pd.concat(parts).sort_values("quality", kind="stable", ignore_index=True)
     return out.assign(quality=out["quality"].map(dict(enumerate(QUALITY_GROUPS))))
-
-
-def _quantiles(fact: str, values: np.ndarray, shares: dict[str, float]) -> dict[str, float]:
-    found = np.quantile(values, list(shares.values()))
-    return {f"{fact}, {name}": value for name, value in zip(shares, found, strict=True)}
 
 
 def _norms_and_means(store: ClipStore, block: int = 1024) -> tuple[np.ndarray, np.ndarray]:

@@ -122,22 +122,22 @@ def ends(records: Iterable[Record], names: Iterable[str]) -> pd.Series:
 def heights(steps: pd.DataFrame) -> pd.DataFrame:
     """Return MAP@100 by rung of each ladder and of the published one: ladder, step, map_at_100."""
     whole = steps["step"] == ALL
-    first = steps[whole].assign(step=STEPS[0], map_at_100=steps["before"])
+    here = pd.concat([steps[whole].assign(step=STEPS[0], map_at_100=steps["before"]), steps[~whole]])
     total = PUBLISHED_LADDER["baseline"] + np.cumsum([0.0, *PUBLISHED.values()]) / 100
-    published = pd.DataFrame({"ladder": "published", "step": list(PUBLISHED_LADDER), "map_at_100": total})
-    return _in_order(pd.concat([first, steps[~whole], published]))[["ladder", "step", "map_at_100"]]
+    return _beside_published(here[["ladder", "step", "map_at_100"]], dict(zip(PUBLISHED_LADDER, total)))
 
 
 def gains(steps: pd.DataFrame) -> pd.DataFrame:
     """Return the gain of each step, the published one without an interval: ladder, step, difference, low, high."""
     here = steps.loc[steps["step"] != ALL, ["ladder", "step", "difference", "low", "high"]]
-    published = [("published", step, points, np.nan, np.nan) for step, points in PUBLISHED.items()]
-    return _in_order(pd.concat([here, pd.DataFrame(published, columns=here.columns)]))
+    return _beside_published(here, PUBLISHED)
 
 
-def _in_order(frame: pd.DataFrame) -> pd.DataFrame:
-    """Sort rows by step, where a ladder may lack some."""
-    return frame.sort_values("step", key=lambda step: step.map(STEPS.index), kind="stable", ignore_index=True)
+def _beside_published(here: pd.DataFrame, values: Mapping[str, float]) -> pd.DataFrame:
+    """Add the published values of steps to the third column, and sort rows by step."""
+    published = pd.DataFrame([("published", *pair) for pair in values.items()], columns=here.columns[:3])
+    every = pd.concat([here, published])
+    return every.sort_values("step", key=lambda step: step.map(STEPS.index), kind="stable", ignore_index=True)
 
 
 def views_against_bagging(records: Iterable[Record]) -> pd.DataFrame:

@@ -187,7 +187,6 @@ def _row(scenes: Scenes, label: str, clips: np.ndarray, marks: str | list[str]) 
 
 
 def _spread(n: int, of: int) -> np.ndarray:
-    """Choose up to n of ``of`` places at even steps, the first and the last among them."""
     return np.unique(np.linspace(0, of - 1, min(n, of)).astype(int))
 
 
@@ -199,8 +198,8 @@ def sample_pictures(scenes: Scenes, rows: int = 4, columns: int = 8) -> pd.DataF
     table, parts = scenes.store.clips.loc[scenes.images.present], []
     for value in table.loc[table[by] >= 0, by].value_counts().index[:rows]:
         clips = table[table[by] == value].sort_values(order, kind="stable").index.to_numpy()
-        name = value if scenes.shows else scenes.store.identities[value]
-        parts.append(_row(scenes, f"{by} {name}", clips[_spread(columns, len(clips))], ""))
+        label = f"{by} {value if scenes.shows else scenes.store.identities[value]}"
+        parts.append(_row(scenes, label, clips[_spread(columns, len(clips))], ""))
     return pd.concat(parts, ignore_index=True)
 
 
