@@ -196,6 +196,7 @@ def against_target(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Draw how far each calibrated fact is from its target, in tolerances; columns fact, deviation, within."""
     at = frame["deviation"].clip(-3, 3)
     shown = frame.assign(at=at, place=-np.arange(len(frame)), kind=np.where(frame["within"], "within", "missed"))
+    shown = shown.sort_values("within", ascending=False, kind="stable")
     ticks = {"yticks": shown["place"], "yticklabels": frame["fact"], "xlabel": "achieved − target (tolerances)"}
     ax = traces(shown, x="at", y="place", by="kind", line={"linestyle": "none"}, ax=ax, xlim=(-3.1, 3.1), **ticks)
     ax.axvspan(-1, 1, color="0.93", zorder=0)
@@ -330,6 +331,7 @@ def show_confusion(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         return _without_pictures(ax)
     style = {"cmap": "Blues", "vmin": 0, "vmax": 100, "linewidths": 0.5, "cbar": False, "annot_kws": {"fontsize": 8}}
     sns.heatmap(100 * table, mask=table == 0, annot=True, fmt=".0f", ax=ax, **style)
+    ax.grid(visible=False)
     ax.set(xlabel="show of the nearest train clip", ylabel="show of the val clip")
     ax.tick_params(axis="y", rotation=0)
     return ax
