@@ -6,25 +6,22 @@ the text ``False`` is no flag that is set, and ``010`` is ten.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
 from contextlib import suppress
 from pathlib import Path
 
-WANTED = {
-    "bool": "true or false",
-    "int": "a whole number",
-    "float": "a finite number",
-    "str": "text (papermill -r passes it as it is)",
-}
+WANTED = {"bool": "true or false", "int": "a whole number", "float": "a finite number", "str": "text (papermill -r)"}
 FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 def read(namespace: dict) -> None:
     """Convert the annotated parameters of a notebook, its ``globals()``, to the types that they declare."""
     for name, declared in namespace.get("__annotations__", {}).items():
-        namespace[name] = convert(name, namespace[name], declared if isinstance(declared, str) else _named(declared))
+        kind = declared if isinstance(declared, str) else inspect.formatannotation(declared)
+        namespace[name] = convert(name, namespace[name], kind)
 
 
 def read_texts(notebook: Path, texts: dict[str, str]) -> dict[str, object]:
@@ -57,10 +54,6 @@ def convert(name: str, value: object, declared: str) -> object:
     if name.endswith("seeds") and (not values or min(values) < 0 or len(set(values)) < len(values)):
         raise ValueError(f"{name} must be different whole numbers >= 0, at least one, got {values!r}")
     return values
-
-
-def _named(declared: object) -> str:
-    return declared.__name__ if type(declared) is type else str(declared)
 
 
 def _parts(name: str, text: str, element: str) -> list:

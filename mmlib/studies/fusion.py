@@ -58,8 +58,7 @@ def weighted(face: Experiment, store: ClipStore) -> dict[str, Experiment]:
 
 def against(found: pd.Series, chosen: Iterable[str], baseline: str) -> pd.DataFrame:
     """Compare those of the chosen arms that were run with ``baseline``, which is added; as ``compare_arms``."""
-    part = found[found.index.isin([baseline, *chosen])]
-    return compare_arms(part, by="arm", baseline=baseline, names=part.index)
+    return compare_arms(found, "arm", baseline, names=found.index, arms={baseline, *chosen})
 
 
 def costs(found: pd.Series) -> pd.DataFrame:
