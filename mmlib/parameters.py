@@ -13,7 +13,8 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-WANTED = {"bool": "true or false", "int": "a whole number", "float": "a finite number", "str": "text (papermill -r)"}
+WANTED = {"bool": "true or false", "int": "a whole number", "float": "a finite number"}
+WANTED["str"] = "text (papermill -r passes it as it is)"
 FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
