@@ -74,7 +74,7 @@ def batch_shares(gamma: float, probabilities: Sequence[float] = BATCH) -> pd.Dat
     kinds["focal, over the batch"] = gamma, losses.batch_focal_loss
     wide = {name: _gradient(p, *kind) for name, kind in kinds.items()}
     frame = pd.DataFrame({"p": p} | wide).melt("p", var_name="loss", value_name="gradient")
-    frame["share"] = frame["gradient"] / frame.groupby("loss")["gradient"].transform("sum")
+    frame["share"] = np.concatenate([found / found.sum() for found in wide.values()])
     return frame.assign(factor=frame["gradient"] / np.tile(wide["cross-entropy"], len(wide)))
 
 
