@@ -17,8 +17,10 @@ import seaborn as sns
 from IPython import get_ipython
 from IPython.display import display
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from mmlib import compare
 
@@ -29,13 +31,14 @@ PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#777777"
 _METHODS = {
     BLACK: "learned scores | published | seeds | margin + focal, raw scores | margin 0.7 | show and set",
     BLUE: "quality | mlp | one identity | labelled person | paired | described | lowest 1% | views | as stored | margin"
-    " | margin 0.5 | gamma 0 | cross-entropy | face | fine-tuned network | val | this store",
+    " | margin 0.5 | gamma 0 | cross-entropy | face | fine-tuned network | val | this store | within",
     ORANGE: "NAN | NAN, two blocks | NAN + scores | linear | two identities | unpaired | coded, scale 30 | lowest 5%"
     " | stratified | principal axes | margin + focal | margin 0.5, gamma 2 | gamma 2 | focal, clip by clip"
     " | score fusion | simulated vectors | own vectors",
     GREEN: "attention | attention + scores | DANet + scores | margin, scores | margin 0.3 | gamma 1 | scene 32"
     " | scene 64 | scene 128 | scene 256",
-    RED: "as coded | another person | coded | bagging | margin + batch focal | gamma 4 | focal, over the batch | all",
+    RED: "as coded | another person | coded | bagging | margin + batch focal | gamma 4 | focal, over the batch | all"
+    " | missed",
     PURPLE: "best half | whitened means | margin + focal, scores | scene 128, gated",
     SKY: "norm | class means | clips without a face | cosine softmax | margin 0 | gamma 0.5 | head | body | audio"
     " | thumbnail | train",
@@ -53,21 +56,17 @@ def set_style() -> None:
     """
     if getattr(get_ipython(), "kernel", None):
         get_ipython().enable_matplotlib("inline")
-    shape = {"figure.figsize": (7, 4), "figure.dpi": 110, "savefig.bbox": "tight"}
-    quiet = {"axes.edgecolor": "0.4", "grid.color": "0.9", "legend.frameon": False}
-    open_ = {"axes.spines.top": False, "axes.spines.right": False}
-    large, small = ("font.size", "axes.labelsize"), ("legend.fontsize", "legend.title_fontsize")
-    text = dict.fromkeys(large, 10) | dict.fromkeys((*small, "xtick.labelsize", "ytick.labelsize"), 9)
-    sns.set_theme(context="notebook", style="whitegrid", rc=shape | quiet | open_ | text)
+    shape = {"figure.figsize": (7, 4), "figure.dpi": 110, "savefig.bbox": "tight", "legend.frameon": False}
+    quiet = {"axes.edgecolor": "0.4", "grid.color": "0.9", "axes.spines.top": False, "axes.spines.right": False}
+    small = ("legend.fontsize", "legend.title_fontsize", "xtick.labelsize", "ytick.labelsize")
+    text = dict.fromkeys(("font.size", "axes.labelsize"), 10) | dict.fromkeys(small, 9)
+    sns.set_theme(context="notebook", style="whitegrid", rc=shape | quiet | text)
 
 
 def panels(columns: int, *, width: float = 3.6, height: float = 3.4, **options) -> tuple[Figure, Sequence[Axes]]:
     """Make ``columns`` axes side by side; inches each."""
     figure, axes = plt.subplots(1, columns, figsize=(width * columns, height), layout="constrained", **options)
     return figure, np.atleast_1d(axes)
-
-
-# -- prose ----------------------------------------------------------------------------------------------------------
 
 
 def glue(name: str, value: float | int | str) -> None:
@@ -89,30 +88,22 @@ def glue_difference(name: str, row: Mapping, **words: str) -> None:
 
 def notice(simulated: bool, detail: str = "") -> None:
     """Say on the page, and in a plain notebook, whether its numbers are simulated; pasted as ``notice``."""
-    text = (
-        "Every number and figure on this page comes from <b>simulated clips</b>, a stand-in calibrated on published "
-        "marginals. None of them is a result on iQIYI-VID-2019."
-        if simulated
-        else "The numbers on this page come from a data set of the reader's own, not from the simulator."
-    )
     title = "Simulated data" if simulated else "Data of one's own"
-    body = (
-        f'<div class="simulated admonition"><p class="admonition-title">{title}</p>'
-        f"<p>{text} {html.escape(detail)}</p></div>"
-    )
+    text = "The numbers on this page come from a data set of the reader's own, not from the simulator."
+    if simulated:
+        text = (
+            "Every number and figure on this page comes from <b>simulated clips</b>, a stand-in calibrated on "
+            "published marginals. None of them is a result on iQIYI-VID-2019."
+        )
+    head = f'<div class="simulated admonition"><p class="admonition-title">{title}</p>'
+    body = f"{head}<p>{text} {html.escape(detail)}</p></div>"
     _record("notice", {"text/html": body, "text/plain": repr(title)})
 
 
 def _record(name: str, data: dict[str, str]) -> None:
     prefix = "application/papermill.record/"
-    display(
-        {prefix + kind: text for kind, text in data.items()},
-        raw=True,
-        metadata={"scrapbook": {"name": name, "mime_prefix": prefix}},
-    )
-
-
-# -- drawings -------------------------------------------------------------------------------------------------------
+    metadata = {"scrapbook": {"name": name, "mime_prefix": prefix}}
+    display({prefix + kind: text for kind, text in data.items()}, raw=True, metadata=metadata)
 
 
 def forest(frame: pd.DataFrame, *, label: str, value: str, by: str = "", ax: Axes | None = None, **axis) -> Axes:
@@ -123,12 +114,12 @@ def forest(frame: pd.DataFrame, *, label: str, value: str, by: str = "", ax: Axe
     ax = ax or plt.gca()
     frame = frame if by else frame.sort_values(value, ascending=False)
     rows, kinds = list(frame[label].unique()), list(frame[by or label].unique())
-    for shift, (kind, marker) in enumerate(zip(kinds, cycle(MARKERS if by else "o"))):
+    aside = np.linspace(-0.25, 0.25, len(kinds)) if by else np.zeros(len(kinds))
+    for kind, shift, marker in zip(kinds, aside, cycle(MARKERS if by else "o")):
         part = frame[frame[by or label] == kind]
-        aside = 0.5 * (shift / max(1, len(kinds) - 1) - 0.5) if by else 0.0
-        place = [-rows.index(name) - aside for name in part[label]]
-        colour = COLOURS.get(kind, "0.2")
-        ax.errorbar(part[value], place, xerr=_error(part, value), fmt=marker, capsize=3, label=kind, color=colour)
+        place = [-rows.index(name) - shift for name in part[label]]
+        style = {"fmt": marker, "capsize": 3, "label": kind, "color": COLOURS.get(kind, "0.2")}
+        ax.errorbar(part[value], place, xerr=_error(part, value), **style)
     ax.axvline(0, color="0.5", linewidth=0.8)
     ax.set(yticks=[-i for i in range(len(rows))], yticklabels=rows, ylim=(-len(rows) + 0.4, 0.6), **axis)
     ax.grid(axis="y", visible=False)
@@ -137,9 +128,9 @@ def forest(frame: pd.DataFrame, *, label: str, value: str, by: str = "", ax: Axe
     return ax
 
 
-def _error(frame: pd.DataFrame, value: str, low: str = "low", high: str = "high") -> np.ndarray:
+def _error(frame: pd.DataFrame, value: str) -> np.ndarray:
     """Return the lengths of bars below and above, (2, n); 0 where there is no interval, and so no bar."""
-    return np.nan_to_num([frame[value] - frame[low], frame[high] - frame[value]]).clip(min=0)
+    return np.nan_to_num([frame[value] - frame["low"], frame["high"] - frame[value]]).clip(min=0)
 
 
 def traces(
@@ -150,11 +141,9 @@ def traces(
     by: str = "",
     scale: str = "linear",
     bars: bool = False,
-    markers: bool = True,
-    connect: bool = True,
     dodge: float = 0.0,
     reference: float | None = None,
-    faint: bool = False,
+    line: Mapping | None = None,
     legend: str = "best",
     ax: Axes | None = None,
     **axis,
@@ -162,10 +151,9 @@ def traces(
     """Draw ``y`` over ``x``, one line a value of ``by``, or a single one.
 
     scale: of ``x``: ``linear``, ``log``, ``doubling`` (ticks at its values) or ``categories``, evenly spaced in the
-    order of the frame.  bars: from columns low to high.  connect: join the marks, where that has a sense.  dodge: how
-    far apart marks of different lines stand, in units of ``x`` or doublings.  reference: a level to draw.  faint: thin
-    and grey, as a ground for another line.  legend: where it stands, also ``outside`` (to the right) or ``none``; a
-    single line has none.
+    order of the frame.  bars: from columns low to high.  dodge: how far apart marks of different lines stand, in units
+    of ``x`` or doublings.  reference: a level to draw.  line: options of ``Axes.plot`` for all lines.  legend: where it
+    stands, or ``none``; a single line has none.
     """
     ax = ax or plt.gca()
     ticks = {value: i if scale == "categories" else value for i, value in enumerate(dict.fromkeys(frame[x]))}
@@ -173,28 +161,24 @@ def traces(
     for place, ((name, part), marker, dash) in enumerate(zip(groups, cycle(MARKERS), cycle(DASHES))):
         at, shift = part[x].map(ticks).astype(float), dodge * (place - (len(groups) - 1) / 2)
         at = at * 2**shift if scale == "doubling" else at + shift
-        style = {"linestyle": dash if connect else "none", "marker": marker if markers else None, "markersize": 5}
-        style["color"] = COLOURS.get(name, BLUE if len(groups) == 1 else None)
-        style |= {"color": "0.6", "linewidth": 1, "marker": None} if faint else {}
-        (line,) = ax.plot(at, part[y], label=name, **style)
+        colour = COLOURS.get(name, BLUE if len(groups) == 1 else None)
+        style = {"linestyle": dash, "marker": marker, "markersize": 5, "color": colour} | dict(line or {})
+        (drawn,) = ax.plot(at, part[y], label=name, **style)
         if bars:
             kept = np.isfinite(part["low"])
             error = _error(part[kept], y)
-            ax.errorbar(at[kept], part.loc[kept, y], yerr=error, fmt="none", capsize=3, ecolor=line.get_color())
+            ax.errorbar(at[kept], part.loc[kept, y], yerr=error, fmt="none", capsize=3, ecolor=drawn.get_color())
+    if scale in ("log", "doubling"):
+        ax.set_xscale("log", base=2 if scale == "doubling" else 10)
     if scale in ("categories", "doubling"):
-        if scale == "doubling":
-            ax.set_xscale("log", base=2)
-            ax.minorticks_off()
         names = [value if isinstance(value, str) else f"{value:g}" for value in ticks]
-        turned = 60 if scale == "categories" and len(names) > 5 else 0
-        ax.set_xticks(list(ticks.values()), names, rotation=turned)
-    elif scale == "log":
-        ax.set_xscale("log")
+        ax.set_xticks(list(ticks.values()), names, rotation=60 if scale == "categories" and len(names) > 5 else 0)
+        ax.minorticks_off()
     if reference is not None:
         ax.axhline(reference, color="0.5", linewidth=0.8)
     ax.set(**axis)
     if len(groups) > 1 and legend != "none":
-        ax.legend(**{"loc": "upper left", "bbox_to_anchor": (1, 1)} if legend == "outside" else {"loc": legend})
+        ax.legend(loc=legend)
     return ax
 
 
@@ -203,41 +187,28 @@ def plain_log(ax: Axes, *axes: str) -> Axes:
     for name in axes:
         if getattr(ax.dataLim, f"{name}1") > 0:
             ax.set(**{f"{name}scale": "log"})
-            axis = getattr(ax, f"{name}axis")
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter(ScalarFormatter())
-            axis.set_minor_formatter(NullFormatter())
+            plain = {"major_locator": LogLocator(subs=(1, 2, 5)), "major_formatter": ScalarFormatter()}
+            getattr(ax, f"{name}axis").set(minor_formatter=NullFormatter(), **plain)
     return ax
 
 
 def against_target(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Draw how far each calibrated fact is from its target, in tolerances; columns fact, deviation, within."""
-    ax = ax or plt.gca()
-    place = np.arange(len(frame))[::-1]
-    ax.axvspan(-1, 1, color="0.93")
+    at = frame["deviation"].clip(-3, 3)
+    shown = frame.assign(at=at, place=-np.arange(len(frame)), kind=np.where(frame["within"], "within", "missed"))
+    shown = shown.sort_values("within", ascending=False, kind="stable")
+    ticks = {"yticks": shown["place"], "yticklabels": frame["fact"], "xlabel": "achieved − target (tolerances)"}
+    ax = traces(shown, x="at", y="place", by="kind", line={"linestyle": "none"}, ax=ax, xlim=(-3.1, 3.1), **ticks)
+    ax.axvspan(-1, 1, color="0.93", zorder=0)
     ax.axvline(0, color="0.5", linewidth=0.8)
-    for within, marker, colour, label in ((True, "o", BLUE, "within"), (False, "X", RED, "missed")):
-        chosen = (frame["within"] == within).to_numpy()
-        ax.plot(frame["deviation"].clip(-3, 3)[chosen], place[chosen], marker, color=colour, label=label)
-    ax.set(yticks=place, yticklabels=frame["fact"], xlim=(-3.1, 3.1), xlabel="achieved − target (tolerances)")
-    ax.legend()
     return ax
 
 
-def curves(
-    line: pd.DataFrame,
-    points: pd.DataFrame,
-    *,
-    x: str,
-    y: str,
-    labels: tuple[str, str] = ("this store", "published"),
-    ax: Axes | None = None,
-    **axis,
-) -> Axes:
-    """Draw a line, such as a distribution of the store, and points on it, such as the published ones."""
+def curves(frames: Mapping[str, pd.DataFrame], *, x: str, y: str, ax: Axes | None = None, **axis) -> Axes:
+    """Draw two named frames: a line, such as a distribution of the store, and points, such as the published ones."""
     ax = ax or plt.gca()
-    ax.plot(line[x], line[y], color=BLUE, label=labels[0])
-    ax.plot(points[x], points[y], "o", color=ORANGE, markersize=5, label=labels[1])
+    for (name, frame), style, colour in zip(frames.items(), ("-", "o"), (BLUE, ORANGE)):
+        ax.plot(frame[x], frame[y], style, color=colour, markersize=5, label=name)
     ax.set(**axis)
     ax.legend()
     return ax
@@ -260,9 +231,8 @@ def frame_weights(frame: pd.DataFrame, axes: Sequence[Axes]) -> Sequence[Axes]:
     frame: columns clip, frame (position), method, weight (share of the clip), wrong (bool).
     """
     for ax, (_, part) in zip(axes, frame.groupby("clip", sort=False)):
-        label = "weight (share of the clip)" if ax is axes[0] else ""
-        place = "best" if ax is axes[0] else "none"
-        traces(part, x="frame", y="weight", by="method", legend=place, xlabel="frame", ylabel=label, ax=ax)
+        traces(part, x="frame", y="weight", by="method", legend="best" if ax is axes[0] else "none", ax=ax)
+        ax.set(xlabel="frame", ylabel="weight (share of the clip)" if ax is axes[0] else "")
         for position in part.loc[part["wrong"], "frame"].unique():
             ax.axvspan(position - 0.5, position + 0.5, color=RED, alpha=0.12, linewidth=0)
     return axes
@@ -271,13 +241,11 @@ def frame_weights(frame: pd.DataFrame, axes: Sequence[Axes]) -> Sequence[Axes]:
 def verdict_grids(frame: pd.DataFrame) -> Figure:
     """Draw the differences (points) of a sensitivity grid, a panel a learned arm (rows) and a reliability (columns).
 
-    Colour is the sign, a dot says that the interval excludes 0; a cell without a row stays empty.  frame: columns
-    aggregator, reliability, share, wrong quality, difference, low, high, at most one row a cell.
+    Colour is the sign, a dot says that the interval excludes 0.  frame: as of ``aggregation.grid_frame``.
     """
     arms, reliabilities = frame["aggregator"].unique(), sorted(frame["reliability"].unique())
-    size = max(1, len(arms)), max(1, len(reliabilities))
-    options = {"layout": "constrained", "figsize": (3.0 * size[1], 2.3 * size[0])}
-    figure, axes = plt.subplots(*size, squeeze=False, **options)
+    high, wide = max(1, len(arms)), max(1, len(reliabilities))
+    figure, axes = plt.subplots(high, wide, squeeze=False, layout="constrained", figsize=(3.0 * wide, 2.3 * high))
     limit = max(0.5, frame["difference"].abs().max()) if len(frame) else 1.0
     rows, columns = sorted(frame["wrong quality"].unique(), reverse=True), sorted(frame["share"].unique())
     style = {"cmap": "RdBu", "center": 0, "vmin": -limit, "vmax": limit, "annot": True, "fmt": "+.1f", "cbar": False}
@@ -308,8 +276,6 @@ def partition(frame: pd.DataFrame, *, ax: Axes | None = None, **axis) -> Axes:
     return ax
 
 
-# -- scenes ---------------------------------------------------------------------------------------------------------
-
 _MARKS = {"right": {"edgecolor": GREEN, "linestyle": "-"}, "wrong": {"edgecolor": RED, "linestyle": (0, (2, 1.5))}}
 
 
@@ -328,39 +294,34 @@ def picture_rows(frame: pd.DataFrame, ax: Axes | None = None, *, inch: float = 0
     ax = ax or plt.gca()
     if frame.empty:
         return _without_pictures(ax)
-    labels = list(dict.fromkeys(frame["row"]))
-    longest = frame.groupby("row").size().max()
-    for line, label in enumerate(labels):
-        for place, cell in enumerate(frame[frame["row"] == label].to_dict("records")):
-            ax.imshow(cell["picture"], extent=(place + 0.06, place + 0.94, line + 0.94, line + 0.06))
-            if cell["mark"]:
-                style = {"fill": False, "linewidth": 2.4} | _MARKS[cell["mark"]]
-                ax.add_patch(plt.Rectangle((place + 0.05, line + 0.05), 0.9, 0.9, **style))
-    ax.set(xlim=(0, longest), ylim=(len(labels), 0), xticks=[], aspect="equal")
-    ax.set_yticks([line + 0.5 for line in range(len(labels))], labels)
+    rows = dict(list(frame.groupby("row", sort=False)))
+    longest = max(map(len, rows.values()))
+    for line, part in enumerate(rows.values()):
+        for place, (picture, mark) in enumerate(zip(part["picture"], part["mark"])):
+            ax.imshow(picture, extent=(place + 0.06, place + 0.94, line + 0.94, line + 0.06))
+            if mark:
+                box = plt.Rectangle((place + 0.05, line + 0.05), 0.9, 0.9, fill=False, linewidth=2.4, **_MARKS[mark])
+                ax.add_patch(box)
+    ax.set(xlim=(0, longest), ylim=(len(rows), 0), xticks=[], aspect="equal")
+    ax.set_yticks(np.arange(len(rows)) + 0.5, list(rows))
     ax.tick_params(length=0)
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
-    ax.figure.set_size_inches(inch * longest + 1.2, inch * len(labels) + 0.2)
+    ax.figure.set_size_inches(inch * longest + 1.2, inch * len(rows) + 0.2)
     return ax
 
 
-def training_curves(frame: pd.DataFrame, axes: Sequence[Axes]) -> Sequence[Axes]:
-    """Draw the loss of every epoch, and the share of train and val clips recognised; two axes.
-
-    frame: columns epoch, loss (nats), train, val (shares), seed.
-    """
-    if frame.empty:
-        return [_without_pictures(ax) for ax in axes]
-    for _, part in frame.groupby("seed"):
-        axes[0].plot(part["epoch"], part["loss"], color=BLUE, marker="o", markersize=3)
-        for marker, name in zip(MARKERS, ("train", "val")):
-            axes[1].plot(part["epoch"], part[name], color=COLOURS[name], marker=marker, markersize=3, label=name)
-    axes[0].set(xlabel="epoch", ylabel="loss (nats)", ylim=(0, None))
-    axes[1].set(xlabel="epoch", ylabel="clips recognised (share)", ylim=(0, 1))
-    handles, labels = axes[1].get_legend_handles_labels()
-    axes[1].legend(handles[:2], labels[:2])
-    return axes
+def occlusion_maps(pictures: np.ndarray, maps: np.ndarray, ax: Axes | None = None) -> Axes:
+    """Draw pictures (n, S, S, 3) and under each its occlusion map (n, S, S), on one scale of cosine."""
+    if not len(maps):
+        return _without_pictures(ax or plt.gca())
+    limit = np.abs(maps).max() or 1.0
+    scale = ScalarMappable(Normalize(-limit, limit), "RdBu_r")
+    over = 0.35 * pictures.mean(-1, keepdims=True) + 0.65 * 255 * scale.cmap(scale.norm(maps))[..., :3]
+    rows = {"row": np.repeat(["picture", "covered"], len(maps)), "picture": [*pictures, *over.astype(np.uint8)]}
+    ax = picture_rows(pd.DataFrame(rows | {"mark": ""}), ax, inch=1.25)
+    ax.figure.colorbar(scale, ax=ax, label="cosine lost", shrink=0.6)
+    return ax
 
 
 def show_confusion(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -368,91 +329,9 @@ def show_confusion(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = ax or plt.gca()
     if table.empty:
         return _without_pictures(ax)
-    text = table.map(lambda share: f"{100 * share:.0f}" if share > 0 else "").to_numpy()
-    style = {"cmap": "Blues", "vmin": 0, "vmax": 1, "linewidths": 0.5, "cbar": False, "annot_kws": {"fontsize": 8}}
-    sns.heatmap(table, ax=ax, annot=text, fmt="", **style)
+    style = {"cmap": "Blues", "vmin": 0, "vmax": 100, "linewidths": 0.5, "cbar": False, "annot_kws": {"fontsize": 8}}
+    sns.heatmap(100 * table, mask=table == 0, annot=True, fmt=".0f", ax=ax, **style)
+    ax.grid(visible=False)
     ax.set(xlabel="show of the nearest train clip", ylabel="show of the val clip")
     ax.tick_params(axis="y", rotation=0)
     return ax
-
-
-def occlusion_maps(pictures: np.ndarray, maps: np.ndarray) -> Figure:
-    """Draw pictures (n, S, S, 3) and under each its occlusion map (n, S, S), on one scale of cosine."""
-    n = len(pictures)
-    options = {"figsize": (1.25 * max(n, 1) + 0.9, 2.7), "layout": "constrained"}
-    figure, axes = plt.subplots(2, max(n, 1), squeeze=False, **options)
-    if not n:
-        figure.delaxes(axes[1, 0])
-        _without_pictures(axes[0, 0])
-        return figure
-    limit = float(np.abs(maps).max()) or 1.0
-    for place in range(n):
-        axes[0, place].imshow(pictures[place])
-        axes[1, place].imshow(pictures[place].mean(-1), cmap="gray", vmin=0, vmax=255)
-        drawn = axes[1, place].imshow(maps[place], cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=0.65)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-        ax.grid(visible=False)
-    figure.colorbar(drawn, ax=list(axes[1]), label="cosine lost", shrink=0.95)
-    return figure
-
-
-# -- cost -----------------------------------------------------------------------------------------------------------
-
-_PRECISIONS = {"fp32": "-", "bf16": "--"}
-
-
-def roofline(lines: pd.DataFrame, ceilings: pd.DataFrame) -> Figure:
-    """Draw measured lines under the roof of their processor, a panel each, numbered by a legend.
-
-    lines: columns mark (lines of one name share it), where, intensity (FLOP a byte), reached (FLOP/s); ceilings:
-    columns where, precision, compute (FLOP/s), copy (bytes/s).
-    """
-    places = list(ceilings["where"].unique())
-    figure, axes = plt.subplots(len(places), squeeze=False, figsize=(7.4, 4.2 * len(places)), layout="constrained")
-    for ax, place in zip(axes[:, 0], places):
-        part = lines[lines["where"] == place]
-        over = np.geomspace(min([1, *part["intensity"] / 2]), max([1_000, *part["intensity"] * 2]), 200)
-        for roof in ceilings[ceilings["where"] == place].to_dict("records"):
-            attainable, dash = np.minimum(roof["compute"], over * roof["copy"]) / 1e9, _PRECISIONS[roof["precision"]]
-            ax.plot(over, attainable, dash, color="0.4", linewidth=1.2, label=roof["precision"])
-        marks = zip(cycle(MARKERS), cycle((BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK)))
-        for (name, row), (marker, colour) in zip(part.groupby("mark", sort=False), marks):
-            ax.plot(row["intensity"], row["reached"] / 1e9, marker, color=colour, markersize=6, label=name)
-        ax.set(xscale="log", yscale="log", xlabel="operations a byte (FLOP/B)", ylabel="operations (GFLOP/s)")
-        plain_log(ax, "y")
-        ax.text(0.01, 1.02, place, transform=ax.transAxes, fontsize=9)
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-    return figure
-
-
-def growth(points: pd.DataFrame, fits: pd.DataFrame) -> Figure:
-    """Draw seconds over size, a panel for every cost and axis, and the fitted power laws.
-
-    points: columns cost, axis, where, size, seconds; fits: columns cost, axis, where, exponent, middle (size) and
-    centre (seconds on the fitted line there).
-    """
-    series = list(points.groupby(["cost", "axis"], sort=False))
-    rows = max(1, -(-len(series) // 3))
-    figure, axes = plt.subplots(rows, 3, squeeze=False, figsize=(9, 2.7 * rows), layout="constrained")
-    styles = dict(zip(points["where"].unique(), cycle(zip(MARKERS, (BLUE, ORANGE, GREEN, RED)))))
-    for ax, ((cost, axis), part) in zip(axes.flat, series):
-        for place, there in part.groupby("where", sort=False):
-            marker, colour = styles[place]
-            ax.plot(there["size"], there["seconds"], marker, color=colour, markersize=5, label=place)
-            fit = fits[(fits["cost"] == cost) & (fits["axis"] == axis) & (fits["where"] == place)]
-            for row in fit.to_dict("records"):
-                line = row["centre"] * (there["size"] / row["middle"]) ** row["exponent"]
-                ax.plot(there["size"], line, color=colour, linewidth=1)
-        ax.set(xscale="log", yscale="log", xlabel=axis, ylabel=cost, xticks=sorted(part["size"].unique()))
-        wide = part["seconds"].max() > 30 * part["seconds"].min()
-        ax.yaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
-        for direction, unit in ((ax.xaxis, ""), (ax.yaxis, "s")):
-            direction.set_major_formatter(EngFormatter(unit, sep=""))
-            direction.set_minor_formatter(NullFormatter())
-    for ax in axes.flat[len(series) :]:
-        ax.remove()
-    if series:
-        known = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels())}
-        figure.legend(known.values(), known.keys(), loc="outside upper center", ncols=2)
-    return figure

@@ -6,18 +6,23 @@ the text ``False`` is no flag that is set, and ``010`` is ten.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 
+WANTED = {"bool": "true or false", "int": "a whole number", "float": "a finite number"}
+WANTED["str"] = "text (papermill -r passes it as it is)"
 FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 def read(namespace: dict) -> None:
     """Convert the annotated parameters of a notebook, its ``globals()``, to the types that they declare."""
     for name, declared in namespace.get("__annotations__", {}).items():
-        namespace[name] = convert(name, namespace[name], declared if isinstance(declared, str) else _named(declared))
+        kind = declared if isinstance(declared, str) else inspect.formatannotation(declared)
+        namespace[name] = convert(name, namespace[name], kind)
 
 
 def read_texts(notebook: Path, texts: dict[str, str]) -> dict[str, object]:
@@ -32,29 +37,24 @@ def read_texts(notebook: Path, texts: dict[str, str]) -> dict[str, object]:
 
 
 def convert(name: str, value: object, declared: str) -> object:
-    """Return a parameter as its declared type: int, float, bool, str, or a list of one of them.
+    """Return a parameter as its declared type: int, float, bool, str, or a list of one of them; refuse others by name.
 
-    Text is read by that type, digits as a decimal number; what cannot be read is refused by name.  What is declared as
-    text is taken as it is; a whole number is what papermill makes of a name of digits.  A list may be JSON, or parts
-    between commas, or one value.  Seeds, of a name that ends so, are different whole numbers >= 0, at least one.
+    Text is read by that type, digits as a decimal number.  What is declared as text is taken as it is, a whole number
+    as papermill makes it of digits.  A list may be JSON, or parts between commas, or one value.  Seeds, of a name that
+    ends so, are different whole numbers >= 0, at least one.
 
     >>> convert("seeds", "[010, 3]", "list[int]"), convert("others", "no", "bool"), convert("data", 2019, "str")
     ([10, 3], False, '2019')
     """
-    element = re.fullmatch(r"(?:list|tuple)(?:\[(\w+).*\])?", declared)
-    if not element:
+    listed = re.fullmatch(r"(?:list|tuple)(?:\[(\w+).*\])?", declared)
+    if not listed:
         return _scalar(name, value, declared)
-    if isinstance(value, str):
-        value = _parts(name, value, element[1] or "")
-    values = list(value) if isinstance(value, list | tuple) else [value]
-    values = [_scalar(name, part, element[1] or "") for part in values]
+    element = listed[1] or ""
+    parts = _parts(name, value, element) if isinstance(value, str) else value
+    values = [_scalar(name, part, element) for part in (parts if isinstance(parts, list | tuple) else [parts])]
     if name.endswith("seeds") and (not values or min(values) < 0 or len(set(values)) < len(values)):
         raise ValueError(f"{name} must be different whole numbers >= 0, at least one, got {values!r}")
     return values
-
-
-def _named(declared: object) -> str:
-    return declared.__name__ if type(declared) is type else str(declared)
 
 
 def _parts(name: str, text: str, element: str) -> list:
@@ -72,25 +72,17 @@ def _parts(name: str, text: str, element: str) -> list:
 
 
 def _scalar(name: str, value: object, declared: str) -> object:
-    text = value.strip() if isinstance(value, str) else ""
-    if declared == "bool":
-        if isinstance(value, bool) or text.lower() in FLAGS:
-            return FLAGS.get(text.lower(), value)
-        raise ValueError(f"{name} must be true or false, got {value!r}")
-    if declared == "int":
-        if type(value) is int or re.fullmatch(r"[+-]?\d+", text):
-            return int(text or value)
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    text = value.strip() if isinstance(value, str) else str(value) if type(value) in (bool, int, float) else ""
+    if declared == "bool" and type(value) in (bool, str) and text.lower() in FLAGS:
+        return FLAGS[text.lower()]
+    if declared == "int" and re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
     if declared == "float":
-        try:
-            number = float(text or value) if not isinstance(value, bool) else math.nan
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise ValueError(f"{name} must be a finite number, got {value!r}")
-        return number
-    if declared == "str":
-        if isinstance(value, str) or type(value) is int:
-            return str(value)
-        raise ValueError(f"{name} must be text, got {value!r} (papermill -r passes text as it is)")
-    return value
+        with suppress(ValueError):
+            if math.isfinite(number := float(text)):
+                return number
+    if declared == "str" and type(value) in (int, str):
+        return str(value)
+    if declared not in WANTED:
+        return value
+    raise ValueError(f"{name} must be {WANTED[declared]}, got {value!r}")

@@ -4,8 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from benchmarks import cost, growth, prediction
-from mmlib import figures
+from benchmarks import cost, drawing, growth, prediction
 
 MACHINE = {
     "cpu": "A",
@@ -276,7 +275,7 @@ def test_growth_has_a_panel_a_series_with_its_points_and_fit():
         result(growth=[*RANKED, series("open", "clips", lambda s: s**0.5), series("metric", "identities", float)])
     ]
     points = cost.growth_frame(results)
-    figure = figures.growth(points, cost.exponents(points))
+    figure = drawing.growth(points, cost.exponents(points))
     assert [(ax.get_ylabel(), ax.get_xlabel()) for ax in figure.axes] == [
         ("rank", "clips"),
         ("rank", "identities"),
@@ -291,15 +290,15 @@ def test_growth_has_a_panel_a_series_with_its_points_and_fit():
 
 def test_figures_of_a_file_without_growth_and_operations_are_drawn():
     empty = cost.growth_frame([result()])
-    assert figures.growth(empty, cost.exponents(empty)).axes == []
-    (ax,) = figures.roofline(cost.roofline_frame([result()]), cost.ceiling_frame([result()])).axes
+    assert drawing.growth(empty, cost.exponents(empty)).axes == []
+    (ax,) = drawing.roofline(cost.roofline_frame([result()]), cost.ceiling_frame([result()])).axes
     assert [line.get_label() for line in ax.lines] == ["fp32", "bf16"]
     plt.close("all")
 
 
 def test_roofs_meet_their_ceilings_and_lines_stand_where_they_were_measured():
     results = [result([line(flops=1000)])]
-    (ax,) = figures.roofline(cost.roofline_frame(results), cost.ceiling_frame(results)).axes
+    (ax,) = drawing.roofline(cost.roofline_frame(results), cost.ceiling_frame(results)).axes
     single, half, mark = ax.lines
     assert max(single.get_ydata()) == pytest.approx(50e-9) and max(half.get_ydata()) == pytest.approx(100e-9)
     assert (mark.get_xdata(), mark.get_ydata()) == (pytest.approx([200]), pytest.approx([500e-9]))

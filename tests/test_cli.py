@@ -177,11 +177,11 @@ def test_what_exists_is_replaced_only_when_told(tmp_path, option):
 @pytest.mark.parametrize(
     "setting, message",
     [
-        ("contamined=0.3", "--set contamined: no such setting; there are identities, contaminated, .*, warp, "),
-        ("contaminated=many", "--set contaminated: expected a number, got 'many'"),
-        ("contaminated=nan", "--set contaminated: expected a finite number, got 'nan'"),
-        ("contaminated=2", "contaminated must lie in .*, got 2.0"),
-        ("identities=12.5", "--set identities: expected a whole number, got '12.5'"),
+        ("contamined=0.3", "no setting named contamined; there are identities, contaminated, .*, warp, "),
+        ("contaminated=many", "--set contaminated must be a finite number, got 'many'"),
+        ("contaminated=nan", "--set contaminated must be a finite number, got 'nan'"),
+        ("contaminated=2", "contaminated must be a number in .0, 1., got 2.0"),
+        ("identities=12.5", "--set identities must be a whole number, got '12.5'"),
         ("contaminated", "--set contaminated: expected NAME=VALUE"),
         ("warp=2", "--set warp: given twice, '1' and '2'"),
     ],
@@ -263,7 +263,7 @@ def test_a_full_disk_leaves_nothing(official, monkeypatch, command):
 def test_an_interrupt_leaves_nothing(tmp_path, option, sent, said, status):
     process = start(tmp_path, "simulate", "store", "--profile", "quick", *option)
     deadline = time.monotonic() + 120
-    while not any(path.stat().st_size > 10**7 for path in tmp_path.glob(".store.partial-*/**/feature.npy")):
+    while not any(path.stat().st_size > 10**7 for path in tmp_path.glob("**/face/feature.npy")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(sent)

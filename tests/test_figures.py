@@ -151,10 +151,10 @@ def test_no_method_is_dropped_however_many():
 
 
 def test_traces_can_be_left_unconnected():
-    assert {line.get_linestyle() for line in traced(connect=False).get_lines()} == {"None"}
+    assert {line.get_linestyle() for line in traced(line={"linestyle": "none"}).get_lines()} == {"None"}
 
 
-LEGENDS = [(TRACED, "best", True), (TRACED, "outside", True), (TRACED, "none", False), (TRACED[:3], "best", False)]
+LEGENDS = [(TRACED, "best", True), (TRACED, "none", False), (TRACED[:3], "best", False)]
 
 
 @pytest.mark.parametrize("frame, legend, there", [*LEGENDS, (TRACED[:0], "best", False)])
@@ -172,13 +172,13 @@ def test_axis_is_logarithmic_where_it_has_a_positive_value(recwarn, top, scale):
 def test_targets_missed_are_told_from_those_met():
     frame = pd.DataFrame({"fact": ["a", "b", "c"], "deviation": [0.5, -1.5, 9.0], "within": [True, False, False]})
     ax = figures.against_target(frame)
-    assert drawn(ax) == {"within": ([0.5], [2]), "missed": ([-1.5, 3], [1, 0])}  # beyond 3 at the edge
+    assert drawn(ax) == {"within": ([0.5], [0]), "missed": ([-1.5, 3], [-1, -2])}  # beyond 3 at the edge
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b", "c"]
 
 
 def test_curves_show_the_store_and_the_published_points():
     store, published = (pd.DataFrame({"x": x, "y": y}) for x, y in (([1, 2, 3], [1, 0.5, 0.2]), ([2], [0.4])))
-    ax = figures.curves(store, published, x="x", y="y", xscale="log")
+    ax = figures.curves({"this store": store, "published": published}, x="x", y="y", xscale="log")
     assert drawn(ax) == {"this store": ([1, 2, 3], [1, 0.5, 0.2]), "published": ([2], [0.4])}
     assert ax.get_xscale() == "log"
 
@@ -234,7 +234,9 @@ DRAWINGS = {
     "forest": lambda ax: figures.forest(FOREST, label="arm", value="difference", xlabel="points", ax=ax),
     "traces": lambda ax: figures.traces(TRACED, x="p", y="gain", by="arm", xlabel="p", ylabel="gain", ax=ax),
     "against_target": lambda ax: figures.against_target(ONE, ax),
-    "curves": lambda ax: figures.curves(ONE, ONE, x="x", y="y", xlabel="faces", ylabel="share", ax=ax),
+    "curves": lambda ax: figures.curves(
+        {"one": ONE, "other": ONE}, x="x", y="y", xlabel="faces", ylabel="share", ax=ax
+    ),
     "densities": lambda ax: figures.densities(TRACED, value="gain", by="arm", xlabel="gain", ax=ax),
 }
 

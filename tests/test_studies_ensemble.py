@@ -94,12 +94,10 @@ def test_blocks_share_the_variance_of_stored_dimensions(store):
 def test_expected_loss_of_small_cases_is_that_of_all_outcomes():
     # identities of one and two clips: a bootstrap of three misses the first with (2/3)^3, the second with (1/3)^3
     count = np.array([1, 2])
-    assert ensemble.expected_lost(count, "bootstrap") == pytest.approx((8 / 27 + 1 / 27) / 2)
+    assert ensemble.expected_lost(count)["bootstrap"] == pytest.approx((8 / 27 + 1 / 27) / 2)
     # four of five clips are kept: only the identity of one clip can be lost, with 1/5
-    assert ensemble.expected_lost(np.array([1, 4]), "80 % subsample") == pytest.approx(0.1)
-    assert ensemble.expected_lost(count, "stratified bootstrap") == 0
-    with pytest.raises(ValueError, match="procedure must be"):
-        ensemble.expected_lost(count, "bagging")
+    assert ensemble.expected_lost(np.array([1, 4]))["80 % subsample"] == pytest.approx(0.1)
+    assert ensemble.expected_lost(count)["stratified bootstrap"] == 0
 
 
 @pytest.mark.parametrize("procedure", ensemble.PROCEDURES)
@@ -107,7 +105,7 @@ def test_draws_lose_what_is_expected(procedure):
     count = np.repeat([1, 2, 5, 20], [30, 20, 20, 5])
     identity = np.random.default_rng(1).permutation(np.repeat(100 + np.arange(len(count)), count))
     lost = ensemble.drawn_lost(identity, procedure, draws=300)
-    expected = ensemble.expected_lost(count, procedure)
+    expected = ensemble.expected_lost(count)[procedure]
     assert len(lost) == 300
     assert lost.mean() == pytest.approx(expected, abs=4 * stats.sem(lost) + 1e-12)  # four standard errors of the mean
 
@@ -123,7 +121,7 @@ def test_store_columns_count_labelled_clips_with_a_face(store):
     row = ensemble.lost_table(store, draws=5).iloc[0]
     clips = store.select("train", labelled=True, having="face")
     count = np.bincount(store.identity_of(clips))
-    assert row["expected"] == pytest.approx(ensemble.expected_lost(count[count > 0], "bootstrap"))
+    assert row["expected"] == pytest.approx(ensemble.expected_lost(count[count > 0])["bootstrap"])
     assert row["min"] <= row["mean"] <= row["max"] and row["std"] > 0
 
 

@@ -11,7 +11,7 @@ from mmlib import retrieve, systems
 from mmlib.data.store import ClipStore
 from mmlib.experiment import Experiment
 from mmlib.rank import Fallback
-from mmlib.records import PERCENTILE_EDGES
+from mmlib.retrieve import PERCENTILE_EDGES
 from mmlib.studies import fusion
 
 FACE = systems.FUSIONS["face"]

@@ -255,27 +255,16 @@ def test_without_pictures_the_drawings_say_so(ax):
     drawn = [
         figures.picture_rows(none, ax),
         figures.show_confusion(none, ax),
-        *figures.training_curves(none, [ax]),
-        figures.occlusion_maps(np.empty((0, 1, 1, 3)), np.empty((0, 1, 1))).axes[0],
+        figures.occlusion_maps(np.empty(0), np.empty(0), ax),
     ]
     assert all("no pictures" in [text.get_text() for text in each.texts] for each in drawn)
 
 
-def test_training_curves_show_each_seed_and_name_each_line_once():
-    plt.switch_backend("Agg")
-    history = [{"epoch": epoch, "loss": 2.0 / epoch, "train": epoch / 4, "val": epoch / 5} for epoch in (1, 2)]
-    frame = pd.concat([pd.DataFrame(history).assign(seed=seed) for seed in (0, 1)])
-    axes = figures.training_curves(frame, plt.subplots(1, 2)[1])
-    assert [list(line.get_ydata()) for line in axes[0].get_lines()] == [[2.0, 1.0]] * 2
-    assert [text.get_text() for text in axes[1].get_legend().get_texts()] == ["train", "val"]
-    plt.close("all")
-
-
-def test_occlusion_maps_share_one_scale_about_zero():
-    plt.switch_backend("Agg")
-    figure = figures.occlusion_maps(
-        np.zeros((2, 4, 4, 3), np.uint8), np.array([np.full((4, 4), 0.1), np.full((4, 4), -0.3)])
-    )
-    limits = {ax.images[-1].get_clim() for ax in figure.axes if len(ax.images) == 2}
-    assert limits == {(-0.3, 0.3)}
-    plt.close("all")
+def test_occlusion_maps_share_one_scale_about_zero(ax):
+    maps = np.array([np.full((4, 4), 0.1), np.full((4, 4), -0.3)])
+    figures.occlusion_maps(np.full((2, 4, 4, 3), 128, np.uint8), maps, ax)
+    assert ax.figure.axes[1].get_ylim() == (-0.3, 0.3)
+    for_, against = (image.get_array()[0, 0].astype(int) for image in ax.images[2:])
+    assert (
+        for_[0] > for_[2] and against[0] < against[2] and for_.sum() > against.sum()
+    )  # red for, a darker blue against

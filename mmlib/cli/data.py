@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
-from mmlib.cli.options import NewStore, Overwrite, argument, command, option, split_pairs, writing
+from mmlib import parameters
+from mmlib.cli.options import PAIRS, NewStore, Overwrite, argument, command, option, split_pairs, writing
 
 if TYPE_CHECKING:
     from mmlib.data.simulate import Settings
@@ -28,16 +29,9 @@ def simulate(
     profile: Annotated[Profile, option("How many identities.")] = Profile.quick,
     seed: Annotated[int, option("Which world; the same seed gives the same bytes.", least=0)] = 0,
     settings: Annotated[
-        list[str] | None,
-        option(
-            "Change a setting of the simulator; repeat for more. A wrong name lists them.",
-            "--set",
-            metavar="NAME=VALUE",
-        ),
+        list[str] | None, option("Change a setting; a wrong name lists them.", "--set", **PAIRS)
     ] = None,
-    as_official: Annotated[
-        bool, option("Write the challenge's own files instead of a clip store.", "--as-official")
-    ] = False,
+    as_official: Annotated[bool, option("Write the challenge's own files, not a store.", "--as-official")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Draw a simulated world of clips.
@@ -47,12 +41,12 @@ def simulate(
     from mmlib.data.simulate import settings_for
     from mmlib.data.simulate import simulate as draw
 
-    chosen = settings_for(profile.value, **read_settings(settings or []))
+    chosen, progress = settings_for(profile.value, **read_settings(settings or [])), sys.stderr.isatty()
     with writing(out):
         if as_official:
-            lines = _draw_official(out, chosen, seed, overwrite)
+            lines = _draw_official(out, chosen, seed, overwrite, progress)
         else:
-            lines = _summary(draw(out, chosen, seed, overwrite=overwrite, progress=sys.stderr.isatty()))
+            lines = _summary(draw(out, chosen, seed, overwrite=overwrite, progress=progress))
     print(*lines, sep="\n")
     print(f"simulated: profile {profile.value}, seed {seed}; no score on it is a result on the challenge")
 
@@ -61,15 +55,13 @@ def simulate(
 def import_iqiyi(
     folder: Annotated[Path, argument("FOLDER", "The challenge's folder: feat/*.pickle, train_gt.txt, val_gt.txt.")],
     store: NewStore,
-    skip_bad_records: Annotated[
-        bool, option("Leave bad records out and count them, instead of stopping at the first.", "--skip-bad-records")
-    ] = False,
+    skip_bad_records: Annotated[bool, option("Leave bad records out and count them.", "--skip-bad-records")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Import the challenge's own files.
 
     They become a clip store. Nothing in a pickle is executed: what is not an array or a plain container is
-    refused.
+    refused. A bad record stops the import unless told otherwise.
     """
     import rich
 
@@ -88,20 +80,16 @@ def import_iqiyi(
     name="import-features",
 )
 def import_features(
-    table: Annotated[
-        Path,
-        argument("TABLE", "Parquet or CSV: clip, frame, identity (or empty), split, and quality and det where known."),
-    ],
-    array: Annotated[
-        Path, argument("ARRAY", "A row for each row of TABLE: .npy, or raw little-endian float32 with --width.")
-    ],
+    table: Annotated[Path, argument("TABLE", "Parquet or CSV of frames.")],
+    array: Annotated[Path, argument("ARRAY", "Their rows: .npy, or raw little-endian float32 with --width.")],
     store: NewStore,
     width: Annotated[int | None, option("Dimensions of a raw ARRAY.", metavar="D", least=1)] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Import embeddings of your own.
 
-    A table of frames and an array beside it become a clip store.
+    A table of frames and an array beside it become a clip store. The table has the columns clip, frame,
+    identity (or empty), split, and quality and det where known.
     """
     import rich
 
@@ -114,15 +102,7 @@ def import_features(
     print(*report.lines(), sep="\n")
 
 
-@command(
-    "import-lfw oss_data/ store/",
-    name="import-lfw",
-    before="""\b
-The two files are LFW_tensor.bytes and LFW_labels.tsv, from oss_data/ at
-https://github.com/huyhoang17/128D-Facenet-LFW-Embedding-Visualisation
-
-""",
-)
+@command("import-lfw oss_data/ store/", name="import-lfw")
 def import_lfw(
     folder: Annotated[Path, argument("FOLDER", "Folder with the two published files; their sha256 is checked.")],
     store: NewStore,
@@ -132,7 +112,9 @@ def import_lfw(
     """Import public embeddings of real faces.
 
     FaceNet embeddings of photographs of Labeled Faces in the Wild become a clip store: each person's
-    photographs are grouped into short clips, those of persons with fewer than four into distractors.
+    photographs are grouped into short clips, those of persons with fewer than four into distractors. The two
+    files are LFW_tensor.bytes and LFW_labels.tsv, from oss_data/ at
+    https://github.com/huyhoang17/128D-Facenet-LFW-Embedding-Visualisation
     """
     from mmlib.data import features
 
@@ -162,50 +144,35 @@ def render(
     print("simulated: no score on them is a result on the challenge")
 
 
-def _draw_official(out: Path, settings: Settings, seed: int, overwrite: bool) -> list[str]:
+def _draw_official(out: Path, settings: Settings, seed: int, overwrite: bool, progress: bool) -> list[str]:
     """Draw a world, write it as the challenge's files, and describe it."""
     from mmlib.data.iqiyi import export_folder
     from mmlib.data.simulate import simulate as draw
     from mmlib.data.writer import partial_folder
 
-    with partial_folder(out, "feat", overwrite) as partial:
-        store = draw(partial / "store", settings, seed, progress=sys.stderr.isatty())
-        export_folder(store, partial / "files")
+    with partial_folder(out, "feat", overwrite) as partial, TemporaryDirectory(dir=partial.parent) as folder:
+        store = draw(Path(folder) / "store", settings, seed, progress=progress)
+        export_folder(store, partial)
         lines = _summary(store)
         del store  # not every system removes a file that is mapped
-        shutil.rmtree(partial / "store")
-        for path in sorted((partial / "files").iterdir()):
-            path.rename(partial / path.name)
-        (partial / "files").rmdir()
     return lines
 
 
 def _summary(store: ClipStore) -> list[str]:
-    train, val = store.select("train"), store.select("val")
-    distractors = store.select("val", labelled=False)
-    frames = ", ".join(f"{len(modality.feature)} {name}" for name, modality in store.modalities.items())
+    clips, frames = store.clips, {name: len(modality.feature) for name, modality in store.modalities.items()}
+    sizes = clips["split"].value_counts()
     return [
-        f"clips: {len(store)}, {len(train)} train and {len(val)} val",
-        f"frames: {frames}",
+        f"clips: {len(store)}, {sizes['train']} train and {sizes['val']} val",
+        f"frames: {', '.join(f'{number} {name}' for name, number in frames.items())}",
         f"identities: {len(store.identities)}",
-        f"distractors: {len(distractors)}",
+        f"distractors: {len(store.select('val', labelled=False))}",
     ]
 
 
-def read_settings(texts: list[str]) -> dict[str, float]:
-    """Read NAME=VALUE texts as settings of the simulator."""
+def read_settings(texts: list[str]) -> dict[str, object]:
+    """Read NAME=VALUE texts as settings of the simulator, which knows their names and bounds."""
     from mmlib.data.simulate import Settings
 
-    kinds = {field.name: type(field.default) for field in fields(Settings)}
-    values = {}
-    for name, text in split_pairs("--set", texts).items():
-        if name not in kinds:
-            raise ValueError(f"--set {name}: no such setting; there are {', '.join(kinds)}")
-        try:
-            values[name] = kinds[name](text)
-        except ValueError:
-            kind = "a whole number" if kinds[name] is int else "a number"
-            raise ValueError(f"--set {name}: expected {kind}, got {text!r}") from None
-        if not abs(values[name]) < float("inf"):
-            raise ValueError(f"--set {name}: expected a finite number, got {text!r}")
-    return values
+    kinds = {field.name: str(field.type) for field in fields(Settings)}
+    pairs = split_pairs("--set", texts)
+    return {name: parameters.convert(f"--set {name}", text, kinds.get(name, "str")) for name, text in pairs.items()}

@@ -36,6 +36,7 @@ class OneLineErrors(TyperGroup):
 
 
 app = typer.Typer(
+    help="Simulate or import clips, learn from scenes, predict, score a submission, rerun a chapter.",
     cls=OneLineErrors,
     no_args_is_help=True,
     add_completion=False,
@@ -54,20 +55,16 @@ def option(text: str, *names: str, metavar: str | None = None, least: int | None
     return typer.Option(*names, metavar=metavar, min=least, show_default=metavar is None, help=text)
 
 
-def command(*examples: str, name: str | None = None, before: str = ""):
+def command(*examples: str, name: str | None = None):
     """Register a command with examples below its help."""
     lines = "\n".join(f"  mmlib {example}" for example in examples)
-    return app.command(name, epilog=f"{before}\b\nExample{'s' * (len(examples) > 1)}:\n{lines}")
+    return app.command(name, epilog=f"\b\nExample{'s' * (len(examples) > 1)}:\n{lines}")
 
 
+PAIRS = {"metavar": "NAME=VALUE"}  # of an option that may be repeated
 Overwrite = Annotated[bool, option("Replace what is there once the new is complete.", "--overwrite")]
 NewStore = Annotated[Path, argument("STORE", "Clip store to write, a folder.")]
 Where = Annotated[Device, option("auto is a GPU where there is one.")]
-
-
-@app.callback()
-def describe() -> None:
-    """Simulate or import clips, learn from scenes, predict, score a submission, rerun a chapter."""
 
 
 @contextmanager

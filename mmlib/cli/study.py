@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from dataclasses import replace
 from enum import StrEnum
@@ -14,7 +15,7 @@ from typing import Annotated
 import typer
 
 from mmlib import parameters
-from mmlib.cli.options import Device, Overwrite, Where, argument, command, option, split_pairs, writing
+from mmlib.cli.options import PAIRS, Device, Overwrite, Where, argument, command, option, split_pairs, writing
 
 CHAPTERS = Path(__file__).parents[2] / "book" / "chapters"
 System = StrEnum("System", ["one-name", "one-name-as-coded", "face-only"])
@@ -31,28 +32,16 @@ Split = StrEnum("Split", ["val", "test"])
 def predict(
     store: Annotated[Path, argument("STORE", "Clip store with labelled train clips.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Submission to write.")] = Path("result.txt"),
-    system: Annotated[
-        System, option("What is trained: the system as described, as its released code has it, or faces alone.")
-    ] = System["one-name"],
+    system: Annotated[System, option("As described, as coded by its team, or of faces alone.")] = System["one-name"],
     split: Annotated[Split, option("Whose clips are ranked.")] = Split.val,
-    epochs: Annotated[
-        int | None, option("Epochs of a training; else those of the system.", metavar="N", least=1)
-    ] = None,
-    members: Annotated[
-        int | None, option("Use the first so many members of its ensembles; else all.", metavar="N", least=1)
-    ] = None,
+    epochs: Annotated[int | None, option("Of a training; else those of the system.", metavar="N", least=1)] = None,
+    members: Annotated[int | None, option("First members of its ensembles; else all.", metavar="N", least=1)] = None,
     seed: Annotated[int, option("Of the training.", least=0)] = 0,
-    labelled_only: Annotated[
-        bool, option("Leave out identities without a labelled clip in the split.", "--labelled-only")
-    ] = False,
+    labelled_only: Annotated[bool, option("Only identities labelled in the split.", "--labelled-only")] = False,
     device: Where = Device.auto,
     keep_members: Annotated[bool, option("Leave the trained members in FILE.members.", "--keep-members")] = False,
-    shard: Annotated[
-        str | None, option("Rank the I-th of N parts of the clips, and leave FILE to --merge.", metavar="I/N")
-    ] = None,
-    merge: Annotated[
-        int | None, option("Write FILE from N shards; those that are missing are ranked first.", metavar="N", least=1)
-    ] = None,
+    shard: Annotated[str | None, option("Rank the I-th of N parts of the clips, for --merge.", metavar="I/N")] = None,
+    merge: Annotated[int | None, option("Write FILE from N shards, made if missing.", metavar="N", least=1)] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Train a system and write its submission.
@@ -65,16 +54,18 @@ def predict(
 
     asked = {"system": system.value, "split": split.value, "epochs": epochs, "members": members, "seed": seed}
     asked |= {"device": device.value, "overwrite": overwrite, "progress": sys.stderr.isatty()}
+    written = {"labelled_only": labelled_only, "keep_members": keep_members, "shards": merge}
+    if shard is not None and any(written.values()):
+        raise ValueError(
+            "--shard goes without --merge, --labelled-only and --keep-members: they say how FILE is written"
+        )
+    if shard is not None and not re.fullmatch(r"\d+/\d+", shard):
+        raise ValueError(f"--shard {shard}: expected I/N, such as 1/4")
     with writing(out):
-        if shard is None:
-            asked |= {"labelled_only": labelled_only, "keep_members": keep_members, "shards": merge}
-            report = submit.predict(store, out, **asked)
-        elif merge is not None or labelled_only or keep_members:
-            raise ValueError(
-                "--shard goes without --merge, --labelled-only and --keep-members: they say how FILE is written"
-            )
+        if shard:
+            report = submit.predict_shard(store, out, *map(int, shard.split("/")), **asked)
         else:
-            report = submit.predict_shard(store, out, *read_shard(shard), **asked)
+            report = submit.predict(store, out, **asked, **written)
     print(*report.lines, sep="\n")
 
 
@@ -96,23 +87,21 @@ def evaluate(
         score = official_score(wanted, ranked)
     except ValueError as error:
         raise ValueError(f"{result}: {error}") from None
-    low, high = bootstrap_interval(score.ap)
-    several = len(score.ap) > 1  # of one identity there is no interval
+    low, high = bootstrap_interval(score.ap) if len(score.ap) > 1 else (None, None)
     unknown = count_unknown(wanted, ranked)
     if not score.ap.any():
         alien = [f"{n} {kind}" for kind, (n, lacking) in unknown.items() if n == lacking]
         why = f"{truth} names none of its {' and '.join(alien)}" if alien else "no line names a clip of its identity"
         print(f"mmlib: warning: {result}: nothing was found: {why}; are names written alike?", file=sys.stderr)
     if as_json:
-        ends = {"low": low, "high": high} if several else {"low": None, "high": None}
-        said = {"map_at_100": score.map_at_k, "top1": score.top1, **ends, "queries": len(score.ap)}
+        said = {"map_at_100": score.map_at_k, "top1": score.top1, "low": low, "high": high, "queries": len(score.ap)}
         for kind, (named, lacking) in unknown.items():
             said |= {kind: named, f"unknown_{kind}": lacking}
         # Of an identity that the ground truth repeats, the last line holds.
         print(json.dumps(said | {"ap": dict(zip(wanted[0], score.ap.tolist()))}))
         return
     print(f"MAP@100 {score.map_at_k:.6f}")
-    bounds = f"{low:.6f} to {high:.6f}, a bootstrap over identities" if several else "none, for one identity"
+    bounds = "none, for one identity" if low is None else f"{low:.6f} to {high:.6f}, a bootstrap over identities"
     print(f"95% interval {bounds}")
     print(f"top-1 {score.top1:.6f}")
     print(f"queries {len(score.ap)}")
@@ -123,20 +112,13 @@ def evaluate(
 @command("rerun 04_aggregation -p profile=tiny", "rerun 04 -p 'seeds=[3, 4]' -p data=store/ --out out.ipynb")
 def rerun(
     chapter: Annotated[str, argument("CHAPTER", "Name or number of a chapter, such as 04_aggregation or 04.")],
-    given: Annotated[
-        list[str] | None,
-        option(
-            "Change a parameter; repeat for more. A wrong name lists them.", "-p", "--parameter", metavar="NAME=VALUE"
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        option("Notebook to write, replaced if it exists; else CHAPTER-rerun.ipynb, here.", metavar="FILE.ipynb"),
-    ] = None,
+    given: Annotated[list[str] | None, option("Change a parameter.", "-p", "--parameter", **PAIRS)] = None,
+    out: Annotated[Path | None, option("Notebook to write; else CHAPTER-rerun.ipynb.", metavar="FILE.ipynb")] = None,
 ) -> None:
     """Run a chapter with other parameters.
 
-    The executed notebook is kept; that of a run that failed is kept as FILE.failed.ipynb.
+    The executed notebook is kept, in the place of an older one; that of a run that failed is kept as
+    FILE.failed.ipynb. -p may be repeated; a wrong name lists the parameters.
     """
     try:
         import papermill
@@ -146,15 +128,15 @@ def rerun(
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it would log is raised too
     notebook = find_chapter(chapter)
     values = parameters.read_texts(notebook, split_pairs("-p", given or []))
-    out = Path(f"{notebook.stem}-rerun.ipynb") if out is None else out
+    out = out or Path(f"{notebook.stem}-rerun.ipynb")
     if out.suffix != ".ipynb":
         raise ValueError(f"--out {out}: the name of a notebook ends in .ipynb")
     if out.resolve().is_relative_to(CHAPTERS.resolve()):
         raise ValueError(f"--out {out}: lies among the chapters, which stay as they are")
     if out.is_dir():
         raise ValueError(f"--out {out}: is a folder")
-    partial = out.with_name(f".{out.stem}.partial-{os.getpid()}.ipynb")
-    failed = out.with_name(f"{out.stem}.failed.ipynb")
+    names = f".{out.stem}.partial-{os.getpid()}.ipynb", f"{out.stem}.failed.ipynb"
+    partial, failed = map(out.with_name, names)
     options = {"progress_bar": sys.stderr.isatty(), "extra_arguments": ["--log-level=CRITICAL"]}
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -182,10 +164,7 @@ def _failure(error: Exception) -> str:
 
 @command("keep book/results/full.jsonl.gz", "keep quick.jsonl.gz --profile quick")
 def keep(
-    out: Annotated[
-        Path,
-        argument("FILE", "File of records to write, replaced if it exists; the book reads book/results/full.jsonl.gz."),
-    ],
+    out: Annotated[Path, argument("FILE", "File to write, replaced if it exists; the book has a full.jsonl.gz.")],
     profile: Annotated[str, option("Size of the worlds: tiny, quick or full.")] = "full",
 ) -> None:
     """Keep the records of reruns on whole worlds of one size, for the book to show beside its own.
@@ -212,27 +191,22 @@ def scene(
     store: Annotated[Path, argument("STORE", "Clip store.")],
     images: Annotated[Path, argument("IMAGES", "Folder of its clips' pictures, <clip>/<n>.jpg.")],
     out: Annotated[Path, argument("OUT", "Clip store to write: STORE with other scene features.")],
-    architecture: Annotated[
-        str, option("seresnext50_32x4d, legacy_seresnext50_32x4d, narrow_seresnext26 or narrow_seresnext14.")
-    ] = "seresnext50_32x4d",
+    architecture: Annotated[str, option("Of the network; a wrong name lists them.")] = "seresnext50_32x4d",
     weights: Annotated[str, option("A file of weights, or pretrained to download timm's; else from scratch.")] = "",
     epochs: Annotated[int, option("Epochs of fine-tuning.", least=1)] = 20,
     seed: Annotated[int, option("Of the training and of the pictures drawn.", least=0)] = 0,
     batch: Annotated[int | None, option("Clips a step; fewer need less memory.", metavar="N", least=1)] = None,
     device: Where = Device.auto,
-    decoded: Annotated[
-        Path | None, option("Keep the decoded pictures there for further runs.", metavar="FOLDER")
-    ] = None,
-    compile_mode: Annotated[
-        str, option("Compile the network: default, or max-autotune for long runs.", metavar="MODE")
-    ] = "",
+    decoded: Annotated[Path | None, option("Keep decoded pictures there for further runs.", metavar="FOLDER")] = None,
+    compile_mode: Annotated[str, option("Compile: default, or max-autotune for long runs.", metavar="MODE")] = "",
     overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune a scene network and extract its features.
 
-    An SE-ResNeXt learns the identities from one picture a clip; its features become the scene modality of a new
-    clip store. The other modalities are copied. Started by accelerate launch or torchrun, one process a GPU, the
-    processes share every batch.
+    An SE-ResNeXt (seresnext50_32x4d, legacy_seresnext50_32x4d, narrow_seresnext26 or narrow_seresnext14)
+    learns the identities from one picture a clip; its features become the scene modality of a new clip store.
+    The other modalities are copied. Started by accelerate launch or torchrun, one process a GPU, the processes
+    share every batch.
     """
     from mmlib import scene as network
     from mmlib.data.images import count_converted, index_images
@@ -252,20 +226,10 @@ def scene(
     print(*listed.lines(), sep="\n")
     if converted := count_converted(modes):
         print(converted)
-    print(
-        f"scene: {sum(modes.values())} clips, {architecture}, "
-        f"{f'weights {weights}' if weights else 'from scratch'}, epochs: {epochs}"
-    )
+    start = f"weights {weights}" if weights else "from scratch"
+    print(f"scene: {sum(modes.values())} clips, {architecture}, {start}, epochs: {epochs}")
     if rendered:
         print("simulated: the pictures are rendered; no score on them is a result on the challenge")
-
-
-def read_shard(text: str) -> tuple[int, int]:
-    """Read I/N."""
-    number, slash, total = text.partition("/")
-    if not (slash and number.isdecimal() and total.isdecimal()):
-        raise ValueError(f"--shard {text}: expected I/N, such as 1/4")
-    return int(number), int(total)
 
 
 def find_chapter(name: str) -> Path:
@@ -275,8 +239,7 @@ def find_chapter(name: str) -> Path:
         raise ValueError(f"{CHAPTERS}: no chapters there; rerun works from a checkout of the repository")
     stem = name.removesuffix(".ipynb")
     found = [path for path in chapters if path.stem == stem or path.stem.startswith(f"{stem}_")]
-    if len(found) != 1:
-        listed = ", ".join(path.stem for path in found or chapters)
-        number = "more than one" if found else "no"
-        raise ValueError(f"{name}: {number} chapter has that name; there are {listed}")
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    listed, number = ", ".join(path.stem for path in found or chapters), "more than one" if found else "no"
+    raise ValueError(f"{name}: {number} chapter has that name; there are {listed}")

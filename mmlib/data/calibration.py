@@ -70,13 +70,4 @@ def published_top1() -> pd.DataFrame:
 
 def published_systems() -> pd.DataFrame:
     """Return published scores of single systems: modality, measure, low, high, source."""
-    return pd.DataFrame(
-        [
-            ("face", "map_at_100", 0.8293, 0.8447, "seefun 2019, with quality weights, trained on train only"),
-            ("head", "map_at_100", 0.52, 0.54, "stated by a team and from memory"),
-            ("scene", "clip_top1", 0.45, 0.45, "a team of 2018"),
-            ("audio", "map_at_100", 0.12, 0.12, "from memory"),
-            ("body", "map_at_100", 0.05, 0.05, "from memory"),
-        ],
-        columns=["modality", "measure", "low", "high", "source"],
-    )
+    return pd.read_csv(files("mmlib.data") / "published_systems.csv")

@@ -28,11 +28,8 @@ REGIONS = ("wall", "floor", "set piece", "figure", "caption bar")
 def render_scenes(store: ClipStore, folder: str | Path, *, size: int = 64, overwrite: bool = False) -> int:
     """Write ``folder/<clip>/<n>.jpg`` for all clips of a simulated store, one to three a clip, and count the pictures.
 
-    size: side of the square pictures in pixels, at least 16.  The world's seed draws them, from generators of their
-    own; the same store and size give the same pictures.
+    size: side of the square pictures in pixels.  The same store and size give the same pictures.
     """
-    if size < 16:
-        raise ValueError(f"size must be at least 16 pixels, got {size}")
     studio, names = Studio(store), store.clips["clip"].to_numpy()
     about = {"simulated": True, "world": _world(store), "size": size, "pictures": len(studio.clip)}
     with partial_folder(Path(folder), ABOUT, overwrite) as partial:
@@ -56,8 +53,8 @@ def picture_size(images: Images, store: ClipStore) -> int:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the description of rendered pictures ({error!r})") from None
     if world != _world(store):
-        other = f"the simulated world of seed {world.get('seed')}"
-        raise ValueError(f"{images.folder}: pictures of {other}, not of the clips of {store.path}")
+        other = f"pictures of the simulated world of seed {world.get('seed')}"
+        raise ValueError(f"{images.folder}: {other}, not of the clips of {store.path}")
     return size
 
 
@@ -72,8 +69,8 @@ def _world(store: ClipStore) -> dict:
 class Studio:
     """The shows of a simulated world as they look; ``draw`` films them.
 
-    clip, frame: (F,) position in the store and number, from 1, of every picture.  first, place: (N,) of each clip its
-    first picture and where it was filmed.  look: by name of a property, its values at each place (show and set).
+    clip, frame: (F,) clip and number, from 1, of every picture.  first, place: (N,) of each clip its first picture and
+    where it was filmed.  look: by name of a property, its values at each place (show and set).
     """
 
     def __init__(self, store: ClipStore):
@@ -125,8 +122,8 @@ class Studio:
         rng = np.random.default_rng([self.seed, 4, 2, show, stage])
         there = rng.random(PIECES) < 0.8
         there[rng.integers(PIECES)] = True
-        piece, lamp = rng.uniform([0.05, 0.1], [0.95, 0.8], (PIECES, 2)), rng.uniform(0.1, 0.9, 2)
-        return {"piece": piece, "there": there, "lamp": lamp}
+        piece = rng.uniform([0.05, 0.1], [0.95, 0.8], (PIECES, 2))
+        return {"piece": piece, "there": there, "lamp": rng.uniform(0.1, 0.9, 2)}
 
     def draw(self, first: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Draw the block of pictures from ``first`` on, (n, S, S, 3) uint8, and each pixel's position in REGIONS."""

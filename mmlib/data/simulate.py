@@ -45,10 +45,9 @@ OTHER = {
 class Settings:
     """Constants of a world; the defaults are the calibrated point, frozen before any comparison was run.
 
-    ``contaminated`` and ``mostly_wrong`` are shares of clips, ``wrong_quality`` is the mean latent quality of the
-    other person's faces (standard normal units), ``reliability`` the correlation of latent quality and observed
-    scores.  No published fact pins these four down: chapter 04 varies them.  The rest are standard deviations
-    relative to an identity of length 1, unless said otherwise.
+    contaminated, mostly_wrong: shares of clips; wrong_quality: mean latent quality of the other person's faces; and
+    reliability: correlation of latent quality and scores.  No published fact pins these four down: chapter 04 varies
+    them.  The rest are standard deviations relative to an identity of length 1, unless said otherwise.
     """
 
     identities: int = PROFILES["quick"]
@@ -73,26 +72,23 @@ class Settings:
     scene_noise: float = 1.5
 
     def __post_init__(self):
-        if not isinstance(self.identities, int) or self.identities < 2:
-            raise ValueError(f"identities must be an integer of at least 2, got {self.identities}")
-        for name in ("contaminated", "mostly_wrong", "reliability", "lookalikes", "no_face"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        lowest = {"wrong_quality": -np.inf, "identities_per_show": np.nextafter(0, 1)}
+        most = {"lookalike_weight": 0.7}  # a group's weight varies by 1.4 and cannot pass 1
+        most |= dict.fromkeys(("contaminated", "mostly_wrong", "reliability", "lookalikes", "no_face"), 1.0)
+        least = {"identities": 2, "wrong_quality": -np.inf, "identities_per_show": 1e-9}
         for name, value in asdict(self).items():
-            if not (np.isfinite(value) and value >= lowest.get(name, 0)):
-                raise ValueError(f"{name} must be positive and finite, got {value}")
-        if self.lookalike_weight > 0.7:  # a group's weight varies by 1.4 and cannot pass 1
-            raise ValueError(f"lookalike_weight must be at most 0.7, got {self.lookalike_weight}")
+            low, high, whole = least.get(name, 0), most.get(name, np.inf), name == "identities"
+            if not (np.isfinite(value) and low <= value <= high) or (whole and not isinstance(value, int)):
+                raise ValueError(f"{name} must be a {'whole ' * whole}number in [{low:g}, {high:g}], got {value}")
 
 
 def settings_for(profile: str, **overrides) -> Settings:
     """Return the settings of a profile (``tiny``, ``quick`` or ``full``) with some of them overridden."""
     if profile not in PROFILES:
         raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
-    unknown = set(overrides) - {field.name for field in fields(Settings)}
-    if unknown:
-        raise ValueError(f"the simulator has no setting named {', '.join(sorted(unknown))}")
+    known = [field.name for field in fields(Settings)]
+    if unknown := set(overrides) - set(known):
+        listed = ", ".join(sorted(unknown))
+        raise ValueError(f"the simulator has no setting named {listed}; there are {', '.join(known)}")
     return Settings(**{"identities": PROFILES[profile]} | overrides)
 
 
@@ -101,8 +97,8 @@ def simulate(
 ) -> ClipStore:
     """Draw world ``seed`` and write it as a :class:`ClipStore`.
 
-    The same settings and seed give the same bytes, however many threads there are; on another kind of processor matrix
-    products round differently, and the last bit of a feature may too.
+    The same settings and seed give the same bytes, whatever the threads; on another kind of processor the last bit of a
+    matrix product, and so of a feature, may differ.
     """
     world = World(settings, seed)
     provenance = {"source": "simulator", "seed": seed, "settings": asdict(settings)}
@@ -121,8 +117,8 @@ def simulate(
 class World:
     """Persons, shows and clips of one world; :meth:`chunk` draws their frames.
 
-    ``clips`` is the clip table in its final order.  Beyond the columns of every store it has the truth of the
-    simulator, ``show``, ``set`` and ``latent_quality``; a face has ``wrong``, True where it is another person's.
+    ``clips``, the final table, has the simulator's truth too, ``show``, ``set`` and ``latent_quality``; a face has
+    ``wrong``, True where it is another person's.
     """
 
     def __init__(self, settings: Settings, seed: int):
@@ -313,12 +309,14 @@ class World:
         feature = base[clip] + 0.3 * amplitude[clip] * rng.standard_normal((len(clip), DIM)) * self.other_sd
         feature = 20 * unit(feature.astype(np.float32)) @ self.other_rotation
         out: dict[str, np.ndarray] = {"feature": feature.astype(np.float16)}
-        order = np.arange(len(clip)) - np.repeat(np.cumsum(count) - count, count)
         if "det" in columns:
             out["det"] = 1 - np.clip(0.02 * rng.exponential(size=len(clip)), 0, 0.5)
         if "box" in columns:
-            out["frame"] = (order * SEGMENT * 2 + 1).astype(np.int32)
-            out["box"] = boxes(clip, self.latent[clips][clip], rng)
+            order = np.arange(len(clip)) - np.repeat(np.cumsum(count) - count, count)
+            out |= {
+                "frame": (order * SEGMENT * 2 + 1).astype(np.int32),
+                "box": boxes(clip, self.latent[clips][clip], rng),
+            }
         return out
 
     def _scenes(self, clips: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -331,9 +329,9 @@ class World:
 
 
 def draw_clips(identities: int, rng: np.random.Generator) -> tuple[pd.DataFrame, np.ndarray]:
-    """Draw the clips of ``identities`` and of strangers: clip, split, identity, and beside them their persons (N,).
+    """Draw the clips of ``identities``, the first persons, and of strangers: clip, split, identity; and persons (N,).
 
-    Persons below ``identities`` are the listed ones.  Names are given in random order, so that a name tells nothing.
+    Names are given in random order, so that a name tells nothing.
     """
     train, val = clips_per_identity(identities, rng).T
     wanted = round(30_541 / 45_472 * val.sum())
@@ -364,10 +362,7 @@ def unit_draws(n: int, sd: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def quantile(knots: Sequence[tuple[float, float]], z: np.ndarray) -> np.ndarray:
-    """Map standard normal values to the distribution whose quantile function passes through the knots.
-
-    Interpolated linearly between normal scores, constant beyond the first and the last knot.
-    """
+    """Map standard normal values to a distribution by its quantiles, linear between normal scores, constant beyond."""
     probability, value = np.array(knots, dtype=float).T
     return np.interp(z, normal.ppf(probability), value)
 

@@ -22,41 +22,31 @@ STEPS = {  # one change each: the arm with it, and the arm without
     "mixing frames before NAN, with scores": ("attention + scores", "NAN + scores"),
 }
 
-# -- attention ------------------------------------------------------------------------------------------------------
-
 
 def mixed_clips(store: ClipStore, n: int) -> np.ndarray:
-    """Choose n val clips of 12 to 30 faces of which .2 to .6 are of another person, in the order of the store.
-
-    Where the store does not know, or has too few of them, the val clips with the most faces fill up.
-    """
-    face = store.modalities["face"]
-    val = store.select("val", labelled=True, having="face")
-    chosen = val[:0]
-    if "wrong" in face.columns:
-        share, count = store.clip_means("face", "wrong")[val], face.count[val]
-        chosen = val[(share >= 0.2) & (share <= 0.6) & (count >= 12) & (count <= 30)]
-    longest = val[np.argsort(-face.count[val], kind="stable")]
-    return np.concatenate([chosen, longest[~np.isin(longest, chosen)]])[:n]
+    """Choose n val clips of 12 to 30 faces of which .2 to .6 are of another person, then those with the most faces."""
+    face, val = store.modalities["face"], store.select("val", labelled=True, having="face")
+    count = face.count[val]
+    share = store.clip_means("face", "wrong")[val] if "wrong" in face.columns else np.zeros(len(val))
+    other = ~((share >= 0.2) & (share <= 0.6) & (count >= 12) & (count <= 30))
+    return val[np.lexsort((np.where(other, -count, 0), other))][:n]
 
 
 def frame_weights(models: dict[str, IdentityModel], store: ClipStore, clips: np.ndarray) -> pd.DataFrame:
     """Return the share of its clip's weight that each frame gets: clip, frame, method, weight, wrong."""
-    names = store.clips["clip"].to_numpy()[clips]
-    parts = []
+    names, parts = store.clips["clip"].to_numpy()[clips], []
     for method, model in models.items():
         weight, mask, wrong = _weights(model, store, clips)
         at, frame = np.nonzero(mask)
-        found = {"clip": names[at], "frame": frame, "method": method}
-        parts.append(pd.DataFrame(found | {"weight": weight[at, frame], "wrong": wrong[at, frame]}))
+        columns = {"weight": weight[at, frame], "wrong": wrong[at, frame]}
+        parts.append(pd.DataFrame({"clip": names[at], "frame": frame, "method": method} | columns))
     return pd.concat(parts, ignore_index=True)
 
 
 def weight_on_wrong(models: dict[str, IdentityModel], store: ClipStore) -> pd.DataFrame:
-    """Say how much weight lies on wrong frames, in labelled val clips that have some right and some wrong ones.
+    """Return how much weight lies on wrong frames in labelled val clips with some right and some wrong ones, if any.
 
-    Returns, least first: arm, clips, share of frames and share of weight (means over clips of what is wrong); empty
-    where nobody knows, or no clip has both.
+    Least first: arm, clips, share of frames and share of weight (means over clips of what is wrong).
     """
     rows = []
     if "wrong" in store.modalities["face"].columns:
@@ -82,8 +72,6 @@ def _weights(model: IdentityModel, store: ClipStore, clips: np.ndarray) -> tuple
     return (weight / weight.sum(1, keepdim=True)).numpy(), mask, known
 
 
-# -- the sensitivity grid -------------------------------------------------------------------------------------------
-
 GRID_AXES = {
     "share": "share of wrong frames (factor)",
     "wrong quality": "quality of wrong faces",
@@ -101,21 +89,12 @@ GRID_ARMS = (GRID_REFERENCE, *GRID_LEARNED)
 
 def grid_settings(share: float, wrong_quality: float, reliability: float, identities: int) -> tuple:
     """Return the overrides of the simulator's settings at a point of the grid, as ``Experiment`` takes them."""
-    default = Settings()
-    return (
-        ("identities", identities),
-        ("contaminated", share * default.contaminated),
-        ("mostly_wrong", share * default.mostly_wrong),
-        ("wrong_quality", wrong_quality),
-        ("reliability", reliability),
-    )
+    clips = [(name, share * getattr(Settings, name)) for name in ("contaminated", "mostly_wrong")]
+    return ("identities", identities), *clips, ("wrong_quality", wrong_quality), ("reliability", reliability)
 
 
 def grid_frame(records: Iterable[Record]) -> pd.DataFrame:
-    """Compare the learned arms with quality weights in every cell.
-
-    Columns: ``GRID_AXES``, aggregator, and those of ``compare_arms``.
-    """
+    """Compare the learned arms with quality weights in every cell: ``GRID_AXES``, aggregator, as ``compare_arms``."""
     cells: dict[tuple, list[Record]] = {}
     for record in records:
         said = dict(record.experiment["settings"])
@@ -135,13 +114,7 @@ def grid_verdicts(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def grid_axes(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return what becomes of the mean difference along every axis that varies, over all arms and the other axes.
-
-    Columns: axis, from and to (its smallest and largest value), gain from and gain to (points, there).
-    """
-    rows = []
-    for axis, name in GRID_AXES.items():
-        mean = cells.groupby(axis)["difference"].mean()
-        if len(mean) > 1:
-            rows.append((name, mean.index[0], mean.index[-1], mean.iloc[0], mean.iloc[-1]))
+    """Return the mean difference at both ends of every axis that varies: axis, from, to, gain from, gain to."""
+    means = {name: cells.groupby(axis)["difference"].mean() for axis, name in GRID_AXES.items()}
+    rows = [(name, *mean.index[[0, -1]], *mean.iloc[[0, -1]]) for name, mean in means.items() if len(mean) > 1]
     return pd.DataFrame(rows, columns=["axis", "from", "to", "gain from", "gain to"])

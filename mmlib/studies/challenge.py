@@ -23,17 +23,11 @@ def beside(records: Iterable[Record], names: Iterable[str], baseline: str) -> pd
     ``challenge``) and the columns of ``compare_arms``.
     """
     own = list(zip(names, records, strict=True))
-    arm_of: dict[str, str] = {}
-    for name, record in own:
-        if record.experiment["data"] == "simulated":
-            arm_of.setdefault(arm_key(record.experiment), name)
-    kept: list[tuple[str, Record]] = []
-    worlds: dict[str, set[int]] = {}
-    for record in read_results(KEPT):
-        arm, seed = arm_of.get(arm_key(record.experiment)), record.experiment["seed"]
-        if arm is not None and seed not in SEARCH_SEEDS:
-            kept.append((arm, record))
-            worlds.setdefault(arm, set()).add(seed)
+    simulated = [(name, record) for name, record in own if record.experiment["data"] == "simulated"]
+    arm_of = {arm_key(record.experiment): name for name, record in reversed(simulated)}
+    every = [(arm_of.get(arm_key(record.experiment)), record) for record in read_results(KEPT)]
+    kept = [(arm, record) for arm, record in every if arm and record.experiment["seed"] not in SEARCH_SEEDS]
+    worlds = {name: {record.experiment["seed"] for arm, record in kept if arm == name} for name in dict(kept)}
     whole = {name for name in worlds if worlds[name] == worlds.get(baseline)}
     if not whole:
         return pd.DataFrame(columns=["arm", "size", *COMPARED])

@@ -12,16 +12,9 @@ QUALITY_GROUPS = ("worst fifth", "middle", "best fifth")
 
 
 def calibration_table(store: ClipStore) -> pd.DataFrame:
-    """Compare a store with every target it can be held against.
-
-    Columns: fact, target, tolerance, achieved, within (bool), source.  A store without a score lacks its facts.
-    """
-    measured, table = marginals(store), targets()
-    table = table[table["fact"].isin(measured)].reset_index(drop=True)
-    achieved = table["fact"].map(measured)
-    within = (achieved - table["target"]).abs() <= table["tolerance"]
-    columns = ["fact", "target", "tolerance", "achieved", "within", "source"]
-    return table.assign(achieved=achieved, within=within)[columns]
+    """Compare a store with every target it can be held against: as ``targets``, achieved, within (bool)."""
+    table = targets().join(pd.Series(marginals(store), name="achieved"), on="fact", how="inner").reset_index(drop=True)
+    return table.assign(within=(table["achieved"] - table["target"]).abs() <= table["tolerance"])
 
 
 def marginals(store: ClipStore, pairs: int = 20_000, seed: int = 0) -> dict[str, float]:
@@ -52,12 +45,12 @@ def marginals(store: ClipStore, pairs: int = 20_000, seed: int = 0) -> dict[str,
         "cosine of two clips of two identities, standard deviation": impostor.std(),
     }
     shares = {"1 %": 0.01, "2 %": 0.02, "4 %": 0.04, "median": 0.5}
-    out |= _quantiles("mean norm of a clip", norm[having], shares)
+    out |= {f"mean norm of a clip, {name}": np.quantile(norm[having], share) for name, share in shares.items()}
     if "quality" in face.columns:
         quality = face.columns["quality"]
         out |= {"quality score, mean": quality.mean(), "quality score, standard deviation": quality.std()}
         shares = {"5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95}
-        out |= _quantiles("quality score", quality, shares)
+        out |= {f"quality score, {name}": np.quantile(quality, share) for name, share in shares.items()}
     if "det" in face.columns:
         det = face.columns["det"]
         out |= {"det score at least .8": np.mean(det >= 0.8), "det score above .9": np.mean(det > 0.9)}
@@ -71,10 +64,9 @@ def clip_norms(store: ClipStore) -> np.ndarray:
 
 
 def cosines_by_quality(store: ClipStore, pairs: int = 20_000, seed: int = 0) -> pd.DataFrame:
-    """Draw pairs of labelled clips of one identity and of two, grouped by the lower of their two mean norms.
+    """Draw pairs of labelled clips: pair (``one identity``, ``two identities``), quality, cosine of their unit means.
 
-    Columns: pair (``one identity`` or ``two identities``), quality (three groups by percentile), cosine of the means
-    of their normalised embeddings.
+    quality: the group, by percentile, of the lower of their two mean norms.
     """
     norm, mean = _norms_and_means(store)
     having = np.flatnonzero(np.isfinite(norm))
@@ -82,16 +74,10 @@ def cosines_by_quality(store: ClipStore, pairs: int = 20_000, seed: int = 0) -> 
     drawn = _pairs(store.clips["identity"].to_numpy()[having], pairs, np.random.default_rng(seed))
     parts = []
     for name, (left, right) in zip(("one identity", "two identities"), drawn, strict=True):
-        worse = np.minimum(percentile[left], percentile[right])
-        group = np.array(QUALITY_GROUPS)[np.digitize(worse, [0.2, 0.8])]
+        group = np.digitize(np.minimum(percentile[left], percentile[right]), [0.2, 0.8])
         parts.append(pd.DataFrame({"pair": name, "quality": group, "cosine": _cosines(mean[having], left, right)}))
-    out = pd.concat(parts)
-    return pd.concat([out[out["quality"] == name] for name in QUALITY_GROUPS], ignore_index=True)
-
-
-def _quantiles(fact: str, values: np.ndarray, shares: dict[str, float]) -> dict[str, float]:
-    found = np.quantile(values, list(shares.values()))
-    return {f"{fact}, {name}": value for name, value in zip(shares, found, strict=True)}
+    out = pd.concat(parts).sort_values("quality", kind="stable", ignore_index=True)
+    return out.assign(quality=out["quality"].map(dict(enumerate(QUALITY_GROUPS))))
 
 
 def _norms_and_means(store: ClipStore, block: int = 1024) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
@@ -21,8 +21,6 @@ from mmlib.experiment import Experiment
 from mmlib.models import gap
 from mmlib.records import Record
 
-# -- the runs -------------------------------------------------------------------------------------------------------
-
 MAIN, PLAIN = "softmax", "seeds, 1"
 RULES: dict[str, dict[str, Any]] = {  # how the scores of members are averaged
     MAIN: {"combine": "softmax", "scale": 30.0},
@@ -34,7 +32,7 @@ RULES: dict[str, dict[str, Any]] = {  # how the scores of members are averaged
 
 
 def plan(
-    base: Experiment, kinds: Sequence[str], sizes: Iterable[int], seeds: Sequence[int], rules: Iterable[str] = RULES
+    base: Experiment, kinds: Iterable[str], sizes: Iterable[int], seeds: list[int], rules=RULES
 ) -> list[Experiment]:
     """List the experiments: every size by the rule ``MAIN``; by the other rules the plain model and the most members.
 
@@ -58,9 +56,8 @@ def as_runs(records: Iterable[Record]) -> pd.DataFrame:
     frame["arm"] = frame["kind"] + ", " + frame["members"].astype(str)
     rules = {tuple(rule.values()): name for name, rule in RULES.items()}
     frame["rule"] = [rules[rule] for rule in zip(frame["combine"], frame["scale"])]
-    alone, random, both = frame["modality"].isna(), frame["start"] == "random", frame["context"].map(len) > 0
-    said = ["scene alone", "random start", "face and scene"]
-    frame["system"] = np.select([alone, random, both], said, "face alone")
+    cases = [frame["modality"].isna(), frame["start"] == "random", frame["context"].map(len) > 0]
+    frame["system"] = np.select(cases, ["scene alone", "random start", "face and scene"], "face alone")
     return frame.assign(record=records, fit=[record.seconds["fit"] for record in records])
 
 
@@ -71,14 +68,9 @@ def most(runs: pd.DataFrame) -> pd.DataFrame:
 
 def against(runs: pd.DataFrame, by: str, baseline: str) -> pd.DataFrame:
     """Compare the values of a column with ``baseline`` within each system: system, and as ``compare_arms``."""
-    parts = {
-        name: compare_arms(part["record"], by, baseline, names=part[by])
-        for name, part in runs.groupby("system", sort=False)
-    }
+    systems = runs.groupby("system", sort=False)
+    parts = {name: compare_arms(part["record"], by, baseline, names=part[by]) for name, part in systems}
     return pd.concat(parts, names=["system", None]).reset_index("system").reset_index(drop=True)
-
-
-# -- what members see and lose ----------------------------------------------------------------------------------------
 
 
 def partition(width: int, regions: int, members: int) -> pd.DataFrame:
@@ -88,19 +80,19 @@ def partition(width: int, regions: int, members: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["member", "start", "stop", "width"])
 
 
-def block_variance(store: ClipStore, modality: str, regions: int, frames: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Return the share of the variance of unit frame features that lies in each of ``regions`` blocks.
+def block_variance(store: ClipStore, modality: str, regions: int, frames: int = 1000) -> pd.DataFrame:
+    """Return the share of the variance of unit frame features in each of ``regions`` blocks: block, axes, share.
 
-    The blocks are of the dimensions as they are stored, and of the principal axes in their order, in which a block
-    would be anything but arbitrary.  Columns: block (from 1), axes, share.
+    Blocks, from 1, of the dimensions as stored, and of the principal axes, where they would be anything but arbitrary.
     """
     feature = store.modalities[modality].feature
-    rows = np.sort(np.random.default_rng(seed).permutation(len(feature))[:frames])
+    rows = np.sort(np.random.default_rng(0).permutation(len(feature))[:frames])
     x = np.asarray(feature[rows], np.float32)
     x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
     x = x - x.mean(0)
-    principal = np.linalg.svd(x, compute_uv=False) ** 2
-    principal = np.pad(principal, (0, x.shape[1] - len(principal)))
+    principal = np.zeros(x.shape[1], np.float32)
+    found = np.linalg.svd(x, compute_uv=False) ** 2
+    principal[: len(found)] = found
     blocks = [
         (block + 1, axes, float(variance[gap(len(variance), (block, regions))].sum() / variance.sum()))
         for axes, variance in (("as stored", (x**2).sum(0)), ("principal axes", principal))
@@ -112,50 +104,46 @@ def block_variance(store: ClipStore, modality: str, regions: int, frames: int = 
 PROCEDURES = {"bootstrap": "bagging", "80 % subsample": "", "stratified bootstrap": "stratified"}  # kinds of members
 
 
-def expected_lost(count: np.ndarray, procedure: str) -> float:
-    """Return the exact share of identities that a procedure loses; count (C,) clips of each, at least 1.
+def expected_lost(count: np.ndarray) -> dict[str, float]:
+    """Return the exact share of identities that each procedure loses; count (C,) clips of each, at least 1.
 
     Of N clips, an identity of n is lost by a bootstrap with probability (1 - n/N)^N, by a subsample of m clips with
     C(N - n, m) / C(N, m), by a bootstrap within identities never.
 
-    >>> expected_lost(np.array([1, 1]), "bootstrap")
+    >>> expected_lost(np.array([1, 1]))["bootstrap"]
     0.25
     """
-    if procedure not in PROCEDURES:
-        raise ValueError(f"procedure must be one of {', '.join(PROCEDURES)}, got {procedure!r}")
     total = int(count.sum())
-    if procedure == "bootstrap":
-        return float(np.mean((1 - count / total) ** total))
-    return 0.0 if PROCEDURES[procedure] else float(np.mean(stats.hypergeom.pmf(0, total, count, round(0.8 * total))))
+    subsample = stats.hypergeom.pmf(0, total, count, round(0.8 * total))
+    every = np.mean((1 - count / total) ** total), np.mean(subsample), 0.0
+    return dict(zip(PROCEDURES, map(float, every)))
 
 
-def drawn_lost(identity: np.ndarray, procedure: str, draws: int = 200, seed: int = 0) -> np.ndarray:
-    """Return the share of identities that each of ``draws`` draws loses; identity (n,) of the clips drawn from.
-
-    The bootstraps are those of ``ensemble.member_clips``, a draw a member.
-    """
-    clips, kind, rng = np.arange(len(identity)), PROCEDURES[procedure], np.random.default_rng([seed, 8])
+def drawn_lost(identity: np.ndarray, procedure: str, draws: int = 200) -> np.ndarray:
+    """Return the share of identities (n,) that each draw loses, bootstraps those of ``ensemble.member_clips``."""
+    clips, kind, rng = np.arange(len(identity)), PROCEDURES[procedure], np.random.default_rng([0, 8])
     if kind:
-        kept = [member_clips(kind, clips, identity, seed=seed, member=draw) for draw in range(draws)]
+        kept = [member_clips(kind, clips, identity, seed=0, member=draw) for draw in range(draws)]
     else:
         kept = [rng.permutation(clips)[: round(0.8 * len(clips))] for _ in range(draws)]
     return np.array([len(np.setdiff1d(identity, identity[each])) for each in kept]) / len(np.unique(identity))
 
 
-def lost_table(store: ClipStore, modality: str = "face", draws: int = 200) -> pd.DataFrame:
+def lost_table(store: ClipStore, draws: int = 200) -> pd.DataFrame:
     """Return the shares of identities lost: clips, procedure, challenge, expected, and mean, std, min, max of draws.
 
-    The challenge's are exact, from the published numbers of clips of its identities; expected is exact for the labelled
-    clips of this store that have the modality, which are drawn from.
+    Exact for the challenge, by its published numbers, and expected for the labelled clips with a face, drawn from.
     """
     every = clips_per_identity(PROFILES["full"], np.random.default_rng(0))  # all of them, in some order
     published = {"train": every[:, 0], "train and val": every.sum(1)}
     told, rows = ["mean", "std", "min", "max"], []
-    for (name, challenge), procedure in product(published.items(), PROCEDURES):
-        clips = [store.select(split, labelled=True, having=modality) for split in name.split(" and ")]
+    for name, challenge in published.items():
+        clips = [store.select(split, labelled=True, having="face") for split in name.split(" and ")]
         identity = store.identity_of(np.concatenate(clips))
-        exact = [expected_lost(n, procedure) for n in (challenge, np.unique(identity, return_counts=True)[1])]
-        rows.append((name, procedure, *exact, *pd.Series(drawn_lost(identity, procedure, draws)).agg(told)))
+        exact = [expected_lost(n) for n in (challenge, np.unique(identity, return_counts=True)[1])]
+        for procedure in PROCEDURES:
+            drawn = pd.Series(drawn_lost(identity, procedure, draws)).agg(told)
+            rows.append((name, procedure, *(each[procedure] for each in exact), *drawn))
     return pd.DataFrame(rows, columns=["clips", "procedure", "challenge", "expected", *told])
 
 
@@ -166,10 +154,9 @@ def _world(profile: str, settings: tuple, seed: int) -> World:
 
 
 def lost_by(record: Record, other: Record) -> pd.DataFrame | None:
-    """Say of every query how many members have no clip of it: identity, clips (to train on), lost, and the two APs.
+    """Say of every query to train on how many members have no clip of it: identity, clips, lost, and the two APs.
 
-    Recomputed from the clips and the seed.  None where that does not give the numbers of clips and of lost identities
-    that the record has: then its clips are not those of today.  Identities that nobody could train on are left out.
+    Recomputed from clips and seed.  None where that does not give the counts of the record, of other clips then.
     """
     e, said = record.experiment, record.measures
     if e["data"] == "simulated":
@@ -179,27 +166,25 @@ def lost_by(record: Record, other: Record) -> pd.DataFrame | None:
         store = ClipStore.open(e["data"])
         table, counts = store.clips, {name: source.count for name, source in store.modalities.items()}
     having = np.any([counts[name] > 0 for name in ([e["modality"]] if e["modality"] else e["context"])], axis=0)
-    who, split = table["identity"].to_numpy(), table["split"].to_numpy()
-    clips = np.flatnonzero((split == "train") & (who >= 0) & having)
-    known, count = np.unique(who[clips], return_counts=True)
-    lost = np.zeros(len(known), int)
+    split, who = table["split"], table["identity"].where(table["identity"] >= 0)
+    train, queries = who[(split == "train") & having].dropna().astype(int), np.unique(who[split == "val"].dropna())
+    frame = train.value_counts().sort_index().rename_axis("identity").reset_index(name="clips").assign(lost=0)
     for member in e["members"]:
-        kept = member_clips(e["ensemble"], clips, who[clips], seed=e["seed"], member=member)
-        lost += ~np.isin(known, who[kept])
-    queries, mean = np.unique(who[(split == "val") & (who >= 0)]), lost.sum() / len(e["members"])
-    fits = len(queries) == len(record.ap) == len(other.ap) and len(clips) == said.get("train_clips", len(clips))
+        kept = member_clips(e["ensemble"], train.index.to_numpy(), train.to_numpy(), seed=e["seed"], member=member)
+        frame["lost"] += ~frame["identity"].isin(train[kept])
+    fits = len(queries) == len(record.ap) == len(other.ap) and len(train) == said.get("train_clips", len(train))
+    mean = frame["lost"].sum() / len(e["members"])
     if not fits or not np.isclose(mean, said.get("lost_identities", mean)):
         return None
-    ap = pd.DataFrame({"identity": queries, e["ensemble"]: record.ap, other.experiment["ensemble"]: other.ap})
-    return pd.DataFrame({"identity": known, "clips": count, "lost": lost}).merge(ap, on="identity")
+    ap = {e["ensemble"]: record.ap, other.experiment["ensemble"]: other.ap}
+    return frame.merge(pd.DataFrame({"identity": queries} | ap), on="identity")
 
 
 def lost_ap(runs: pd.DataFrame, kind: str = "bagging", other: str = "seeds") -> pd.DataFrame:
     """Compare a kind with another on the same identities, grouped by the share of members that lost them.
 
-    One member and the most, by the rule ``MAIN``.  Columns: members, lost by, identities (a seed), clips (mean), the
-    MAP of either kind, and difference, low, high, n and interval as of ``compare_arms``.  Empty where the records do
-    not fit today's clips.
+    One member and the most, by the rule ``MAIN``: members, lost by, identities (a seed), clips (mean), the MAP of each,
+    and the difference as of ``compare_arms``.  Empty where the records do not fit today's clips.
     """
     columns = ["members", "lost by", "identities", "clips", kind, other, "difference", "low", "high", "n", "interval"]
     groups, rows = ["no member", "up to a quarter", "more than a quarter"], []
@@ -228,36 +213,26 @@ def _on_identities(part: pd.DataFrame, sides: dict[str, pd.Series], baseline: st
     return compare_arms(records, "kind", baseline, names=names).set_index("kind")
 
 
-# -- members, kinds, rules ------------------------------------------------------------------------------------------
-
-
 def by_members(runs: pd.DataFrame) -> pd.DataFrame:
-    """Compare every kind and number of members with one plain model of its system, by the rule ``MAIN``.
-
-    Columns: system, kind, members, and those of ``compare_arms``; the plain model is the first member of ``seeds``.
-    """
+    """Compare every kind and number of members with the first of ``seeds`` in its system, by the rule ``MAIN``."""
     frame = against(runs[runs["rule"] == MAIN], "arm", PLAIN)
     arm = frame.pop("arm").str.split(", ")
-    frame.insert(1, "kind", pd.Categorical(arm.str[0], KINDS))
+    frame.insert(1, "kind", arm.str[0])
     frame.insert(2, "members", arm.str[1].astype(int))
-    parts = [part.sort_values(["kind", "members"]) for _, part in frame.groupby("system", sort=False)]
-    return pd.concat(parts, ignore_index=True).astype({"kind": str})
+    places = {"system": list(frame["system"].unique()).index, "kind": KINDS.index, "members": int}
+    return frame.sort_values(list(places), key=lambda column: column.map(places[column.name]), ignore_index=True)
 
 
 def by_rule(runs: pd.DataFrame) -> pd.DataFrame:
     """Return MAP@100 by rule (rows) for one plain model and for the most members of every kind (columns)."""
     whole = runs["members"] == runs["members"].max()
     chosen = runs[whole | (runs["arm"] == PLAIN)].assign(kind=runs["kind"].where(whole, "one model"))
-    table = chosen.pivot_table(index="rule", columns="kind", values="map_at_100")
-    table = table.reindex(index=RULES, columns=["one model", *KINDS]).dropna(how="all").dropna(axis=1, how="all")
-    return table.rename_axis(columns=None)
+    table = chosen.pivot_table(index="rule", columns="kind", values="map_at_100").rename_axis(columns=None)
+    return table.reindex(index=RULES, columns=["one model", *KINDS]).dropna(how="all").dropna(axis=1, how="all")
 
 
 def starts(runs: pd.DataFrame, kind: str = "views") -> pd.DataFrame:
-    """Compare a start at random with one at class means, for one model and for as many of a kind as both have.
-
-    Columns: models, start, those of ``compare_arms``, and the disagreement of two members.
-    """
+    """Compare a start at random with one at class means, for one model and for as many of a kind as both have."""
     size, parts = runs.groupby("start")["members"].max().min(), {}
     for models, arm in (("one model", PLAIN), (f"{size} {kind}", f"{kind}, {size}")):
         part = runs[(runs["arm"] == arm) & (runs["rule"] == MAIN)]
@@ -267,10 +242,7 @@ def starts(runs: pd.DataFrame, kind: str = "views") -> pd.DataFrame:
 
 
 def diversity(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return what the most members of each kind are, mean over worlds, best MAP first.
-
-    Columns: kind, then those of records, but that parameters are in millions, and those and seconds of all members.
-    """
+    """Return measures of the most members of each kind, best MAP first; millions of parameters and seconds of all."""
     columns = ["map_at_100", "member_clip_top1", "clip_top1", "disagreement", "lost_identities", "parameters", "fit"]
     last = most(runs).assign(parameters=lambda frame: frame["parameters"] * frame["members"] / 1e6)
     return last.groupby("kind")[columns].mean().sort_values("map_at_100", ascending=False).reset_index()

@@ -41,18 +41,14 @@ PUBLISHED_STEP = 0.5  # points of MAP@100 for scene in the ladder of Dong et al.
 
 def possible(group: dict[str, Experiment], store: ClipStore) -> dict[str, Experiment]:
     """Leave out the arms whose modalities the store lacks; without scores of the faces none of them sees scores."""
-    out = {}
-    for name, arm in group.items():
-        if {arm.modality, *arm.context} <= {None, *store.modalities}:
-            out[name] = replace(arm, aggregator="attention") if missing_scores(arm, store) else arm
-    return out
+    can = {name: arm for name, arm in group.items() if {arm.modality, *arm.context} <= {None, *store.modalities}}
+    return {n: replace(arm, aggregator="attention") if missing_scores(arm, store) else arm for n, arm in can.items()}
 
 
 def weighted(face: Experiment, store: ClipStore) -> dict[str, Experiment]:
     """Return score-level fusion of the face arm with the scene arm, at every weight; empty without a scene.
 
-    The score of a clip is (1 - weight) times the softmax of the face arm plus weight times that of the scene model.
-    All weights share both models, each trained at the rate that was chosen for its arm.
+    Score: (1 - weight) softmax of faces + weight softmax of scenes, two models that all weights share.
     """
     by = "quality" if "quality" in store.modalities["face"].columns else "norm"
     rule = Fallback(by=by, share=0.0, absent=None, lr=CHOSEN["scene"])
@@ -62,15 +58,12 @@ def weighted(face: Experiment, store: ClipStore) -> dict[str, Experiment]:
 
 def against(found: pd.Series, chosen: Iterable[str], baseline: str) -> pd.DataFrame:
     """Compare those of the chosen arms that were run with ``baseline``, which is added; as ``compare_arms``."""
-    part = found[found.index.isin([baseline, *chosen])]
-    return compare_arms(part, by="arm", baseline=baseline, names=part.index)
+    return compare_arms(found, "arm", baseline, names=found.index, arms={baseline, *chosen})
 
 
 def costs(found: pd.Series) -> pd.DataFrame:
-    """Return what arms cost and see, mean over seeds: arm, parameters, training (seconds), clips trained on and ranked.
-
-    A record counts the parameters of its first model; those of a second one are added from the arm ``scene``.
-    """
+    """Return what arms cost and see, mean over seeds: arm, parameters, training, s, clips trained on, clips ranked."""
+    # A record counts the parameters of its first model; a second one is that of the arm ``scene``.
     frame = as_frame(found).assign(arm=found.index, seconds=[record.seconds["fit"] for record in found])
     alone = frame[frame["arm"] == "scene"].set_index("seed")["parameters"]
     frame["parameters"] += frame["seed"].map(alone).where(frame["fallback"].notna(), 0)
@@ -78,14 +71,8 @@ def costs(found: pd.Series) -> pd.DataFrame:
     return frame.groupby("arm", sort=False)[["parameters", *words]].mean().rename(columns=words).reset_index()
 
 
-# -- groups of clips ------------------------------------------------------------------------------------------------
-
-
 def coverage(store: ClipStore) -> pd.DataFrame:
-    """Count clips by split and by whether they have a face, with the share of them that have each other modality.
-
-    Columns: split, face (``yes`` or ``no``), clips, then one a modality, named with its width.
-    """
+    """Count clips by split and face (yes or no), with the share of them that have each other modality (width)."""
     others = {name: source for name, source in store.modalities.items() if name != "face"}
     has = {f"{name} ({source.feature.shape[1]})": source.count > 0 for name, source in others.items()}
     face = np.where(store.modalities["face"].count > 0, "yes", "no")
@@ -104,10 +91,9 @@ def absent(found: pd.Series) -> pd.DataFrame:
 
 
 def gains(found: pd.Series, chosen: Iterable[str], baseline: str = "face") -> pd.DataFrame:
-    """Return the breakdown of the chosen arms that were run with the gain over ``baseline`` in points of precision.
+    """Return the gain of the chosen arms over ``baseline``, points: arm, group, range, clips, precision, gain.
 
-    Columns: arm, group, range, clips, precision, gain.  The percentiles of quality are pooled, since a single one holds
-    too few clips for a difference of two arms; precisions are then means over clips.
+    The percentiles of quality are pooled by ``POOLS``, since a single one holds too few clips for a difference.
     """
     part = found[found.index.isin([baseline, *chosen])]
     frame = breakdown_frame(part, "arm", names=part.index)
@@ -133,16 +119,12 @@ def _over_clips(frame: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
     return total.assign(**{value: total[value] / total["clips"]}).reset_index()
 
 
-# -- the weight of a second score -----------------------------------------------------------------------------------
-
-
 def held_out(found: pd.Series) -> tuple[pd.Series, pd.DataFrame]:
     """Return score-level fusion at a weight that was not chosen on what it is judged by, and that weight.
 
-    With several simulated worlds the weight for a world is the best mean of the others.  Otherwise the identities are
-    halved, every second one, and the weight for a half is the best of the other half: the AP of a record then comes
-    from two weights, and its breakdown from the weight that is best on all identities.  Of equal weights the lowest is
-    taken.  Returns a record a seed, named ``SCORE``, and the columns judged, weight; nothing if no weights were run.
+    That of a world is best in the mean of the others.  Of one world or data set, either half of the identities, every
+    second one, has the weight that is best on the other; the breakdown is that of the best on all.  Of equal weights
+    the lowest counts.  Returns a record a seed, named ``SCORE``, and columns judged, weight; nothing without weights.
     """
     names = [name for name in WEIGHTS if name in found.index]
     if not names:
@@ -182,9 +164,9 @@ def weight_lines(found: pd.Series) -> pd.DataFrame:
     """Return the difference of every weight from weight 0 seed by seed, in points: seed, weight, difference."""
     part = found[found.index.isin(WEIGHTS)]
     rows = [(record.experiment["seed"], WEIGHTS[name], 100 * np.mean(record.ap)) for name, record in part.items()]
-    frame = pd.DataFrame(rows, columns=["seed", "weight", "difference"])
-    start = frame[frame["weight"] == 0].set_index("seed")["difference"]
-    return frame.assign(difference=frame["difference"] - frame["seed"].map(start))
+    frame = pd.DataFrame(rows, columns=["seed", "weight", "difference"]).sort_values("weight", kind="stable")
+    frame["difference"] -= frame.groupby("seed")["difference"].transform("first")
+    return frame
 
 
 def largest_gap(found: pd.Series) -> float:

@@ -36,26 +36,16 @@ def rules(base: Experiment) -> dict[str, Experiment]:
 
     ``coded`` has the constants and the flat softmax of the released code, so it has a baseline of its own.
     """
-    if not base.context:
-        return {NONE: base}
-    flat = replace(base, scale=systems.ONE_NAME_AS_CODED.scale)
-    return {
-        NONE: base,
-        "clips without a face": with_rule(base, share=0.0),
-        "described": with_rule(base),
-        NONE_FLAT: flat,
-        "coded": replace(flat, fallback=CODED),
-        "coded, scale 30": replace(base, fallback=CODED),
-    }
+    flat, coded = replace(base, scale=systems.ONE_NAME_AS_CODED.scale), replace(base, fallback=CODED)
+    every = {"clips without a face": with_rule(base, share=0.0), "described": with_rule(base), NONE_FLAT: flat}
+    every |= {"coded": replace(flat, fallback=CODED), "coded, scale 30": coded}
+    return {NONE: base} | (every if base.context else {})
 
 
 def with_rule(base: Experiment, **changed) -> Experiment:
-    """Return the experiment with the described rule and what is ``changed`` in it; a share or weight of 0 is one rule.
-
-    What goes by quality goes by norm where the base has no quality scores.
-    """
+    """Return the experiment with the described rule, by the scores that it has, and what is ``changed`` in the rule."""
     rule = replace(DESCRIBED, **{"by": base.aggregator} | changed)
-    if not (rule.share and rule.low):
+    if not (rule.share and rule.low):  # one rule, whatever it goes by
         rule = replace(rule, by=base.aggregator, share=0.0, low=DESCRIBED.low)
     return replace(base, fallback=rule)
 
@@ -67,19 +57,17 @@ def sweeps(base: Experiment) -> pd.DataFrame:
     lines = [("share", by, shares, {"by": by}) for by in dict.fromkeys([base.aggregator, "norm"])]
     lines += [("low", f"lowest {100 * share:g}%", weights, {"share": share}) for share in (0.01, 0.05)]
     lines += [("absent", "described", (0.5, 0.8, 0.95, 1.0, 1.2), {})]
-    points = [
-        (sweep, line, x, with_rule(base, **fixed, **{sweep: x}))
-        for sweep, line, values, fixed in (lines if base.context else ())
-        for x in values
-    ]
-    return pd.DataFrame(points, columns=["sweep", "line", "x", "experiment"])
+    rows: list[tuple] = []
+    for sweep, line, values, fixed in lines if base.context else ():
+        rows += [(sweep, line, x, with_rule(base, **fixed, **{sweep: x})) for x in values]
+    return pd.DataFrame(rows, columns=["sweep", "line", "x", "experiment"])
 
 
 def pick(found: Mapping[Experiment, Record], named: Mapping) -> tuple[list[Record], list[str]]:
     """Return the records of experiments by name, one for every seed that was run, and the name of each."""
     seeds = dict.fromkeys(experiment.seed for experiment in found)
-    pairs = [(found[replace(experiment, seed=seed)], name) for name, experiment in named.items() for seed in seeds]
-    return [record for record, _ in pairs], [name for _, name in pairs]
+    records = [found[replace(experiment, seed=seed)] for experiment in named.values() for seed in seeds]
+    return records, [name for name in named for _ in seeds]
 
 
 def baselines(records: Iterable[Record], names: Iterable[str]) -> pd.Series:
@@ -112,10 +100,7 @@ def extremes(curve: pd.DataFrame) -> pd.DataFrame:
 
 
 def breakdown_gain(records: Iterable[Record], names: Iterable[str]) -> pd.DataFrame:
-    """Return what each rule gains in the precision at which a clip is found, in points, the mean over seeds.
-
-    Over its baseline, by percentile of quality: rule, range, clips, gain.
-    """
+    """Return the gain of each rule in precision, points, by percentile of quality: rule, range, clips, gain."""
     frame = breakdown_frame(records, "rule", names=names).query("group == 'quality'").reset_index(drop=True)
     precision = frame.set_index(["rule", "range"])["precision"]
     before = precision.reindex(zip(frame["rule"].map(baselines(records, names)), frame["range"]))
@@ -124,27 +109,22 @@ def breakdown_gain(records: Iterable[Record], names: Iterable[str]) -> pd.DataFr
 
 def ceiling(store: ClipStore, threshold: float = THRESHOLD) -> dict[str, float]:
     """Measure what a system of faces cannot find: relevant val clips, those without a face, the MAP@100 of a perfect
-    ranking of the others, the ranked clips without a face, distractors included, and the share of those with a face
-    whose mean norm lies below a threshold, that of the released code.
+    ranking of the others, ranked clips without a face, and the share of those with one whose norm is below a threshold.
     """
     clips, val = store.select("val", labelled=True), store.select("val")
     identity, has = store.identity_of(clips), store.modalities["face"].count > 0
     relevant, found = np.bincount(identity), np.bincount(identity, weights=has[clips])
     best = np.minimum(found, 100)[relevant > 0] / relevant[relevant > 0]
-    return {
-        "relevant": len(clips),
-        "without": int((~has[clips]).sum()),
-        "map_at_100": float(best.mean()),
-        "gallery_without": int((~has[val]).sum()),
-        "below": float((store.clip_means("face", "norm")[val][has[val]] < threshold).mean()),
-    }
+    below = store.clip_means("face", "norm")[val][has[val]] < threshold
+    counts = {"relevant": len(clips), "without": int((~has[clips]).sum()), "map_at_100": float(best.mean())}
+    return counts | {"gallery_without": int((~has[val]).sum()), "below": float(below.mean())}
 
 
 def quality_groups(store: ClipStore, by: str, shares: Iterable[float] = (0.01, 0.05)) -> pd.Categorical:
     """Return the group of every clip (N,), in the order of the groups; none for clips outside val.
 
-    ``no face``, the lowest by ``by`` cut at the shares, such as ``lowest 1 %`` and ``1–5 %``, and ``the rest``.  The
-    lowest are those of the rule itself, among all val clips with a face, distractors included.
+    ``no face``, the lowest by ``by`` cut at the shares, such as ``lowest 1 %`` and ``1–5 %``, among all val clips with
+    a face as the rule has it, and ``the rest``.
     """
     val, has = store.select("val"), store.select("val", having="face")
     value, shares = store.clip_means("face", by)[has], sorted(shares)
@@ -159,8 +139,7 @@ def quality_groups(store: ClipStore, by: str, shares: Iterable[float] = (0.01, 0
 def lost_points(found: Retrieval, store: ClipStore, group: pd.Categorical) -> pd.DataFrame:
     """Return the points of MAP@100 that each group of clips loses, in their order: group, clips, precision, lost.
 
-    MAP is a mean over queries of a mean over their clips of the precision at which each is found, so the points lost of
-    all groups add up to what is missing to 100.
+    MAP is a mean over queries and their clips of a precision, so all that is lost adds up to what is missing to 100.
     """
     precision = np.zeros(len(store))
     precision[found.gallery] = metrics.clip_precision(found.ranking, found.hits, len(found.gallery))
@@ -169,5 +148,5 @@ def lost_points(found: Retrieval, store: ClipStore, group: pd.Categorical) -> pd
     weight = 1 / np.bincount(identity)[identity] / len(found.queries)
     frame = pd.DataFrame({"group": group[clips], "clips": 1, "precision": precision[clips]})
     frame["lost"] = 100 * weight * (1 - frame["precision"])
-    out = frame.groupby("group", observed=True).agg({"clips": "sum", "precision": "mean", "lost": "sum"})
-    return out.reset_index().astype({"group": str})
+    measures = {"clips": "sum", "precision": "mean", "lost": "sum"}
+    return frame.groupby("group", observed=True).agg(measures).reset_index().astype({"group": str})

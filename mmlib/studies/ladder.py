@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pandas as pd
@@ -38,69 +38,54 @@ def plan(
 
     members: at most so many of an ensemble.  scene, scores, distractors: what the clips have.
     """
-    out = {
-        f"{name}: {step}": experiment
-        for name, system in LADDERS.items()
-        for step, experiment in climb(with_members(system, members), scene=scene, scores=scores).items()
-    }
+    out: dict[str, Experiment] = {}
+    for name, system in LADDERS.items():
+        rungs = climb(with_members(system, members), scene=scene, scores=scores)
+        out |= {f"{name}: {step}": experiment for step, experiment in rungs.items()}
     start, attention = out["described: baseline"], "attention + scores" if scores else "attention"
-    out |= {
-        ATTENTION: replace(start, aggregator=attention),
-        NO_MARGIN: replace(start, training=replace(BUDGET, margin=0.0)),
-    }
-    sides = {name: out[f"described: {step}"] for name, step in SIDES.items() if f"described: {step}" in out}
-    return out | {
-        f"{name}, {kind}": replace(experiment, distractors=kind)
-        for name, experiment in sides.items()
-        if distractors
-        for kind in (HELD_OUT, CLASS)
-    }
+    out[ATTENTION] = replace(start, aggregator=attention)
+    out[NO_MARGIN] = replace(start, training=replace(BUDGET, margin=0.0))
+    for (name, step), kind in product(SIDES.items() if distractors else (), (HELD_OUT, CLASS)):
+        if f"described: {step}" in out:
+            out[f"{name}, {kind}"] = replace(out[f"described: {step}"], distractors=kind)
+    return out
 
 
 def has(store: ClipStore) -> dict[str, bool]:
     """Say what of the system's needs a store has, as ``plan`` takes it."""
-    return {
-        "scene": "scene" in store.modalities,
-        "scores": {"quality", "det"} <= set(store.modalities["face"].columns),
-        "distractors": len(store.select("val", labelled=False)) > 1,
-    }
+    scores = {"quality", "det"} <= set(store.modalities["face"].columns)
+    distractors = len(store.select("val", labelled=False)) > 1
+    return {"scene": "scene" in store.modalities, "scores": scores, "distractors": distractors}
 
 
 def names_of(records: Iterable[Record], planned: Mapping[str, Experiment]) -> list[str]:
     """Name records by the experiments of a plan, whatever their world and their number of members."""
-    free = "members", "fallback.members"
+    free, records = ("members", "fallback.members"), list(records)
     known = {arm_key(experiment, *free): name for name, experiment in planned.items()}
-    names = []
-    for record in records:
-        name = known.get(arm_key(record.experiment, *free))
-        if name is None:
-            raise ValueError(f"record {record.key} is of no experiment of this ladder")
-        names.append(name)
+    names = [known.get(arm_key(record.experiment, *free), "") for record in records]
+    if "" in names:
+        raise ValueError(f"record {records[names.index('')].key} is of no experiment of this ladder")
     return names
 
 
 def differences(pairs: Pairs, records: Iterable[Record], names: Iterable[str]) -> pd.DataFrame:
     """Compare the arms of each pair that was run: the columns of ``compare.steps_frame``, within_low and within_high.
 
-    The last two are an interval over identities: a bootstrap over those of all worlds together, which are different
-    persons in each; on a given store over its identities, with APs averaged over seeds.  It says how far the result
-    hangs on who is asked for in these worlds, the interval over worlds how far on the worlds and the training too.
+    The last two are a bootstrap over the identities of all worlds together, different persons in each; on a given store
+    over its identities, with APs averaged over seeds.  It says how far the result hangs on who is asked for in these
+    worlds, the interval over worlds how far on the worlds and the training too.
     """
-    records, names = list(records), list(names)
+    records, names, within = list(records), list(names), []
     frame = compare.steps_frame(pairs, records, names)
-    within = [_within(arm, against, records, names) for arm, against in zip(frame["arm"], frame["against"])]
+    aps = pd.DataFrame({"arm": names, "seed": [r.experiment["seed"] for r in records], "ap": [r.ap for r in records]})
+    arms = aps.sort_values("seed", kind="stable").groupby("arm")["ap"].agg(list)
+    worlds = all(record.experiment["data"] == "simulated" for record in records)
+    for pair in zip(frame["arm"], frame["against"]):
+        one, other = (np.concatenate(arms[arm]) if worlds else np.mean(arms[arm], axis=0) for arm in pair)
+        found = metrics.paired_test(one, other)
+        within.append((100 * found.low, 100 * found.high))
     frame[["within_low", "within_high"]] = np.reshape(within, (-1, 2))
     return frame
-
-
-def _within(arm: str, against: str, records: list[Record], names: list[str]) -> tuple[float, float]:
-    ordered = sorted(zip(names, records), key=lambda pair: pair[1].experiment["seed"])
-    one, other = ([np.array(record.ap) for name, record in ordered if name == wanted] for wanted in (arm, against))
-    if records[0].experiment["data"] == "simulated":
-        pair = metrics.paired_test(np.concatenate(one), np.concatenate(other))
-    else:
-        pair = metrics.paired_test(np.mean(one, 0), np.mean(other, 0))
-    return 100 * pair.low, 100 * pair.high
 
 
 def steps_of(names: Iterable[str]) -> Pairs:
@@ -116,14 +101,13 @@ def steps_of(names: Iterable[str]) -> Pairs:
 
 
 def step_frame(records: Iterable[Record], names: Iterable[str]) -> pd.DataFrame:
-    """Return the steps of both ladders: ladder, step, before (MAP@100), the columns of ``differences``, published.
+    """Return the steps of both ladders: ladder, step, before (MAP@100), as ``differences``, and published (points).
 
-    The last in points.  A row ``all steps`` compares the last rung with the first.
+    A row ``all steps`` compares the last rung with the first.
     """
     frame = differences(steps_of(names), records, names)
-    parts = frame["step"].str.split(": ")
-    frame.insert(0, "ladder", parts.str[0])
-    frame["step"] = parts.str[1]
+    frame.insert(0, "ladder", frame["step"].str.split(": ").str[0])
+    frame["step"] = frame["step"].str.split(": ").str[1]
     frame.insert(frame.columns.get_loc("map_at_100"), "before", frame["map_at_100"] - frame["difference"] / 100)
     frame["published"] = frame["step"].map(PUBLISHED | {ALL: sum(PUBLISHED.values())})
     return frame
@@ -138,49 +122,47 @@ def ends(records: Iterable[Record], names: Iterable[str]) -> pd.Series:
 def heights(steps: pd.DataFrame) -> pd.DataFrame:
     """Return MAP@100 by rung of each ladder and of the published one: ladder, step, map_at_100."""
     whole = steps["step"] == ALL
-    first = steps[whole].assign(step=STEPS[0], map_at_100=steps["before"])
+    here = pd.concat([steps[whole].assign(step=STEPS[0], map_at_100=steps["before"]), steps[~whole]])
     total = PUBLISHED_LADDER["baseline"] + np.cumsum([0.0, *PUBLISHED.values()]) / 100
-    published = pd.DataFrame({"ladder": "published", "step": list(PUBLISHED_LADDER), "map_at_100": total})
-    return _in_order(pd.concat([first, steps[~whole], published]))[["ladder", "step", "map_at_100"]]
+    return _beside_published(here[["ladder", "step", "map_at_100"]], dict(zip(PUBLISHED_LADDER, total)))
 
 
 def gains(steps: pd.DataFrame) -> pd.DataFrame:
     """Return the gain of each step, the published one without an interval: ladder, step, difference, low, high."""
     here = steps.loc[steps["step"] != ALL, ["ladder", "step", "difference", "low", "high"]]
-    published = [("published", step, points, np.nan, np.nan) for step, points in PUBLISHED.items()]
-    return _in_order(pd.concat([here, pd.DataFrame(published, columns=here.columns)]))
+    return _beside_published(here, PUBLISHED)
 
 
-def _in_order(frame: pd.DataFrame) -> pd.DataFrame:
-    """Sort rows by step, where a ladder may lack some."""
-    return frame.sort_values("step", key=lambda step: step.map(STEPS.index), kind="stable", ignore_index=True)
+def _beside_published(here: pd.DataFrame, values: Mapping[str, float]) -> pd.DataFrame:
+    """Add the published values of steps to the third column, and sort rows by step."""
+    published = pd.DataFrame([("published", *pair) for pair in values.items()], columns=here.columns[:3])
+    every = pd.concat([here, published])
+    return every.sort_values("step", key=lambda step: step.map(STEPS.index), kind="stable", ignore_index=True)
 
 
 def views_against_bagging(records: Iterable[Record]) -> pd.DataFrame:
     """Compare views with bagging, the most members that both have and everything else equal, by the ranking of the
     described ladder: ``compare.steps_frame`` with one row, none without such records.
     """
-    groups: dict[tuple, list[Record]] = {}
+    groups: dict[tuple[int, str], list[Record]] = {(0, ""): []}
     for record in records:
         e = record.experiment
-        same_rule = (e["combine"], e["scale"]) == (ONE_NAME.combine, ONE_NAME.scale)
-        if e["ensemble"] in ("views", "bagging") and len(e["members"]) > 1 and same_rule:
+        if len(e["members"]) > 1 and (e["combine"], e["scale"]) == (ONE_NAME.combine, ONE_NAME.scale):
             shape = arm_key(e, "members", "fallback.members", "ensemble", "regions")
             groups.setdefault((len(e["members"]), shape), []).append(record)
-    found = [(0, compare.steps_frame({}, [], []))]
-    for (size, _), part in groups.items():
+    found = {}
+    for key, part in groups.items():
         kinds = [record.experiment["ensemble"] for record in part]
-        found.append((size, compare.steps_frame({VIEWS: ("views", "bagging")}, part, kinds)))
-    return max(found, key=lambda pair: (len(pair[1]), pair[0]))[1]
+        found[key] = compare.steps_frame({VIEWS: ("views", "bagging")}, part, kinds)
+    return found[max(found, key=lambda key: (len(found[key]), key[0]))]
 
 
 def claims(records: Iterable[Record], names: Iterable[str], ensembles: Iterable[Record]) -> pd.DataFrame:
-    """Hold each claim against its difference here: claim, whose, published (points), the columns of
-    ``compare.steps_frame`` but the first, verdict, size.
+    """Hold each claim against its difference here: claim, whose, published (points), as ``compare.steps_frame``, and
 
-    verdict: ``supported`` where the interval lies above 0, ``contradicted`` where it lies below, ``open`` where it
-    holds 0 or there is none; ``not in these records`` where nobody ran it.  size: whether the interval lies below the
-    published points (``smaller``), above (``larger``), or is ``compatible`` with them.
+    verdict: ``supported`` where the interval lies above 0, ``contradicted`` below, ``open`` where it holds 0 or there
+    is none, ``not in these records`` where nobody ran it; size: where the interval lies beside the published points,
+    ``smaller``, ``larger`` or ``compatible``.
     """
     adds = {step: steps_of(names).get(f"described: {step}", ("", "")) for step in STEPS}
     asked = {  # the step whose size was published, and the two arms
@@ -193,12 +175,11 @@ def claims(records: Iterable[Record], names: Iterable[str], ensembles: Iterable[
         "the fallback adds": ("", adds["fallback"]),
     }
     others = {f"training on distractors adds to {side}": ("", pair) for side, pair in TRAINED_ON.items()}
-    rows = [(claim, "One Name", PUBLISHED.get(step)) for claim, (step, _) in asked.items()]
-    rows += [(claim, "other teams", None) for claim in others]
+    rows = [(claim, "One Name", PUBLISHED.get(step, np.nan)) for claim, (step, _) in asked.items()]
+    rows += [(claim, "other teams", np.nan) for claim in others]
     pairs = {claim: pair for claim, (_, pair) in (asked | others).items()}
     found = pd.concat([compare.steps_frame(pairs, records, names), views_against_bagging(ensembles)])
-    frame = pd.DataFrame(rows, columns=["claim", "whose", "published"]).astype({"published": float})
-    frame = frame.join(found.set_index("step"), on="claim")
+    frame = pd.DataFrame(rows, columns=["claim", "whose", "published"]).join(found.set_index("step"), on="claim")
     rows = frame.to_dict("records")
     unknown = np.where(frame["difference"].isna(), "not in these records", "open")
     says, sizes = ("supported", "open", "contradicted"), ("larger", "compatible", "smaller", "")

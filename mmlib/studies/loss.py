@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,8 +17,6 @@ from mmlib.records import Record
 from mmlib.retrieve import make_model, missing_scores
 from mmlib.train import pooled_features
 
-# -- logit and gradient ---------------------------------------------------------------------------------------------
-
 
 def margin_curves(settings: Sequence[tuple[float, float]], *, identities: int, scale: float = 30.0) -> pd.DataFrame:
     """Follow one clip as its angle to its identity grows, every other identity being at a right angle.
@@ -28,8 +25,7 @@ def margin_curves(settings: Sequence[tuple[float, float]], *, identities: int, s
     logit of the identity, pull (absolute gradient of the loss with respect to the angle, by autograd).
     """
     angle = (torch.arange(360, dtype=torch.float64) + 0.5) * torch.pi / 360
-    label = torch.zeros(len(angle), dtype=torch.long)
-    parts = []
+    label, parts = torch.zeros(len(angle), dtype=torch.long), []
     for margin, gamma in settings:
         theta = angle.clone().requires_grad_()
         cosine = torch.cat([theta.cos()[:, None], torch.zeros(len(angle), identities - 1).double()], 1)
@@ -37,15 +33,10 @@ def margin_curves(settings: Sequence[tuple[float, float]], *, identities: int, s
         # A sum, so that each clip has its own gradient.
         loss = losses.focal_loss(logits, label, gamma=gamma) * len(angle)
         (pull,) = torch.autograd.grad(loss, theta)
-        found = {"angle": torch.rad2deg(angle), "logit": logits[:, 0].detach(), "pull": pull.abs()}
-        curve = {name: value.numpy() for name, value in found.items()}
-        parts.append(pd.DataFrame({"setting": setting_name(margin, gamma), **curve}))
+        name = f"margin {margin:g}" + (f", gamma {gamma:g}" if gamma else "")
+        columns = {"angle": torch.rad2deg(angle), "logit": logits[:, 0].detach(), "pull": pull.abs()}
+        parts.append(pd.DataFrame(columns).assign(setting=name))
     return pd.concat(parts, ignore_index=True)
-
-
-def setting_name(margin: float, gamma: float = 0.0) -> str:
-    """Name a margin, and a focal term if there is one, as the figures do."""
-    return f"margin {margin:g}" + (f", gamma {gamma:g}" if gamma else "")
 
 
 def reach(curves: pd.DataFrame) -> pd.Series:
@@ -57,11 +48,8 @@ def reach(curves: pd.DataFrame) -> pd.Series:
 def focal_curves(gammas: Sequence[float]) -> pd.DataFrame:
     """Return the gradient of a clip by its probability p: gamma (name), p, gradient (absolute, at its logit)."""
     p = np.linspace(0.005, 0.995, 199)
-    parts = [
-        pd.DataFrame({"gamma": f"gamma {gamma:g}", "p": p, "gradient": _gradient(p, gamma, losses.focal_loss)})
-        for gamma in gammas
-    ]
-    return pd.concat(parts, ignore_index=True)
+    wide = {f"gamma {gamma:g}": _gradient(p, gamma, losses.focal_loss) for gamma in gammas}
+    return pd.DataFrame({"p": p} | wide).melt("p", var_name="gamma", value_name="gradient")
 
 
 def _gradient(p: np.ndarray, gamma: float, term: Callable[..., torch.Tensor]) -> np.ndarray:
@@ -77,30 +65,23 @@ BATCH = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99)  # probabilities of the iden
 
 
 def batch_shares(gamma: float, probabilities: Sequence[float] = BATCH) -> pd.DataFrame:
-    """Share out the gradient of a batch: loss, p, gradient (of the clip's logit), share (of the batch), and factor.
+    """Share out the gradient of a batch: p, loss, gradient (of the clip's logit), share (of the batch), and factor.
 
     factor: the clip's gradient as a multiple of what cross-entropy gives it.
     """
     p = np.sort(np.asarray(probabilities, float))
-    plain = _gradient(p, 0.0, losses.focal_loss)
-    kinds = {
-        "cross-entropy": plain,
-        "focal, clip by clip": _gradient(p, gamma, losses.focal_loss),
-        "focal, over the batch": _gradient(p, gamma, losses.batch_focal_loss),
-    }
-    parts = [
-        pd.DataFrame({"loss": name, "p": p, "gradient": found, "share": found / found.sum(), "factor": found / plain})
-        for name, found in kinds.items()
-    ]
-    return pd.concat(parts, ignore_index=True)
+    kinds = {"cross-entropy": (0.0, losses.focal_loss), "focal, clip by clip": (gamma, losses.focal_loss)}
+    kinds["focal, over the batch"] = gamma, losses.batch_focal_loss
+    wide = {name: _gradient(p, *kind) for name, kind in kinds.items()}
+    frame = pd.DataFrame({"p": p} | wide).melt("p", var_name="loss", value_name="gradient")
+    frame["share"] = np.concatenate([found / found.sum() for found in wide.values()])
+    return frame.assign(factor=frame["gradient"] / np.tile(wide["cross-entropy"], len(wide)))
 
 
 def share_of_hardest(shares: pd.DataFrame, hardest: int = 2) -> dict[str, float]:
     """Return the share of the gradient of a batch that its hardest clips get under each loss."""
     return {name: part.nsmallest(hardest, "p")["share"].sum() for name, part in shares.groupby("loss", sort=False)}
 
-
-# -- the arms -------------------------------------------------------------------------------------------------------
 
 STEPS = {  # one change each: the arm with it, and the arm without
     "cosines in place of inner products": ("cosine softmax", "softmax"),
@@ -117,16 +98,15 @@ SWEEPS = {"margin": (0.0, 0.1, 0.3, 0.5, 0.7), "gamma": (0.0, 0.5, 1.0, 2.0, 4.0
 
 def sweep(arm: Experiment, field: str, seeds: Iterable[int]) -> list[Experiment]:
     """List the experiments of a sweep: a field of the arm's training takes every value of ``SWEEPS``."""
-    changes: list[dict[str, Any]] = [{field: value} for value in SWEEPS[field]]
-    points = [replace(arm, training=replace(arm.training, **change)) for change in changes]
-    return [replace(point, seed=seed) for point in points for seed in seeds]
+    trainings = [replace(arm.training, **{field: value}) for value in SWEEPS[field]]  # type: ignore[arg-type]
+    return [replace(arm, training=training, seed=seed) for training in trainings for seed in seeds]
 
 
 def sweep_frame(records: Iterable[Record], field: str, baseline: float) -> pd.DataFrame:
     """Compare values of a field of the training with one of them, world by world, in points of MAP@100.
 
-    Records that differ in the field and the seed only.  Returns one row a value, in order: ``field``, map_at_100 and
-    difference (means over worlds), low and high (smallest and largest world; NaN where there is one), n (worlds).
+    Returns one row a value: ``field``, map_at_100 and difference (means over worlds), low and high (smallest and
+    largest world; NaN where there is one), n (worlds).
     """
     rows = [(r.experiment["seed"], r.experiment["training"][field], np.mean(r.ap)) for r in records]
     wide = pd.DataFrame(rows, columns=["seed", field, "map"]).pivot(index="seed", columns=field, values="map")
@@ -136,8 +116,6 @@ def sweep_frame(records: Iterable[Record], field: str, baseline: float) -> pd.Da
     frame.loc[frame["n"] == 1, ["low", "high"]] = np.nan
     return frame.reset_index()
 
-
-# -- what the scores add --------------------------------------------------------------------------------------------
 
 PAIRS = {  # the arm without the scores, or without the focal term, that each is compared with
     "margin, scores": "margin",
@@ -150,9 +128,8 @@ PAIRS = {  # the arm without the scores, or without the focal term, that each is
 def gains(records: Sequence[Record], names: Sequence[str], group: str = "quality") -> pd.DataFrame:
     """Compare the arms of ``PAIRS`` by fifths of clip quality, or by another group of clips, in points of precision.
 
-    Returns arm, against, start, end (of the group: percentiles, or frames), middle, clips (mean a world), difference,
-    low and high (95 %, over worlds; NaN for one world or one data set), n, interval; groups in order.  Fifths are the
-    finer groups of a record put together; the longest clips, a group without an end, stand at its start.
+    Returns arm, against, start, end (percentiles, or frames), middle, clips (mean a world), difference, low and high
+    (95 %, over worlds; NaN for one world or data set), n, interval.  The longest clips stand at their shortest.
     """
     rows = [
         (name, *_edges(group, low, high), record.experiment["seed"], clips, clips * precision)
@@ -186,9 +163,8 @@ def _edges(group: str, low: float, high: float | None) -> tuple[float, float]:
 def length_in_scores(asked: Experiment, store: ClipStore) -> pd.DataFrame:
     """Return the share of the squared length of a clip feature that appended scores make up, before any training.
 
-    Columns: appended to (the normalised or the raw feature), share (mean over the labelled val clips with a face);
-    empty where the store lacks scores.  It is the cosine of two clips that have the same scores and nothing else in
-    common.
+    Columns: appended to, share (mean over labelled val clips with a face); empty where the store lacks scores.  It is
+    the cosine of two clips that have the same scores and nothing else in common.
     """
     columns = ["appended to", "share of the squared length"]
     asked = replace(asked, concat="raw")

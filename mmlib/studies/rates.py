@@ -23,18 +23,14 @@ def names_of(group: Mapping[str, Experiment], records: Iterable[Record]) -> list
 
 
 def search_frame(group: Mapping[str, Experiment], records: Iterable[Record]) -> pd.DataFrame:
-    """Return the best short and the best long training of each arm of a search, best arm first.
+    """Return the best short and the best long training of each arm, by mean MAP@100 over worlds, best arm first.
 
-    By mean MAP@100 over worlds.  Columns: arm, map_at_100, lr, aggregator_lr, the same of the longer training with
-    "longer " before, worth (points, of the longer one), at the edge (the best short one has the smallest or the largest
-    of the rates that were tried).
+    Columns: arm, map_at_100, lr, aggregator_lr, the same of the longer one with "longer " before, worth (points, of the
+    longer), at the edge (the best short one has the smallest or the largest of the rates that were tried).
     """
     records = list(records)
-    rows = [
-        {"arm": name, **record.experiment["training"], **record.measures}
-        for name, record in zip(names_of(group, records), records)
-    ]
-    trials = pd.DataFrame(rows, columns=["arm", "epochs", *SEARCHED])
+    trials = pd.DataFrame([record.experiment["training"] | record.measures for record in records])
+    trials = trials.reindex(columns=["epochs", *SEARCHED]).assign(arm=names_of(group, records))
     trials = trials.groupby(["arm", "epochs", *RATES])["map_at_100"].mean().reset_index()
     best = trials.loc[trials.groupby(["arm", "epochs"])["map_at_100"].idxmax()].groupby("arm")[SEARCHED]
     tried = trials.groupby("arm")[RATES]

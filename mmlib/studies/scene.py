@@ -10,21 +10,21 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, one_hot
 
 from mmlib import compare, metrics, scene
-from mmlib.data.images import ImageBatch, Images, image_batches, index_images
+from mmlib.data.images import ImageBatch, image_batches, index_images
 from mmlib.data.render import ABOUT, REGIONS, Studio, picture_size, render_scenes
 from mmlib.data.store import ClipStore
 from mmlib.experiment import Experiment, fingerprint
 from mmlib.records import cache_folder, claim, clear_partial, fetch, open_store
 from mmlib.retrieve import Retrieval
-from mmlib.scene import SceneRun, SceneSettings
+from mmlib.scene import SceneSettings
 
 TUNED, UNTRAINED, THUMBNAIL, TRUTH = "fine-tuned network", "untrained network", "thumbnail", "show and set"
 OWN = {True: "simulated vectors", False: "own vectors"}  # what a store came with, by whether it is simulated
@@ -35,15 +35,15 @@ SETS = 4  # of a show
 
 @dataclass(frozen=True)
 class Scenes:
-    """Clips of one seed: their own store and, where they have pictures, those and the network that learned from them.
+    """Clips of one seed: their store and, where they have pictures, those (``Images``) and the network, a ``SceneRun``.
 
     rendered: side of the pictures in pixels, 0 where they are not rendered.
     """
 
     seed: int
     store: ClipStore
-    images: Images | None = None
-    run: SceneRun | None = None
+    images: Any = None
+    run: Any = None
     rendered: int = 0
 
     @property
@@ -51,16 +51,10 @@ class Scenes:
         """Whether the show and the set of every clip are known."""
         return {"show", "set"} <= set(self.store.clips)
 
-    def pictured(self) -> tuple[Images, SceneRun]:
-        """Return the pictures and the network; raise where there are none."""
-        if self.images is None or self.run is None:
-            raise ValueError(f"{self.store.path}: these clips have no pictures")
-        return self.images, self.run
-
     def pictures(self, clips: np.ndarray, size: int, resize: int) -> Iterator[ImageBatch]:
         """Draw a picture of each clip as in test; clips that have one."""
         groups = np.array_split(clips, -(-len(clips) // 256)) if len(clips) else []
-        return image_batches(self.pictured()[0], groups, size=size, resize=resize, seed=self.seed, workers=0)
+        return image_batches(self.images, groups, size=size, resize=resize, seed=self.seed, workers=0)
 
     def experiment(self, store: str | Path, classifier: str = "class means") -> Experiment:
         """Return the experiment on the scene features of a store alone."""
@@ -72,9 +66,8 @@ def open_scenes(
 ) -> list[Scenes]:
     """Open or make the clips, pictures and networks of the chapter, one a seed; all of it is kept.
 
-    data, profile: as in ``Experiment``; a simulated world has ``identities`` of them, at most SMALLEST in the tiny
-    profile.  images: the folder of a given store's pictures; ``""`` renders those of a simulated one, and a store that
-    is not has none.
+    identities: of a simulated world, at most SMALLEST in the tiny profile.  images: the folder of a given store's
+    pictures; ``""`` renders those of a simulated one, and any other has none.
     """
     if images and data == "simulated":
         raise ValueError(f"images belong to the clips of a store: name it as data beside images = {images!r}")
@@ -106,34 +99,28 @@ def _rendered(store: ClipStore, size: int) -> Path:
 
 def settings_frame(scenes: Scenes) -> pd.DataFrame:
     """Set the network's settings and pictures beside those that are described: setting, as described, on this page."""
-    if scenes.run is None:
-        return pd.DataFrame(columns=["setting", "as described", "on this page"])
-    store, (images, run) = scenes.store, scenes.pictured()
-    said, here = asdict(SceneSettings()), asdict(run.settings)
-    here["weights"] = Path(run.settings.weights).name or "from scratch"
-    said |= {"features": 2048, "identities": 10034, "train clips": 60566}
-    here |= {
-        "features": run.model.prototype.shape[1],
-        "identities": len(store.identities),
-        "train clips": len(np.intersect1d(store.select("train", labelled=True), images.present)),
-        "pictures": "rendered" if scenes.rendered else "given",
-        "clips with a picture": len(images.present),
-        "clips without one, left out": len(store) - len(images.present),
-        "pictures converted to RGB": sum(number for mode, number in run.modes.items() if mode != "RGB"),
-    }
+    said = asdict(SceneSettings()) | {"features": 2048, "identities": 10034, "train clips": 60566}
+    here, store, images, run = {}, scenes.store, scenes.images, scenes.run
+    if run is not None:
+        here = asdict(run.settings) | {
+            "weights": Path(run.settings.weights).name or "from scratch",
+            "features": run.model.prototype.shape[1],
+            "identities": len(store.identities),
+            "train clips": len(np.intersect1d(store.select("train", labelled=True), images.present)),
+            "pictures": "rendered" if scenes.rendered else "given",
+            "clips with a picture": len(images.present),
+            "clips without one, left out": len(store) - len(images.present),
+            "pictures converted to RGB": sum(number for mode, number in run.modes.items() if mode != "RGB"),
+        }
     rows = [(name, str(said.get(name, "")), str(value)) for name, value in here.items()]
     return pd.DataFrame(rows, columns=["setting", "as described", "on this page"])
-
-
-# -- features to compare with ---------------------------------------------------------------------------------------
 
 
 def feature_stores(scenes: Scenes) -> dict[str, Path]:
     """Return a store for each kind of scene feature, by name; those that do not exist yet are written.
 
-    The store's own scene features; the network's; the pixels of a picture of 8 by 8; those of the same network before
-    it is trained (unless it starts from given weights); and show and set where they are known, which no picture can
-    tell better.
+    The store's own; the network's; the pixels of a thumbnail; those of the network before it is trained (unless it
+    starts from given weights); and show and set where they are known, which no picture can tell better.
     """
     found = {OWN[scenes.store.meta["simulated"]]: scenes.store.path} if "scene" in scenes.store.modalities else {}
     if scenes.run is None:
@@ -155,26 +142,24 @@ def _features(scenes: Scenes, name: str) -> Iterator[tuple[ImageBatch, np.ndarra
 
     Of show and set one coordinate a show and a smaller one a set of a show, as the simulator weighs them.
     """
-    images, run = scenes.pictured()
     if name == UNTRAINED:
-        model = scene.make_model(run.settings, len(scenes.store.identities), seed=scenes.seed)
-        yield from scene.extract(model, images, run.settings, seed=scenes.seed)
+        model = scene.make_model(scenes.run.settings, len(scenes.store.identities), seed=scenes.seed)
+        yield from scene.extract(model, scenes.images, scenes.run.settings, seed=scenes.seed)
         return
-    for batch in scenes.pictures(images.present, THUMBNAIL_SIDE, THUMBNAIL_SIDE):
-        feature = batch.pixels.flatten(1).numpy() / 255 - 0.5
+    for batch in scenes.pictures(scenes.images.present, THUMBNAIL_SIDE, THUMBNAIL_SIDE):
+        feature = batch.pixels.flatten(1) / 255 - 0.5
         if name == TRUTH:
-            show, stage = (scenes.store.clips[column].to_numpy(np.int64) for column in ("show", "set"))
-            shows, place = np.arange(show.max() + 1), show * SETS + stage % SETS
-            is_set = place[batch.clips, None] == np.arange(len(shows) * SETS)
-            feature = np.hstack([show[batch.clips, None] == shows, 0.7 * is_set])
-        yield batch, feature.astype(np.float16)
+            show, stage = (torch.from_numpy(scenes.store.clips[of].to_numpy(np.int64)) for of in ("show", "set"))
+            shows, place = int(show.max()) + 1, show * SETS + stage % SETS
+            known = one_hot(show[batch.clips], shows), 0.7 * one_hot(place[batch.clips], shows * SETS)
+            feature = torch.cat(known, 1)
+        yield batch, feature.numpy().astype(np.float16)
 
 
 def feature_table(scenes: Iterable[Scenes], device: str = "auto") -> pd.DataFrame:
     """Compare the kinds of features, with class means, with the network's (else the only kind there is).
 
-    Columns: feature, those of ``compare_arms``, top1, and mlp (MAP@100 behind a trained MLP).  Stores of several seeds
-    are worlds of their own; seeds on one store are not.
+    Columns: feature, as ``compare_arms``, top1, mlp (MAP@100 behind an MLP).  Stores are worlds, seeds not.
     """
     stores = [(name, each, path) for each in scenes for name, path in feature_stores(each).items()]
     names = [name for name, *_ in stores]
@@ -192,31 +177,29 @@ def feature_table(scenes: Iterable[Scenes], device: str = "auto") -> pd.DataFram
     return table.join(mean, on="feature")
 
 
-# -- pictures -------------------------------------------------------------------------------------------------------
-
-
 def _row(scenes: Scenes, label: str, clips: np.ndarray, marks: str | list[str]) -> pd.DataFrame:
     """Return pictures of clips as the network sees them, grey for a clip without one: a row of ``picture_rows``."""
-    images, run = scenes.pictured()
-    seen = np.full((len(clips), run.settings.size, run.settings.size, 3), 128, np.uint8)
-    there = np.isin(clips, images.present)
-    for batch in scenes.pictures(clips[there], run.settings.size, run.settings.resize):
+    size, there = scenes.run.settings.size, np.isin(clips, scenes.images.present)
+    seen = np.full((len(clips), size, size, 3), 128, np.uint8)
+    for batch in scenes.pictures(clips[there], size, scenes.run.settings.resize):
         seen[there] = batch.pixels.permute(0, 2, 3, 1).numpy()
     return pd.DataFrame({"row": label, "picture": list(seen), "mark": marks})
+
+
+def _spread(n: int, of: int) -> np.ndarray:
+    return np.unique(np.linspace(0, of - 1, min(n, of)).astype(int))
 
 
 def sample_pictures(scenes: Scenes, rows: int = 4, columns: int = 8) -> pd.DataFrame:
     """Return pictures of the shows with the most clips, else of identities: a row each."""
     if scenes.images is None:
         return pd.DataFrame()
-    by = "show" if scenes.shows else "identity"
-    table = scenes.store.clips.loc[scenes.images.present]
-    table, parts = table[table[by] >= 0], []
-    for value in table[by].value_counts().index[:rows]:
-        part = table[table[by] == value]
-        clips = (part.sort_values("set", kind="stable") if scenes.shows else part).index.to_numpy()
-        clips = clips[np.unique(np.linspace(0, len(clips) - 1, columns).astype(int))]
-        parts.append(_row(scenes, f"{by} {value if scenes.shows else scenes.store.identities[value]}", clips, ""))
+    by, order = ("show", ["show", "set"]) if scenes.shows else ("identity", ["identity"])
+    table, parts = scenes.store.clips.loc[scenes.images.present], []
+    for value in table.loc[table[by] >= 0, by].value_counts().index[:rows]:
+        clips = table[table[by] == value].sort_values(order, kind="stable").index.to_numpy()
+        label = f"{by} {value if scenes.shows else scenes.store.identities[value]}"
+        parts.append(_row(scenes, label, clips[_spread(columns, len(clips))], ""))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -225,60 +208,56 @@ def retrieved_pictures(
 ) -> pd.DataFrame:
     """Return ``known`` train pictures of identities and the ``top`` val pictures ranked highest, a row each.
 
-    From the best AP to the worst: the identities at even steps of AP among those with a train picture and at least
-    three relevant clips (any, where none has three).
+    From the best AP to the worst: identities with a train picture and at least three relevant clips, or any.
     """
-    if found is None:
-        return pd.DataFrame()
-    clips = found.members[0].clips
-    trained, parts = scenes.store.identity_of(clips), []
-    seen_before = np.isin(found.queries, trained)
-    often = seen_before & (found.relevant >= 3)
-    able = np.flatnonzero(often if often.any() else seen_before)
-    able = able[np.argsort(-found.ap[able], kind="stable")]
-    for query in able[np.unique(np.linspace(0, len(able) - 1, min(rows, len(able))).astype(int))]:
-        seen = clips[trained == found.queries[query]][:known]
-        ranked = found.ranking[query][:top]
-        hits = found.hits[query][:top][ranked >= 0]
-        label = f"identity {scenes.store.identities[found.queries[query]]}\nAP {found.ap[query]:.2f}"
-        marks = [""] * len(seen) + ["right" if hit else "wrong" for hit in hits]
-        parts.append(_row(scenes, label, np.concatenate([seen, found.gallery[ranked[ranked >= 0]]]), marks))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    parts = [pd.DataFrame()]
+    if found is not None:
+        clips = found.members[0].clips
+        trained = scenes.store.identity_of(clips)
+        seen_before = np.isin(found.queries, trained)
+        often = seen_before & (found.relevant >= 3)
+        able = np.flatnonzero(often if often.any() else seen_before)
+        able = able[np.argsort(-found.ap[able], kind="stable")]
+        for query in able[_spread(rows, len(able))]:
+            seen = clips[trained == found.queries[query]][:known]
+            there = found.ranking[query][:top] >= 0
+            ranked, hits = (of[query][:top][there] for of in (found.ranking, found.hits))
+            label = f"identity {scenes.store.identities[found.queries[query]]}\nAP {found.ap[query]:.2f}"
+            marks = [""] * len(seen) + np.where(hits, "right", "wrong").tolist()
+            parts.append(_row(scenes, label, np.concatenate([seen, found.gallery[ranked]]), marks))
+    return pd.concat(parts, ignore_index=True)
 
 
 def wrong_from_known_shows(scenes: Scenes, found: Retrieval | None, depth: int = 10) -> dict[str, float]:
     """Return of the wrong clips among the first ``depth`` of each query the share from a show of its train clips, and
     the share of all wrong clips of the gallery that are: found, chance, clips; NaN where shows are not known.
     """
-    wrong: list[bool] = []
-    chance: list[float] = []
-    if found is not None and scenes.shows:
-        show, clips = scenes.store.clips["show"].to_numpy(), found.members[0].clips
-        trained, identity = scenes.store.identity_of(clips), scenes.store.identity_of(found.gallery)
-        for query, ranked, hits in zip(found.queries, found.ranking[:, :depth], found.hits[:, :depth]):
-            known = show[clips[trained == query]]
-            missed = found.gallery[ranked[(ranked >= 0) & ~hits]]
-            if len(known) and len(missed):
-                wrong.extend(np.isin(show[missed], known))
-                chance.append(np.isin(show[found.gallery[identity != query]], known).mean())
-    shares = [float(np.mean(each)) if each else np.nan for each in (wrong, chance)]
+    if found is None or not scenes.shows:
+        return {"found": np.nan, "chance": np.nan, "clips": 0}
+    show, clips, ranked = scenes.store.clips["show"].to_numpy(), found.members[0].clips, found.ranking[:, :depth]
+    trained = pd.crosstab(scenes.store.identity_of(clips), show[clips])
+    known = trained.reindex(found.queries, columns=range(show.max() + 1), fill_value=0).to_numpy() > 0
+    known_of_gallery = known[:, show[found.gallery]]  # (queries, gallery), as is the next
+    other = scenes.store.identity_of(found.gallery) != found.queries[:, None]
+    chance = (known_of_gallery & other).sum(1) / other.sum(1)
+    missed = (ranked >= 0) & ~found.hits[:, :depth] & known.any(1, keepdims=True)
+    wrong = np.take_along_axis(known_of_gallery, ranked, 1)[missed]
+    shares = [float(each.mean()) if len(each) else np.nan for each in (wrong, chance[missed.any(1)])]
     return {"found": shares[0], "chance": shares[1], "clips": len(wrong)}
 
 
 def nearest_shows(scenes: Scenes) -> pd.DataFrame:
-    """Return for every val clip the show and set of its nearest train clip by the network's features.
+    """Return for every val clip what it and its nearest train clip, by the network's features, are of.
 
-    Columns: show, set, nearest show, nearest set, channel, nearest channel, family, nearest family (of colours); empty
-    where shows or pictures are not known.
+    Columns: show, set, channel, family (of colours), and each with "nearest " before; empty where not known.
     """
     names = ["show", "set", "channel", "family"]
-    if scenes.run is None or not scenes.rendered:
+    if not scenes.rendered:
         return pd.DataFrame(columns=[*names, *(f"nearest {name}" for name in names)])
     store, studio = scenes.run.store, Studio(scenes.store)
     train, val = (store.select(split, having="scene") for split in ("train", "val"))
-    known, asked = (
-        normalize(store.batch(clips, "scene", sample="first", frames=1).feature[:, 0]) for clips in (train, val)
-    )
+    batches = (store.batch(clips, "scene", sample="first", frames=1) for clips in (train, val))
+    known, asked = (normalize(batch.feature[:, 0]) for batch in batches)
     nearest = train[(asked @ known.T).argmax(1).numpy()]
     look = {name: studio.look[name][studio.place].astype(int) for name in ("channel", "family")}
     table = store.clips[["show", "set"]].assign(**look)
@@ -295,50 +274,40 @@ def show_confusion(nearest: pd.DataFrame, shows: int = 10) -> pd.DataFrame:
     weight = pd.concat([wrong["show"], wrong["nearest show"]]).value_counts().sort_index()
     chosen = sorted(weight.sort_values(ascending=False, kind="stable").index[:shows].astype(int))
     part = nearest[nearest["show"].isin(chosen)]
-    column = part["nearest show"].where(part["nearest show"].isin(chosen), -1)
-    table = pd.crosstab(part["show"], column, normalize="index").reindex(index=chosen, columns=[*chosen, -1])
-    return table.fillna(0).rename(columns={-1: "other"})
+    column = part["nearest show"].where(part["nearest show"].isin(chosen), "other")
+    table = pd.crosstab(part["show"], column, normalize="index")
+    return table.reindex(index=chosen, columns=[*chosen, "other"], fill_value=0.0)
 
 
 def confused_pairs(nearest: pd.DataFrame, rows: int = 6) -> pd.DataFrame:
     """List the shows most often taken for another: show, taken for, clips, same channel, same colours."""
-    wrong = nearest[nearest["show"] != nearest["nearest show"]]
-    groups = wrong.groupby(["show", "nearest show"])
-    table = groups.size().rename("clips").reset_index().rename(columns={"nearest show": "taken for"})
-    first = groups.first()
+    wrong = nearest[nearest["show"] != nearest["nearest show"]].rename(columns={"nearest show": "taken for"})
     for name, column in (("same channel", "channel"), ("same colours", "family")):
-        table[name] = np.where(first[column] == first[f"nearest {column}"], "yes", "no")
-    return table.sort_values("clips", ascending=False, kind="stable").head(rows).reset_index(drop=True)
+        wrong[name] = np.where(wrong[column] == wrong[f"nearest {column}"], "yes", "no")
+    table = wrong.groupby(["show", "taken for"])[["same channel", "same colours"]].first()
+    table.insert(0, "clips", wrong.groupby(["show", "taken for"]).size())
+    return table.sort_values("clips", ascending=False, kind="stable").head(rows).reset_index()
 
 
 def confusion_causes(nearest: pd.DataFrame) -> dict[str, float]:
     """Return shares of val clips: show (nearest train clip of the same show), set (of the same set, where the show is
-    right), channel and family (shared, where the show is wrong), and for the last two what chance would give.
-
-    Chance: a clip of another show, drawn as often as it is a nearest one of anybody's.
+    right), channel and family (shared, where the show is wrong), and what chance gives, a nearest clip of anybody's.
     """
-    if nearest.empty:
-        return dict.fromkeys(("show", "set", "channel", "channel chance", "family", "family chance"), np.nan)
-    right = nearest["show"] == nearest["nearest show"]
-    out = {"show": right.mean(), "set": (nearest["set"] == nearest["nearest set"])[right].mean()}
-    wrong = nearest[~right]
+    same = {name: nearest[name] == nearest[f"nearest {name}"] for name in ("show", "set", "channel", "family")}
+    wrong, out = nearest[~same["show"]], {"show": same["show"].mean(), "set": same["set"][same["show"]].mean()}
     other = np.not_equal.outer(wrong["show"].to_numpy(), nearest["nearest show"].to_numpy())
     for name in ("channel", "family"):
-        same = np.equal.outer(wrong[name].to_numpy(), nearest[f"nearest {name}"].to_numpy())
-        out[name] = (wrong[name] == wrong[f"nearest {name}"]).mean()
-        out[f"{name} chance"] = same[other].mean() if other.any() else np.nan
+        alike = np.equal.outer(wrong[name].to_numpy(), nearest[f"nearest {name}"].to_numpy())[other]
+        out |= {name: same[name][~same["show"]].mean(), f"{name} chance": alike.mean() if len(alike) else np.nan}
     return {name: float(value) for name, value in out.items()}
-
-
-# -- where the network looks ----------------------------------------------------------------------------------------
 
 
 class Maps(NamedTuple):
     """Pictures (n, S, S, 3), their maps (n, S, S) in cosine, and places in ``render.REGIONS``, None if unknown."""
 
-    pictures: np.ndarray
-    maps: np.ndarray
-    regions: np.ndarray | None
+    pictures: np.ndarray = np.empty(0)
+    maps: np.ndarray = np.empty(0)
+    regions: Any = None
 
 
 def occlusion_maps(scenes: Scenes, clips: int = 24) -> Maps:
@@ -347,44 +316,38 @@ def occlusion_maps(scenes: Scenes, clips: int = 24) -> Maps:
     The patch is a quarter of the picture's side, in steps of an eighth.
     """
     if scenes.run is None:
-        return Maps(np.empty(0), np.empty(0), None)
-    store, (images, run), kept = scenes.store, scenes.pictured(), []
-    size, device = run.settings.size, run.model.prototype.device
-    asked = np.intersect1d(store.select("val", labelled=True), images.present)
-    for batch in scenes.pictures(asked, size, run.settings.resize):
+        return Maps()
+    store, model, settings, kept = scenes.store, scenes.run.model, scenes.run.settings, []
+    size, device = settings.size, model.prototype.device
+    asked = np.intersect1d(store.select("val", labelled=True), scenes.images.present)
+    for batch in scenes.pictures(asked, size, settings.resize):
         label = torch.from_numpy(store.identity_of(batch.clips))
         with torch.inference_mode():
-            right = run.model(batch.pixels.to(device)).argmax(1).cpu() == label
-        every = zip(right, batch.clips, batch.number, batch.pixels, label)
-        kept += [each for known, *each in every if known]
+            right = (model(batch.pixels.to(device)).argmax(1).cpu() == label).nonzero()[:, 0].tolist()
+        kept += [(batch.clips[at], batch.number[at], batch.pixels[at], label[at]) for at in right]
         if len(kept) >= clips:
             break
     if not kept:
-        return Maps(np.empty(0), np.empty(0), None)
+        return Maps()
     clip, number, *parts = zip(*kept[:clips])
     pixels, labels = (torch.stack(part).to(device) for part in parts)
-    drop = scene.occlusion(run.model, pixels, labels, patch=max(1, size // 4), stride=max(1, size // 8))
-    regions = None
-    if scenes.rendered:
-        regions = Studio(store).regions(np.array(clip), np.array(number), scenes.rendered)
-        # The nearest pixel of the crop that the network takes.
-        side = scenes.rendered * size / run.settings.resize
-        at = ((scenes.rendered - side) / 2 + (np.arange(size) + 0.5) * side / size).astype(int)
-        regions = regions[:, at][:, :, at]
+    drop = scene.occlusion(model, pixels, labels, patch=max(1, size // 4), stride=max(1, size // 8))
+    regions, whole = None, scenes.rendered
+    if whole:
+        side = whole * size / settings.resize  # of the crop that the network takes
+        at = ((whole - side) / 2 + (np.arange(size) + 0.5) * side / size).astype(int)
+        regions = Studio(store).regions(np.array(clip), np.array(number), whole)[:, at][:, :, at]
     return Maps(pixels.permute(0, 2, 3, 1).cpu().numpy(), drop.cpu().numpy(), regions)
 
 
 def region_effect(maps: Maps) -> pd.DataFrame:
     """Return how much more a place of each region counts than an average place of its picture.
 
-    Columns: region, share (of pixels), effect (mean over clips of: mean of the map in the region less that of the whole
-    picture, in cosine), low, high (95 %, bootstrap over clips), clips (that show the region).
+    Columns: region, share (of pixels), effect (mean over clips: of the map in the region less of the whole, in cosine),
+    low, high (95 %, bootstrap over clips), clips (that show the region).
     """
-    columns = ["region", "share", "effect", "low", "high", "clips"]
-    if maps.regions is None:
-        return pd.DataFrame(columns=columns)
-    rows = []
-    for place, name in enumerate(REGIONS):
+    columns, rows = ["region", "share", "effect", "low", "high", "clips"], []
+    for place, name in enumerate(REGIONS if maps.regions is not None else ()):
         inside = maps.regions == place
         share = inside.mean((1, 2))
         shown = (share > 0.01) & (share < 1)  # a few pixels say nothing
