@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmlib.data.images import Images
 from mmlib.data.store import ClipStore
-from mmlib.scene import ARCHITECTURES, DEEP, SceneModel, extract, make_model, settings_for
-from mmlib.scene_training import fine_tune, launched
+from mmlib.scene import ARCHITECTURES, DEEP, SceneModel, make_model, settings_for
+from mmlib.scene_training import extract, fine_tune, launched
 
 EPOCHS = 2  # timed, of training
 

@@ -1,4 +1,4 @@
-"""Scene features: an SE-ResNeXt that is fine-tuned on clips' pictures, what it extracts, and kept networks.
+"""Scene networks: an SE-ResNeXt and a vector an identity, its settings, and where it looks.
 
 As described by the One Name team: an SE-ResNeXt-50 trained on ImageNet is fine-tuned on one image a clip for 20 epochs,
 its learning rates falling to 0 along a cosine, that of the backbone lower than that of the head; its 2048 pooled
@@ -7,43 +7,23 @@ features are the scene feature of a clip.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-import tempfile
-from collections import Counter
-from collections.abc import Container, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
-from mmlib import records
-from mmlib.data.images import ImageBatch, Images, decode, image_batches
-from mmlib.data.store import ClipStore
-from mmlib.data.submission import check_names
-from mmlib.data.writer import partial_folder
-from mmlib.experiment import fingerprint, torch_device
-from mmlib.scene_training import FASTEST, Launch, blocks_of, explained, fine_tune, first_line, launched, training_clips
-
-DECIDING = ("scene.py", "scene_training.py", "data/images.py", "data/render.py")  # beside those of ``records``
 DEEP = ("seresnext50_32x4d", "legacy_seresnext50_32x4d")  # 2048 features; the second takes the weights of 2019
 # SE-ResNeXts by the same code, for pictures of 64 pixels and a processor without a GPU: 512 features.  The number of
 # layers counts convolutions in a row and the classifier.
 NARROW = {"narrow_seresnext26": (2, 2, 2, 2), "narrow_seresnext14": (1, 1, 1, 1)}
 ARCHITECTURES = (*DEEP, *NARROW)
-_BLOCK = 2**13  # frames copied at once
-
-# -- the network ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -161,11 +141,6 @@ def _load(backbone: nn.Module, architecture: str, path: Path) -> None:
         raise ValueError(f"weights {path}: not of {architecture}: {reason}") from None
 
 
-# -- features -------------------------------------------------------------------------------------------------------
-
-Blocks = Iterable[tuple[ImageBatch, np.ndarray]]  # pictures with their features (n, D) float16
-
-
 @torch.inference_mode()
 def occlusion(model: SceneModel, pixels: Tensor, label: Tensor, *, patch: int, stride: int) -> Tensor:
     """Return how far the cosine with the label's vector falls where a patch covers a picture, (B, S, S).
@@ -192,153 +167,6 @@ def occlusion(model: SceneModel, pixels: Tensor, label: Tensor, *, patch: int, s
     return total / covered
 
 
-def extract(
-    model: SceneModel, images: Images, settings: SceneSettings, *, seed: int, run: Launch | None = None, block: int = 0
-) -> Iterator[tuple[ImageBatch, np.ndarray]]:
-    """Yield pictures and their features (n, D) float16, ``block`` clips at a time, for every clip that has an image.
-
-    One drawn picture a clip, as in training, but its centre.  The network is in eval mode, so that a clip's feature
-    does not depend on which others share its batch; the code of 2019 leaves it in training mode.  block: 64 unless
-    given, on a GPU 256, and no more than eight batches.  In a launched run processes take turns at the blocks; each
-    yields all of them in their order, without the pixels.
-    """
-    model.eval()
-    run = run or launched(model.prototype.device.type)
-    gpu = run.device.type == "cuda"
-    groups = blocks_of(images.present, block or min(256 if gpu else 64, 8 * settings.batch))
-    shape: dict[str, Any] = {"size": settings.size, "resize": settings.resize, "seed": seed, "device": run.device}
-    own = image_batches(images, groups[run.index :: run.count], **shape)
-    with explained():
-        for _ in tqdm(range(0, len(groups), run.count), "extract", mininterval=1, disable=not run.progress):
-            found = []
-            for batch in itertools.islice(own, 1):
-                fast = torch.autocast(run.device.type, torch.bfloat16, enabled=gpu)
-                with torch.inference_mode(), torch.backends.cudnn.flags(**FASTEST), fast:
-                    feature = model.features(batch.pixels).to(torch.float16).cpu().numpy()
-                found.append((batch, feature))
-            if run.count > 1:
-                from accelerate.utils import gather_object
-
-                none = torch.empty(0, dtype=torch.uint8)
-                found = gather_object([(batch._replace(pixels=none), feature) for batch, feature in found])
-            yield from found
-
-
-# -- stores ---------------------------------------------------------------------------------------------------------
-
-
-def write_scene_store(
-    store: ClipStore, out: Path, blocks: Blocks, *, provenance: dict, keep: Container | None = None, **options
-) -> Counter:
-    """Stream scene features into a new store, beside the other modalities of ``store``; count the pictures by mode.
-
-    keep: the other modalities that are copied, all unless given.  options: of ``ClipStore.create``.  A clip without a
-    picture has no scene.  What the store had as scene is left out.
-    """
-    modes: Counter = Counter()
-    said = {"source": store.meta["provenance"], "scene": provenance | {"modes": modes}}
-    start, count = np.zeros((2, len(store)), np.int64)
-    with ClipStore.create(out, simulated=store.meta["simulated"], provenance=said, **options) as writer:
-        spans = {"scene": (start, count)}
-        for name, modality in store.modalities.items():
-            if name == "scene" or (keep is not None and name not in keep):
-                continue
-            spans[name] = modality.start, modality.count
-            for at in range(0, max(1, len(modality.feature)), _BLOCK):
-                rows = slice(at, at + _BLOCK)
-                writer.append(name, modality.feature[rows], **{key: c[rows] for key, c in modality.columns.items()})
-        for batch, feature in blocks:
-            start[batch.clips] = writer.append("scene", feature, frame=batch.number) + np.arange(len(feature))
-            count[batch.clips] = 1
-            modes.update(batch.modes)
-        writer.finish(store.clips, list(store.identities), spans)
-    return modes
-
-
-def fine_tune_to_store(
-    store: ClipStore, images: Images, settings: SceneSettings, out: Path, *, seed: int, run: Launch, **writing
-) -> tuple[SceneModel, Counter]:
-    """Fine-tune, extract, and write the store of ``write_scene_store``, whose path is checked first.
-
-    Returns the network and the pictures by mode.  writing: keep, overwrite.  Of a launched run the first process
-    writes.
-    """
-    check_names(store.clips["clip"], store.identities)
-    model = make_model(settings, len(store.identities), seed=seed)
-    history, cache = [], records.cache_folder() / "decoded"
-    cache.mkdir(parents=True, exist_ok=True)
-
-    # The store is opened for writing before the first epoch: hours of training must not end in "exists already".
-    def blocks() -> Blocks:
-        with tempfile.TemporaryDirectory(dir=cache) as own:
-            place = [run.decoded or Path(own, "pictures")]
-            if run.count > 1:
-                torch.distributed.broadcast_object_list(place)
-            with records.claim(Path(f"{place[0]}.lock")):  # whichever process comes first decodes for all
-                clips = training_clips(store, images)
-                ready = decode(images, place[0], clips, resize=settings.resize, progress=run.progress)
-            history.extend(fine_tune(model, store, ready, settings, run, seed))
-        yield from extract(model, images, settings, seed=seed, run=run)
-
-    if run.index > 0:
-        return model, Counter(mode for batch, _ in blocks() for mode in batch.modes)
-    said = {"settings": asdict(settings), "seed": seed, "history": history}
-    return model, write_scene_store(store, out, blocks(), provenance=said, **writing)
-
-
-# -- kept -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SceneRun:
-    """A fine-tuned network that is kept: ``folder`` holds its store ``trained``, which has the scene modality alone.
-
-    history: as ``fine_tune`` returns it.  modes: extracted pictures by the mode of their file.
-    """
-
-    folder: Path
-    settings: SceneSettings
-    model: SceneModel
-    history: list[dict[str, float]]
-    modes: dict[str, int]
-
-    @property
-    def store(self) -> ClipStore:
-        return ClipStore.open(self.folder / "trained")
-
-
-def fetch_or_train(
-    store: ClipStore, images: Images, settings: SceneSettings, *, seed: int, device: str = "auto"
-) -> SceneRun:
-    """Return the network of these settings, images and seed from the cache, or train it and keep it there.
-
-    Of several processes that ask for it at once, one trains it and the others wait.
-    """
-    run = Launch(0, 1, torch_device(device))
-    folder = records.cache_folder() / "scenes" / run_key(store, images, settings, seed)
-    with records.claim(folder.with_suffix(".lock")):
-        if not (folder / "model.pt").exists():
-            records.clear_partial(folder)
-            with partial_folder(folder, "model.pt", overwrite=True) as partial:
-                out = partial / "trained"
-                model, _ = fine_tune_to_store(store, images, settings, out, seed=seed, run=run, keep=())
-                torch.save(model.state_dict(), partial / "model.pt")
-    model = make_model(replace(settings, weights=""), len(store.identities), seed=seed)
-    model.load_state_dict(torch.load(folder / "model.pt", map_location="cpu", weights_only=True))
-    said = ClipStore.open(folder / "trained").meta["provenance"]["scene"]
-    return SceneRun(folder, settings, model.to(run.device).eval(), said["history"], said["modes"])
-
-
-def run_key(store: ClipStore, images: Images, settings: SceneSettings, seed: int) -> str:
-    """Hash what decides a network: the store, the images' names and content, settings, seed, weights and the code."""
-    digest = hashlib.sha256(json.dumps([asdict(settings), seed, fingerprint(store.path), code_hash()]).encode())
-    digest.update(images.digest(images.present).encode())
-    if settings.weights not in ("", "pretrained") and Path(settings.weights).is_file():
-        digest.update(Path(settings.weights).read_bytes())
-    return digest.hexdigest()[:20]
-
-
-@cache
-def code_hash() -> str:
-    """Hash the modules that decide pictures and networks, and the library under them."""
-    return records.code_hash((*records.DECIDING, *DECIDING))
+def first_line(error: BaseException) -> str:
+    """Return what an error says in its first line, or what it is called."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -193,7 +193,7 @@ def processes(count, cache, work, *arguments, indices=None, port=None):
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
     context = get_context("forkserver")  # which imports once
-    context.set_forkserver_preload(["mmlib.scene", "accelerate"])
+    context.set_forkserver_preload(["mmlib.scene_training", "accelerate"])
     indices = range(count) if indices is None else indices
     cache.mkdir(exist_ok=True)
     started = [
@@ -215,9 +215,11 @@ def learn(path, folder, out):
     images = index_images(folder, store)
     # 42 clips in batches of 21: the shares of two processes are not equal
     settings = replace(SMALL, batch=21, epochs=2, lr=0.1, backbone_lr=0.1)
-    model, modes = scene.fine_tune_to_store(store, images, settings, out / "trained", seed=0, run=run)
+    model, modes = scene_training.fine_tune_to_store(store, images, settings, out / "trained", seed=0, run=run)
     still = scene.make_model(settings, len(store.identities), seed=0)
-    blocks = list(scene.extract(still, images, settings, seed=0, block=20, run=run))  # five, an odd number of turns
+    blocks = list(
+        scene_training.extract(still, images, settings, seed=0, block=20, run=run)
+    )  # five, an odd number of turns
     order = np.concatenate([batch.clips for batch, _ in blocks]), np.concatenate([feature for _, feature in blocks])
     scene._make_backbone = lambda *_: Plain()
     start = scene.make_model(settings, len(store.identities), seed=0).state_dict()

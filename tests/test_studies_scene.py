@@ -12,7 +12,7 @@ from conftest import made
 from matplotlib.colors import to_rgb
 from torch.nn import functional as F
 
-from mmlib import figures, scene
+from mmlib import figures, scene, scene_training
 from mmlib.data.images import index_images
 from mmlib.data.render import REGIONS, render_scenes
 from mmlib.data.simulate import settings_for as world_for
@@ -48,7 +48,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def hashed():
     """Hash the code before threads do: Python 3.11 cannot parse in two at once."""
-    return scene.code_hash()
+    return scene_training.code_hash()
 
 
 def test_region_effects_are_means_over_places_of_a_region():
@@ -112,7 +112,7 @@ def test_pictures_that_another_run_is_rendering_are_waited_for(world, cache, has
 def scenes(world, images, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MMLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        run = scene.fetch_or_train(world, images, SMALL, seed=0, device="cpu")
+        run = scene_training.fetch_or_train(world, images, SMALL, seed=0, device="cpu")
         yield Scenes(0, world, images, run, rendered=36)
 
 

@@ -208,19 +208,22 @@ def scene(
     The other modalities are copied. Started by accelerate launch or torchrun, one process a GPU, the processes
     share every batch.
     """
-    from mmlib import scene as network
+    from mmlib import scene_training
     from mmlib.data.images import count_converted, index_images
     from mmlib.data.render import picture_size
     from mmlib.data.store import ClipStore
+    from mmlib.scene import settings_for
 
-    settings = network.settings_for(architecture, weights, epochs=epochs, **{"batch": batch} if batch else {})
+    settings = settings_for(architecture, weights, epochs=epochs, **{"batch": batch} if batch else {})
     progress = sys.stderr.isatty()
-    run = network.launched(device.value, progress=progress, compile_mode=compile_mode, decoded=decoded)
+    run = scene_training.launched(device.value, progress=progress, compile_mode=compile_mode, decoded=decoded)
     clips = ClipStore.open(store)
     listed = index_images(images, clips)
     rendered = picture_size(listed, clips)
     with writing(out):
-        _, modes = network.fine_tune_to_store(clips, listed, settings, out, seed=seed, run=run, overwrite=overwrite)
+        _, modes = scene_training.fine_tune_to_store(
+            clips, listed, settings, out, seed=seed, run=run, overwrite=overwrite
+        )
     if run.index:
         return  # the first of several processes reports
     print(*listed.lines(), sep="\n")

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch.nn.functional import normalize, one_hot
 
-from mmlib import compare, metrics, scene
+from mmlib import compare, metrics, scene, scene_training
 from mmlib.data.images import ImageBatch, image_batches, index_images
 from mmlib.data.render import ABOUT, REGIONS, Studio, picture_size, render_scenes
 from mmlib.data.store import ClipStore
@@ -80,7 +80,7 @@ def open_scenes(
         if images or (store.meta["simulated"] and each.shows):
             listed = index_images(images or _rendered(store, settings.resize), store)
             side = picture_size(listed, store)
-            run = scene.fetch_or_train(store, listed, settings, seed=seed, device=device)
+            run = scene_training.fetch_or_train(store, listed, settings, seed=seed, device=device)
             each = replace(each, images=listed, run=run, rendered=side)
         found.append(each)
     return found
@@ -88,7 +88,7 @@ def open_scenes(
 
 def _rendered(store: ClipStore, size: int) -> Path:
     """Return the folder of a store's rendered pictures, rendering them if they are not in the cache."""
-    said = json.dumps([fingerprint(store.path), size, scene.code_hash()])
+    said = json.dumps([fingerprint(store.path), size, scene_training.code_hash()])
     folder = cache_folder() / "pictures" / hashlib.sha256(said.encode()).hexdigest()[:20]
     with claim(folder.with_suffix(".lock")):
         if not (folder / ABOUT).exists():
@@ -133,7 +133,7 @@ def feature_stores(scenes: Scenes) -> dict[str, Path]:
             if not (out / "store.json").exists():
                 clear_partial(out)
                 said, blocks = {"feature": name}, _features(scenes, name)
-                scene.write_scene_store(scenes.store, out, blocks, provenance=said, keep=(), overwrite=True)
+                scene_training.write_scene_store(scenes.store, out, blocks, provenance=said, keep=(), overwrite=True)
     return found
 
 
@@ -144,7 +144,7 @@ def _features(scenes: Scenes, name: str) -> Iterator[tuple[ImageBatch, np.ndarra
     """
     if name == UNTRAINED:
         model = scene.make_model(scenes.run.settings, len(scenes.store.identities), seed=scenes.seed)
-        yield from scene.extract(model, scenes.images, scenes.run.settings, seed=scenes.seed)
+        yield from scene_training.extract(model, scenes.images, scenes.run.settings, seed=scenes.seed)
         return
     for batch in scenes.pictures(scenes.images.present, THUMBNAIL_SIDE, THUMBNAIL_SIDE):
         feature = batch.pixels.flatten(1) / 255 - 0.5
