@@ -85,7 +85,7 @@ def book(*arguments: str) -> int:
 
 def test(*arguments: str) -> int:
     """Run the tests, with a process a core unless the arguments say how many (`-n 0`)."""
-    workers = [] if "-n" in arguments else ["-n", "auto"]
+    workers = [] if "-n" in arguments else ["-n", "auto", "--dist", "worksteal"]
     return setup() or run([PYTHON, "-m", "pytest", *workers, *arguments])
 
 
