@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -27,21 +28,23 @@ TABLES = ("clips.parquet", "identities.parquet")
 
 
 class ArrayStream:
-    """Write a `.npy` file of unknown length: rows are appended, hashed, and not held."""
+    """Write a `.npy` file of unknown length: rows are appended, hashed by a thread beside, and hardly held."""
 
     def __init__(self, path: Path, dtype: np.dtype, row_shape: tuple[int, ...]):
         self.dtype, self.row_shape, self.rows = np.dtype(dtype), tuple(row_shape), 0
-        self._sha256 = hashlib.sha256()
+        self._sha256, self._beside = hashlib.sha256(), ThreadPoolExecutor(1)
+        self._hashed = self._beside.submit(self._sha256.update, b"")
         self._file = open(path, "wb")  # noqa: SIM115 - open until finish or abandon
         self._write_header()
 
     def append(self, block: np.ndarray) -> None:
-        """Add the rows of `block (n, *row_shape)`, which must have the stream's dtype."""
+        """Add the rows of `block (n, *row_shape)`, which must have the stream's dtype and not be changed afterwards."""
         wanted, got = (self.dtype, list(self.row_shape)), (block.dtype, list(block.shape[1:]))
         if got != wanted:
             raise ValueError("{}: expected rows of {}{}, got {}{}".format(self._file.name, *wanted, *got))
         content = np.ascontiguousarray(block).data
-        self._sha256.update(content)
+        self._hashed.result()  # so that one block is held and no more
+        self._hashed = self._beside.submit(self._sha256.update, content)
         self._file.write(content)
         self.rows += len(block)
 
@@ -50,10 +53,12 @@ class ArrayStream:
         self._file.seek(0)
         self._write_header()
         self._file.close()
+        self._beside.shutdown()
         return self.dtype.str, (self.rows, *self.row_shape), self._sha256.hexdigest()
 
     def abandon(self) -> None:
         """Close the file, whatever its state."""
+        self._beside.shutdown()
         with suppress(OSError):  # on a full disk the last flush fails again
             self._file.close()
 

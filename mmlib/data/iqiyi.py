@@ -17,7 +17,7 @@ import pandas as pd
 from rich.progress import Progress
 
 from mmlib.data.foreign import ImportReport, count_lost, to_half
-from mmlib.data.pickles import SHORT, Spool, collection_paused, plain, read_pickle, rows_of, write_pickle
+from mmlib.data.pickles import SHORT, Spool, collection_paused, read_pickle, write_pickle
 from mmlib.data.store import SPLITS, ClipStore, Modality
 from mmlib.data.submission import check_names, read_train_truth, read_val_truth, write_train_truth, write_val_truth
 from mmlib.data.writer import StoreWriter, nonfinite_rows, partial_folder
@@ -237,7 +237,10 @@ class _Reader:
         if len(records) > BLOCK or set(map(type, records)) - {list, tuple} or set(map(len, records)) - {len(fields)}:
             raise BadRecord(f"record without its {len(fields)} fields", SHORT.repr(records[0]))
         *values, features = zip(*records) if records else [()] * len(fields)
-        columns, rows = {name: _column(name, plain(of)) for name, of in zip(fields, values)}, rows_of(features)
+        columns, rows = (
+            {name: _column(name, self._spool.values(of)) for name, of in zip(fields, values)},
+            self._spool.rows_of(features),
+        )
         columns["feature"], loss = to_half(self._spool.read(rows))
         if (rows < 0).any() or len(nonfinite_rows(columns["feature"])):
             reason = f"feature is not {self._layout.dtype} ({width},), finite in float16"

@@ -1,17 +1,16 @@
 """Read pickled dicts of arrays safely, the arrays as a stream; and write such dicts.
 
-A pickle is a program: `pickle.load` runs whatever it names. Here a name leads to a stand-in that runs nothing and
-cannot be changed. Those of what arrays and plain containers need move bytes; any other is `Foreign` and swallows what
-it is given, so that the file is read to its end and the record that holds it can be named.
+A pickle is a program: `pickle.load` runs whatever it names. Here a name leads to a stand-in, made for one load, that
+runs nothing and cannot be changed. Those of what arrays and plain containers need move bytes; any other is `Foreign`
+and swallows what it is given, so that the file is read to its end and the record that holds it can be named.
 """
-
-from __future__ import annotations
 
 import copyreg
 import gc
 import pickle
 import re
 import reprlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
@@ -28,17 +27,10 @@ SHORT.repr_int = SHORT.repr_instance  # type: ignore[method-assign]  # integers 
 PLAIN = re.compile(r"[<>|=]?[biufcSU]\d{1,3}")  # dtypes of numbers and text
 
 
-class Array:
-    """What stands for an array: the spool that gets its content, and then what `Spool.add` makes of that."""
+class Array(int):
+    """What stands for an array in the loaded containers: its number in the spool, in the fewest bytes there are."""
 
-    __slots__ = ("held",)
-
-    def __init__(self, spool: Spool):
-        self.held: Any = spool
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, _, payload = state
-        self.held = self.held.add(dtype.code, shape, payload)
+    __slots__ = ()
 
     def __repr__(self) -> str:
         return "an array"
@@ -60,26 +52,37 @@ class Foreign:
 
 
 class Spool:
-    """Equally long features in `file`, each known by its row."""
+    """Equally long features in `file`, each known by its row, and what there is of other arrays."""
 
     def __init__(self, file: IO[bytes], dtype: str, width: int):
         self.dtype, self.width, self.rows, self._file = np.dtype(dtype), width, 0, file
+        self._places = array("i")  # of each array: its row, or if it is no feature its place among the others from -1
+        self._others: list[tuple[str, tuple, bytes | bytearray, int]] = [("nothing", (), b"", 0)]
 
-    def add(
-        self, code: str, shape: tuple, payload: bytes | bytearray
-    ) -> int | tuple[str, tuple, bytes | bytearray, int]:
-        """Keep a feature on disk and return its row, or dtype, shape, first bytes and size of what is no feature."""
+    def number(self) -> int:
+        """Return a number for an array whose content is still to come."""
+        self._places.append(-1)
+        return len(self._places) - 1
+
+    def add(self, number: int, code: str, shape: tuple, payload: bytes | bytearray) -> None:
+        """Keep one array: a feature on disk, of another dtype or shape a description and its first bytes."""
         size = len(payload)
-        if code[1:] == self.dtype.str[1:] and shape == (self.width,) and size == self.width * self.dtype.itemsize:
+        if code[1:] != self.dtype.str[1:] or shape != (self.width,) or size != self.width * self.dtype.itemsize:
+            self._others.append((code, shape, payload[:KEPT], size))
+            self._places[number] = -len(self._others)
+        else:
             content = payload if code == self.dtype.str else np.frombuffer(payload, code).astype(self.dtype).data
             self._file.write(content)
+            self._places[number] = self.rows
             self.rows += 1
-            held: Any = self.rows - 1
-        else:
-            held = code, shape, payload[:KEPT], size
         if type(payload) is bytearray:
             del payload[:]  # an unpickler keeps it to the end; clear would not give its memory back
-        return held
+
+    def rows_of(self, values: Sequence) -> np.ndarray:
+        """Return the rows of features (n,), negative where a value is none."""
+        if not all(issubclass(kind, Array) for kind in set(map(type, values))):
+            return np.full(len(values), -1)
+        return np.frombuffer(self._places, np.int32)[np.fromiter(values, np.int64, len(values))]
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Return the features at `rows` (n,), for a negative row some other."""
@@ -88,30 +91,26 @@ class Spool:
         # mapped anew each time, so that pages once read do not stay resident
         return np.memmap(self._file, self.dtype, "r", shape=(self.rows, self.width))[np.maximum(rows, 0)]
 
+    def values(self, values: Sequence) -> Sequence:
+        """Put for each short array the list, or if it has one element the number or text, that it holds."""
+        if not any(issubclass(kind, Array) for kind in set(map(type, values))):
+            return values
+        return [self._value(value) if isinstance(value, Array) else value for value in values]
+
+    def _value(self, number: Array) -> object:
+        place = self._places[number]
+        return number if place >= 0 else _plain(*self._others[-1 - place][:3], otherwise=number)
+
     def describe(self, value: object) -> str:
         """Say what a value is that is no feature, or not a finite one."""
-        held = value.held if isinstance(value, Array) else None
-        if type(held) is tuple:
-            return "{} {} of {} bytes".format(*held[:2], held[3])
-        if type(held) is not int:
+        if not isinstance(value, Array):
             return SHORT.repr(value)
-        feature = self.read(np.array([held]))[0]
+        if (place := self._places[value]) < 0:
+            code, shape, _, size = self._others[-1 - place]
+            return f"{code} {shape} of {size} bytes"
+        feature = self.read(np.array([place]))[0]
         bad = np.argmin(np.abs(feature) < np.float32(65520))  # from there on float16 has infinity
         return f"{feature[bad]} at position {bad}"
-
-
-def rows_of(values: Sequence) -> np.ndarray:
-    """Return the rows of features (n,), -1 where a value is none."""
-    held = (value.held if isinstance(value, Array) else None for value in values)
-    return np.array([row if type(row) is int else -1 for row in held], np.int64)
-
-
-def plain(values: Sequence) -> Sequence:
-    """Put for each short array the list, or if it has one element the number or text, that it holds."""
-    if not any(issubclass(kind, Array) for kind in set(map(type, values))):
-        return values
-    short = (value.held if isinstance(value, Array) else None for value in values)
-    return [_plain(*held[:3], value) if type(held) is tuple else value for value, held in zip(values, short)]
 
 
 def read_pickle(path: Path, raw: Any, spool: Spool) -> tuple[dict, set[str]]:
@@ -170,19 +169,7 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, file, spool: Spool):
         super().__init__(file, encoding="bytes")
         self.foreign: set[str] = set()
-        known = KNOWN | {
-            "numpy.core.multiarray._reconstruct": self._array,
-            "numpy.core.numeric._frombuffer": self._filled,
-        }
-        self._spool, self._known = spool, {name: _Known(call) for name, call in known.items()}
-
-    def _array(self, kind: object, *_) -> object:
-        return kind() if isinstance(kind, type) else Array(self._spool)  # a type is Foreign
-
-    def _filled(self, buffer: bytes | bytearray, dtype: _Dtype, shape: tuple, order: str) -> Array:
-        made = Array(self._spool)
-        made.__setstate__((1, shape, dtype, order, buffer))
-        return made
+        self._known = _stand_ins(spool)
 
     def find_class(self, module: str, name: str) -> object:
         full = f"{module}.{name}".replace("numpy._core.", "numpy.core.").replace("__builtin__.", "builtins.")
@@ -223,8 +210,43 @@ class _Dtype:
         self.code = _text(state[1]) + self.code.lstrip("<>|=")
 
 
-def _scalar(dtype: _Dtype, payload: bytes) -> object:
-    return _plain(dtype.code, (), payload, _foreign(f"numpy.{dtype.code}")())
+def _stand_ins(spool: Spool) -> dict[str, object]:
+    """Make what stands for the known names; arrays go to `spool` when their content arrives."""
+
+    class SpooledArray(Array):
+        __slots__ = ()
+
+        def __setstate__(self, state: tuple) -> None:
+            _, shape, dtype, _, payload = state
+            spool.add(self, dtype.code, shape, payload)
+
+    def reconstruct(kind: object, *_) -> object:
+        if isinstance(kind, type):  # then it is Foreign
+            return kind()
+        return SpooledArray(spool.number())
+
+    def from_buffer(buffer: bytes | bytearray, dtype: _Dtype, shape: tuple, order: str) -> Array:
+        number = SpooledArray(spool.number())
+        spool.add(number, dtype.code, shape, buffer)
+        return number
+
+    def scalar(dtype: _Dtype, payload: bytes) -> object:
+        return _plain(dtype.code, (), payload, otherwise=_foreign(f"numpy.{dtype.code}")())
+
+    known: dict[str, Any] = {
+        "numpy.ndarray": None,  # passed on, not called
+        "numpy.memmap": None,
+        "builtins.list": None,
+        "numpy.dtype": _Dtype,
+        "numpy.core.multiarray._reconstruct": reconstruct,
+        "numpy.core.multiarray.scalar": scalar,
+        "numpy.core.numeric._frombuffer": from_buffer,
+        "_codecs.encode": _encode,
+        "builtins.bytes": b"".lower,  # of nothing: no size is taken
+        "collections.OrderedDict": _dict,
+        "collections.defaultdict": _dict,
+    }
+    return {name: _Known(call) for name, call in known.items()}
 
 
 def _plain(code: str, shape: tuple, payload: bytes | bytearray, otherwise: object) -> object:
@@ -250,16 +272,3 @@ def _encode(text: str, codec: bytes | str) -> bytes | bytearray:
 
 def _text(code: object) -> str:
     return code.decode("latin1") if isinstance(code, bytes) else str(code)
-
-
-KNOWN: dict[str, Any] = {
-    "numpy.ndarray": None,  # passed on, not called
-    "numpy.memmap": None,
-    "builtins.list": None,
-    "numpy.dtype": _Dtype,
-    "numpy.core.multiarray.scalar": _scalar,
-    "_codecs.encode": _encode,
-    "builtins.bytes": b"".lower,  # of nothing: no size is taken
-    "collections.OrderedDict": _dict,
-    "collections.defaultdict": _dict,
-}
