@@ -18,24 +18,16 @@ from mmlib.records import RESULTS
 
 FILES = "benchmark_*.json"
 RELEASED, OTHER = "released code", "another way"
-# Beginnings of lines whose code is gone, by the commit of the file that still has them; measured again they count.
-GONE = {"bf2ba4a": ("rank", "growth, rank")}
 
 
 def read(folder: str | Path = RESULTS) -> list[dict]:
-    """Read what ``python -m benchmarks --save`` wrote: all files ``benchmark_*.json`` of a folder, by name.
-
-    Lines of ``GONE`` are left out.
-    """
+    """Read what ``python -m benchmarks --save`` wrote: all files ``benchmark_*.json`` of a folder, by name."""
     found = []
     for path in sorted(Path(folder).glob(FILES)):
         try:
             result = json.loads(path.read_text())
             if result["schema"] != 1:
                 raise ValueError(f"schema {result['schema']!r}, this version reads 1")
-            gone = GONE.get(result["machine"]["commit"], ())
-            for part in ("lines", "growth"):
-                result[part] = [row for row in result[part] if not row["name"].startswith(gone)]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a file of the benchmark command ({error!r})") from None
         found.append(result)

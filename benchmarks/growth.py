@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.data import SCENE, write_store
+from benchmarks.data import SCENE, export_python2, write_store
 from benchmarks.meter import measure
 from benchmarks.ranking import embeddings, ranked, ranking_problem, scored
 from benchmarks.training import system
-from mmlib.data.iqiyi import export_folder, import_folder
+from mmlib.data.iqiyi import import_folder
 from mmlib.data.store import ClipStore
 from mmlib.ensemble import member_seed
 from mmlib.retrieve import make_model
@@ -71,7 +71,7 @@ def make_imports(folder: str, scale: str, **_) -> dict:
         clips = faces // 10 + 1
         store = Path(folder, f"grow-{faces}")
         write_store(store, np.full(clips, 10), np.array(["train"] + ["val"] * (clips - 1)), np.zeros(clips, int), 1)
-        export_folder(ClipStore.open(store), Path(folder, f"grow-official-{faces}"))
+        export_python2(ClipStore.open(store), Path(folder, f"grow-official-{faces}"))
     return {}
 
 

@@ -251,16 +251,6 @@ def test_files_are_read_by_name_and_others_are_refused(tmp_path):
         cost.read(tmp_path)
 
 
-@pytest.mark.parametrize("commit, left", [("old", ["open"]), ("new", ["open", "rank"])])
-def test_lines_whose_code_is_gone_are_left_out_of_the_file_that_has_them(tmp_path, monkeypatch, commit, left):
-    monkeypatch.setattr(cost, "GONE", {"old": ("rank", "growth, rank")})
-    saved = result([line("open"), line("rank")], RANKED) | {"machine": MACHINE | {"commit": commit}}
-    (tmp_path / "benchmark_a.json").write_text(json.dumps(saved))
-    (found,) = cost.read(tmp_path)
-    assert [row["name"] for row in found["lines"]] == left
-    assert len(found["growth"]) == (0 if commit == "old" else 2)
-
-
 def test_machines_are_said_with_date_commit_and_scale():
     frame = cost.machine_frame([result(), result() | {"scale": "tiny", "machine": MACHINE | {"gpu": "G"}}])
     assert frame.iloc[0].tolist() == ["2026-01-02", "A", 2, 10, "none", "2", "abc", "full"]
