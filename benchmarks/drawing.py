@@ -8,10 +8,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 
-from mmlib.figures import BLACK, BLUE, GREEN, MARKERS, ORANGE, PURPLE, RED, SKY, plain_log
-
+COLOURS, MARKERS = [f"C{number}" for number in range(7)], "osD^vP*X"  # the palette that ``figures.set_style`` sets
 _PRECISIONS = {"fp32": "-", "bf16": "--"}
 
 
@@ -29,11 +28,13 @@ def roofline(lines: pd.DataFrame, ceilings: pd.DataFrame) -> Figure:
         for roof in ceilings[ceilings["where"] == place].to_dict("records"):
             attainable, dash = np.minimum(roof["compute"], over * roof["copy"]) / 1e9, _PRECISIONS[roof["precision"]]
             ax.plot(over, attainable, dash, color="0.4", linewidth=1.2, label=roof["precision"])
-        marks = zip(cycle(MARKERS), cycle((BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK)))
+        marks = zip(cycle(MARKERS), cycle(COLOURS))
         for (name, row), (marker, colour) in zip(part.groupby("mark", sort=False), marks):
             ax.plot(row["intensity"], row["reached"] / 1e9, marker, color=colour, markersize=6, label=name)
         ax.set(xscale="log", yscale="log", xlabel="operations a byte (FLOP/B)", ylabel="operations (GFLOP/s)")
-        plain_log(ax, "y")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(ScalarFormatter())
+        ax.yaxis.set_minor_formatter(NullFormatter())
         ax.text(0.01, 1.02, place, transform=ax.transAxes, fontsize=9)
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     return figure
@@ -48,7 +49,7 @@ def growth(points: pd.DataFrame, fits: pd.DataFrame) -> Figure:
     series = list(points.groupby(["cost", "axis"], sort=False))
     rows = max(1, -(-len(series) // 3))
     figure, axes = plt.subplots(rows, 3, squeeze=False, figsize=(9, 2.7 * rows), layout="constrained")
-    styles = dict(zip(points["where"].unique(), cycle(zip(MARKERS, (BLUE, ORANGE, GREEN, RED)))))
+    styles = dict(zip(points["where"].unique(), cycle(zip(MARKERS, COLOURS))))
     for ax, ((cost, axis), part) in zip(axes.flat, series):
         for place, there in part.groupby("where", sort=False):
             marker, colour = styles[place]

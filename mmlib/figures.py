@@ -60,7 +60,8 @@ def set_style() -> None:
     quiet = {"axes.edgecolor": "0.4", "grid.color": "0.9", "axes.spines.top": False, "axes.spines.right": False}
     small = ("legend.fontsize", "legend.title_fontsize", "xtick.labelsize", "ytick.labelsize")
     text = dict.fromkeys(("font.size", "axes.labelsize"), 10) | dict.fromkeys(small, 9)
-    sns.set_theme(context="notebook", style="whitegrid", rc=shape | quiet | text)
+    palette = [BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK]
+    sns.set_theme(context="notebook", style="whitegrid", palette=palette, rc=shape | quiet | text)
 
 
 def panels(columns: int, *, width: float = 3.6, height: float = 3.4, **options) -> tuple[Figure, Sequence[Axes]]:
