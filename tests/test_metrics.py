@@ -369,3 +369,21 @@ def test_intervals_refuse_what_is_no_list_of_numbers(bad, message):
 def test_the_identity_whose_ranking_names_a_clip_twice_is_named():
     with pytest.raises(ValueError, match="identity 9 names a clip twice"):
         metrics.match_ranking(np.array([[0, 1], [1, 1]]), np.array([7, 9]), np.array([7, 9]))
+
+
+def test_trapezoid_counts_the_precision_one_rank_earlier_from_the_second_rank_on():
+    # hits at ranks 2 and 3 of 2 relevant clips: ((1/2 + 0) / 2 + (2/3 + 1/2) / 2) / 2
+    found = metrics.average_precision(np.array([[0, 1, 1]], bool), np.array([2]), rule="trapezoid")
+    assert found[0] == pytest.approx((1 / 4 + 7 / 12) / 2)
+
+
+def test_the_first_clip_of_a_gallery_is_seen_twice_too():
+    with pytest.raises(ValueError, match="identity 7 names a clip twice"):
+        metrics.match_ranking(np.array([[0, 0]]), np.array([7, -1]), np.array([7]))
+
+
+def test_both_ends_of_the_bootstrap_interval_are_those_of_the_normal_law():
+    ap = np.linspace(0, 1, 101)
+    half = 1.96 * ap.std() / np.sqrt(len(ap))
+    low, high = metrics.bootstrap_interval(ap)
+    assert 0.5 - low == pytest.approx(half, abs=0.003) and high - 0.5 == pytest.approx(half, abs=0.003)
