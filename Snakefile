@@ -11,6 +11,9 @@ the top of the file; a relative path starts from here, wherever the command is g
 from pathlib import Path
 
 ROOT = Path(workflow.basedir)
+KNOWN = "bin out profile device data store shards predict chapters seeds threads gpu".split()
+if unknown := [name for name in config if name not in KNOWN]:
+    raise WorkflowError(f"--config {unknown[0]}: no such setting; there are {', '.join(KNOWN)}")
 COMMANDS = ROOT / str(config.get("bin", ".venv/bin"))  # where mmlib and jupyter-book are
 OUT = ROOT / str(config.get("out", "_build/sweep"))
 PROFILE, DEVICE = config.get("profile", "quick"), config.get("device", "auto")

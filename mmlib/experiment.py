@@ -21,6 +21,7 @@ from mmlib.rank import COMBINE, Fallback, refuse_other, refuse_outside
 
 CLASSIFIERS = ("nearest", "class means", "whitened means", "linear", "mlp")
 TRAINED = ("linear", "mlp")
+FEWEST = 12  # identities of a world that a chapter draws
 KINDS = ("seeds", "views", "bagging", "stratified")
 CHOICES = {
     "aggregator": tuple(AGGREGATORS),
@@ -229,6 +230,8 @@ def arm_key(experiment: Experiment | Mapping, *free: str) -> str:
 
 def smaller(experiment: Experiment, identities: int) -> Experiment:
     """Return the experiment in worlds of so few identities where its own, simulated, have more; 0 for its own."""
+    if identities and identities < FEWEST:
+        raise ValueError(f"identities must be {FEWEST} at least, got {identities}")
     if not experiment.simulated or not identities or identities >= experiment.world()[0].identities:
         return experiment
     settings = dict(experiment.settings) | {"identities": identities}

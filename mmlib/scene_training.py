@@ -38,6 +38,7 @@ from mmlib.scene import SceneModel, SceneSettings, first_line, make_model
 DECIDING = ("scene.py", "scene_training.py", "data/images.py", "data/render.py")  # beside those of ``records``
 _BLOCK = 2**13  # frames copied at once
 PATIENCE = timedelta(minutes=10)  # how long a process waits for another one to start, or to take its step
+COMPILED = ("", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # modes of torch.compile
 FASTEST = {"enabled": True, "benchmark": True}  # of cuDNN: convolutions are tried, and the fastest kept
 
 
@@ -62,6 +63,8 @@ class Launch:
 
 def launched(device: str = "auto", *, progress: bool = False, **how) -> Launch:
     """Return this process among those of its run; device as in ``torch_device``, of which each process gets one."""
+    if (mode := how.get("compile_mode", "")) not in COMPILED:
+        raise ValueError(f"compile mode must be one of {', '.join(COMPILED[1:])}, got {mode!r}")
     at, count = torch_device(device), int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:
         return Launch(0, 1, at, progress, **how)

@@ -684,6 +684,16 @@ def test_a_missing_package_is_said_with_the_python_that_lacks_it(chapters):
     assert_refused("No module named 'no_such_package' in the kernel python3, which runs .*python", "rerun", "04")
 
 
+def test_a_kernel_that_does_not_start_is_said_with_its_python(chapters, tmp_path, monkeypatch):
+    folder = tmp_path / "jupyter" / "kernels" / "python3"
+    folder.mkdir(parents=True)
+    ends = [sys.executable, "-c", "raise SystemExit(1)", "{connection_file}"]
+    (folder / "kernel.json").write_text(json.dumps({"argv": ends, "display_name": "Python 3", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    assert_refused(f"which runs {sys.executable}; that Python needs ipykernel", "rerun", "04")
+    assert [name for name in names_in(Path(".")) if name.endswith(".ipynb")] == []
+
+
 @pytest.mark.parametrize("backend", ["Agg"])
 def test_pictures_stand_in_the_notebook_whatever_backend_the_environment_asks_for(chapters, monkeypatch, backend):
     monkeypatch.setenv("MPLBACKEND", backend)

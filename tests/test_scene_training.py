@@ -116,6 +116,11 @@ def test_compiled_features_are_those_of_the_network(world, images, monkeypatch):
     assert list(found.state_dict()) == list(expected.state_dict())
 
 
+def test_an_unknown_way_to_compile_is_refused_before_anything_is_read():
+    with pytest.raises(ValueError, match="compile mode must be one of default, .*, got 'fast'"):
+        launched("cpu", compile_mode="fast")
+
+
 def test_a_machine_without_a_compiler_is_said_in_one_line(world, images, monkeypatch):
     def fail(*_):
         raise torch._dynamo.exc.BackendCompilerFailed(

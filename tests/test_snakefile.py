@@ -105,3 +105,8 @@ def test_shards_are_ranked_and_merged(sweep, tmp_path):
 def test_chapter_that_does_not_exist_is_said(sweep, tmp_path, asked):
     status, said = sweep(chapters=asked)
     assert status != 0 and f"chapters={asked}: no such chapter; there are 01_data" in said and calls(tmp_path) == []
+
+
+def test_a_setting_that_does_not_exist_is_said(sweep, tmp_path):
+    status, said = sweep(profil="tiny")
+    assert status != 0 and "profil: no such setting; there are bin, out, profile" in said and calls(tmp_path) == []

@@ -174,3 +174,11 @@ def test_axes_that_vary_are_told_by_the_means_at_their_ends():
     frame = aggregation.grid_axes(grid_frame(cell(0.5, -1.0, 0.95, 0.02) + cell(2.0, -1.0, 0.95, -0.03)))
     assert frame["axis"].tolist() == [aggregation.GRID_AXES["share"]]
     assert frame.iloc[0, 1:].tolist() == pytest.approx([0.5, 2, 2.05, -2.95])
+
+
+@pytest.mark.parametrize(
+    "name, identities, message", [("corse", 100, "grid must be one of none"), ("fine", 5, "12 at")]
+)
+def test_a_grid_that_cannot_be_run_is_refused(name, identities, message):
+    with pytest.raises(ValueError, match=message):
+        aggregation.grid_points(name, identities)

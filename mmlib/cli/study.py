@@ -92,7 +92,8 @@ def evaluate(
     if not score.ap.any():
         alien = [f"{n} {kind}" for kind, (n, lacking) in unknown.items() if n == lacking]
         why = f"{truth} names none of its {' and '.join(alien)}" if alien else "no line names a clip of its identity"
-        print(f"mmlib: warning: {result}: nothing was found: {why}; are names written alike?", file=sys.stderr)
+        why = f"{why}; are names written alike?" if ranked[0] else "it is empty"
+        print(f"mmlib: warning: {result}: nothing was found: {why}", file=sys.stderr)
     if as_json:
         said = {"map_at_100": score.map_at_k, "top1": score.top1, "low": low, "high": high, "queries": len(score.ap)}
         for kind, (named, lacking) in unknown.items():
@@ -146,6 +147,8 @@ def rerun(
         except (papermill.PapermillExecutionError, DeadKernelError) as error:
             partial.replace(failed)
             raise ValueError(f"{notebook.stem}{_failure(error)}; {failed} shows where") from None
+        except RuntimeError as error:  # as jupyter_client says that a kernel ended before it answered
+            raise ValueError(f"{notebook.stem}: {error}{_python()}; that Python needs ipykernel") from None
         finally:
             partial.unlink(missing_ok=True)
     print(f"wrote {out}")
@@ -153,13 +156,16 @@ def rerun(
 
 def _failure(error: Exception) -> str:
     """Say what a chapter died of; of a missing package, which Python looked for it."""
-    from jupyter_client.kernelspec import get_kernel_spec
-
     if not hasattr(error, "ename"):
         return ": the kernel died, perhaps out of memory"
-    missing = error.ename == "ModuleNotFoundError"
-    where = f" in the kernel python3, which runs {get_kernel_spec('python3').argv[0]}" if missing else ""
+    where = _python() if error.ename == "ModuleNotFoundError" else ""
     return f", cell {error.cell_index + 1}: {error.ename}: {error.evalue}{where}"
+
+
+def _python() -> str:
+    from jupyter_client.kernelspec import get_kernel_spec
+
+    return f" in the kernel python3, which runs {get_kernel_spec('python3').argv[0]}"
 
 
 @command("keep book/results/full.jsonl.gz", "keep quick.jsonl.gz --profile quick")

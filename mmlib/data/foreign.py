@@ -104,7 +104,7 @@ def read_rows(path: Path) -> pd.DataFrame:
     refuse(table["clip"].isna(), "clip")
     for name in ("clip", "identity"):
         refuse(table[name].isin(bad_names(name, table[name].dropna().unique())), name, f"; {NAME_RULE}")
-    refuse(~table["split"].isin(SPLITS), "split")
+    refuse(~table["split"].isin(SPLITS), "split", f"; it must be one of {', '.join(SPLITS)}")
     for name in table.columns.drop([*TEXT]):
         numbers = pd.to_numeric(table[name], errors="coerce").astype(np.float64)
         refuse(~np.isfinite(numbers), name)

@@ -12,6 +12,7 @@ import torch
 from mmlib.compare import COMPARED, compare_arms, counts
 from mmlib.data.simulate import Settings
 from mmlib.data.store import ClipStore
+from mmlib.experiment import FEWEST
 from mmlib.models import IdentityModel
 from mmlib.records import Record
 
@@ -85,6 +86,15 @@ GRIDS = {  # (factor on the shares of contaminated clips, mean latent quality of
 GRID_REFERENCE = "quality"
 GRID_LEARNED = ("learned scores", "NAN + scores", "attention + scores")
 GRID_ARMS = (GRID_REFERENCE, *GRID_LEARNED)
+
+
+def grid_points(name: str, identities: int) -> list[tuple[float, float, float]]:
+    """Return the points of a grid, of worlds of so many identities."""
+    if name not in GRIDS:
+        raise ValueError(f"grid must be one of {', '.join(GRIDS)}, got {name!r}")
+    if identities < FEWEST:
+        raise ValueError(f"grid_identities must be {FEWEST} at least, got {identities}")
+    return GRIDS[name]
 
 
 def grid_settings(share: float, wrong_quality: float, reliability: float, identities: int) -> tuple:
