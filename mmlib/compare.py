@@ -179,7 +179,10 @@ def signed(value: float, digits: int = 2) -> str:
 
 
 def table(frame: pd.DataFrame, digits: int = 4) -> Styler | None:
-    """Return a frame as a page shows it: headings in words, an interval in one column; nothing if it is empty."""
+    """Return a frame as a page shows it: headings in words, an interval in one column, no column without a value.
+
+    Nothing if it is empty.
+    """
     if frame.empty:
         return None
     shown, rows = frame.rename(columns=HEADINGS), frame.to_dict("records")
@@ -189,7 +192,7 @@ def table(frame: pd.DataFrame, digits: int = 4) -> Styler | None:
         shown.insert(shown.columns.get_loc(gain) + 1, "95 % interval", [interval_text(row) for row in rows])
         shown["over"] = [f"{row['n']:.0f} {row['interval']}" for row in rows]
         shown = shown.drop(columns=["low", "high", "n", "interval"])
-    return shown.style.hide(axis="index").format(precision=digits, na_rep="")
+    return shown.dropna(axis=1, how="all").style.hide(axis="index").format(precision=digits, na_rep="")
 
 
 def scores_missing(missing: list[str]) -> str:
