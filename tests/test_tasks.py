@@ -148,7 +148,7 @@ def test_missing_venv_module_is_said(tasks, monkeypatch, capsys):
 
 def test_test_passes_its_arguments_to_pytest(tasks):
     assert tasks.main(["test", "-k", "store", "-x"]) == 0
-    assert tasks.commands[-1] == f"{tasks.PYTHON} -m pytest -n auto -k store -x"
+    assert tasks.commands[-1] == f"{tasks.PYTHON} -m pytest -n auto --dist worksteal -k store -x"
     assert tasks.main(["test", "-n", "0"]) == 0
     assert tasks.commands[-1] == f"{tasks.PYTHON} -m pytest -n 0"
 
