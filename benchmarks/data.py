@@ -81,10 +81,12 @@ def write_store(
     face: int = FACE,
     scene: int = 0,
     official: bool = True,
+    norm: float | None = None,
 ) -> None:
     """Write random clips: count (N,) of faces, split (N,), identity (N,) with -1 for nobody.
 
-    face, scene: dimensions, 0 for no scenes.  official: with the columns that the challenge's files need.
+    face, scene: dimensions, 0 for no scenes.  official: with the columns that the challenge's files need.  norm: about
+    which the norms of faces lie, in steps of a thousandth; None for sqrt(D).
     """
     rng = np.random.default_rng(0)
     frames = int(count.sum())
@@ -95,7 +97,10 @@ def write_store(
             if official:
                 corner = rng.random((n, 2)) * 100
                 columns |= {"frame": np.full(n, 10), "box": np.concatenate([corner, corner + 50], axis=1)}
-            writer.append("face", rng.standard_normal((n, face), np.float32).astype(np.float16), **columns)
+            x = rng.standard_normal((n, face), np.float32)
+            if norm is not None:
+                x *= norm * (1 + 1e-3 * rng.standard_normal((n, 1))) / np.linalg.norm(x, axis=1, keepdims=True)
+            writer.append("face", x.astype(np.float16), **columns)
         spans = {"face": (np.cumsum(count) - count, count)}
         if scene:
             for first in range(0, len(count), 4_000):

@@ -62,8 +62,8 @@ def _required(*scores: Maybe) -> None:
 def seefun_weight(quality: Tensor, det: Tensor) -> Tensor:
     """Weigh frames by hand: quality * det * W(quality), (B, T), >= 0.
 
-    W = 0 for quality <= 0, .2 up to 20, .3 up to 30, .6 up to 60, 1 above (each edge inclusive). Source: the 2019
-    solution of seefun (MAP .8983, faces only), whose text says 60 and whose code says 40.
+    W = 0 for quality <= 0, .2 up to 20, .3 up to 30, .6 up to 60, 1 above (each edge inclusive). Source: the poster of
+    seefun, 2019 (MAP .8983, faces only); the last edge is 40 in its repository, in text and code.
     """
     _required(quality, det)
     edge = torch.tensor([0.0, 20.0, 30.0, 60.0], device=quality.device, dtype=quality.dtype)
@@ -79,14 +79,16 @@ def quality_pool(x: Tensor, mask: Tensor, quality: Tensor, det: Tensor) -> Tenso
 
 
 def best_half_pool(x: Tensor, mask: Tensor, quality: Tensor) -> Tensor:
-    """Average the raw embeddings of the half of a clip's frames, rounded up and with ties, of the highest quality.
+    """Average the raw embeddings of the floor(n / 2) frames of highest quality, with ties, of all n where n < 8.
 
-    Source: the 2019 solution of zheey.
+    Source: the 2019 solution of zheey, which averages the network's predictions of these frames, weighted by quality,
+    where this averages the frames.
     """
     _required(quality)
     quality = torch.where(mask, quality, -torch.inf)
     ordered = F.pad(quality.sort(dim=1, descending=True).values, (0, 1))  # padded, so that T may be 0
-    last = (mask.sum(dim=1, keepdim=True) - 1).clamp(min=0) // 2
+    count = mask.sum(dim=1, keepdim=True)
+    last = torch.where(count < 8, count, count // 2).clamp(min=1) - 1
     return norm_pool(x, mask & (quality >= ordered.gather(1, last)))
 
 
@@ -229,70 +231,91 @@ class ChannelAttention(Aggregator):
 class CodedAttention(Aggregator):
     """Aggregate a fixed number of frames as the released One Name code does, frames being the channels.
 
-    1x1 convolutions T -> T/2 make theta and phi (each with batch norm) and g (without); A = softmax_j of the
-    T/2 x T/2 affinity theta phi^T; a 1x1 convolution T/2 -> T of A g, with batch norm starting at 0; a
-    residual sum; one NAN block with its query at 0. Hence it depends on the order of the frames and needs
-    exactly `frames` of them: draw with replacement from shorter clips. Scores are appended as in `NAN`.
+    With X the frames (T, D), scores appended as in `NAN`, and h = T/2: A = softmax_j of the h x h affinity
+    BN(theta X) BN(phi X)^T, X' = X + BN(z A g X), one NAN block on X'; theta, phi, g (h, T) and z (T, h) are 1x1
+    convolutions without bias. Hence it depends on the order of the frames and needs exactly `frames` of them: draw with
+    replacement from shorter clips.
+
+    In the released code theta and phi start at 0, and so do the shifts of their batch norms. Then both factors of the
+    affinity are 0, the gradient of each is a product with the other, and they stay 0: A is 1 / h for ever, whatever the
+    clips, and A g X is h times one average of the frames. So theta and phi are left out. alive: let them start at
+    random, as layers usually do, and the map learns. z starts at 0 and the weight of its batch norm at 1, as released.
 
     Every step up to the NAN block is, given A, a sum of frames plus a constant, so it is a matrix over the frames and a
     row of ones, and the batch statistics come from products of frames: the same numbers as layer by layer, without any
     tensor of the size of the input.
     """
 
-    def __init__(self, dim: int, *, frames: int = 40):
+    def __init__(self, dim: int, *, frames: int = 40, alive: bool = False):
         super().__init__()
         if frames < 2:
             raise ValueError(f"frames must be at least 2, got {frames!r}")
         half = frames // 2
-        self.frames = frames
+        self.frames, self.alive = frames, alive
         self.out_dim = dim + 2
-        self.theta, self.phi = (nn.Sequential(nn.Conv1d(frames, half, 1), nn.BatchNorm1d(half)) for _ in range(2))
-        self.g = nn.Conv1d(frames, half, 1)
-        self.expand = nn.Sequential(nn.Conv1d(half, frames, 1), nn.BatchNorm1d(frames))
-        nn.init.zeros_(self.expand[1].weight)  # its bias is 0 already
+        self.g, self.z = nn.Linear(frames, half, bias=False), nn.Linear(half, frames, bias=False)
+        self.norm = nn.BatchNorm1d(frames)
+        nn.init.zeros_(self.z.weight)
+        if alive:
+            self.theta, self.phi = (nn.Linear(frames, half, bias=False) for _ in range(2))
+            self.theta_norm, self.phi_norm = nn.BatchNorm1d(half), nn.BatchNorm1d(half)
         self.query = nn.Parameter(torch.zeros(self.out_dim))
 
     def forward(self, x: Tensor, mask: Tensor, quality: Maybe = None, det: Maybe = None) -> Tensor:
+        scores = self._scores(x, quality, det)
+        with torch.autocast(x.device.type, enabled=False):
+            own, total = _dot(x, scores, self.query), self.query.sum().expand(len(x), 1)
+            mixing, z, moments = self._mixing(x, scores)
+            last = _normalised(self.norm, F.pad(z, (0, 1)), moments, len(x), self.out_dim)  # (T, k + 1), of ones too
+            # What the query says of the mixed frames and of ones, then of the frames that the last layer adds to.
+            mixed = torch.cat([_einsum("bkt,bt->bk", mixing, own), total], dim=1)
+            frames = torch.softmax(mixed @ last.T + own, dim=1)
+            back = frames @ last
+            weight = frames + _einsum("bk,bkt->bt", back[:, :-1], mixing)
+            return _sum(x, scores, weight) + back[:, -1:]
+
+    def _scores(self, x: Tensor, quality: Maybe, det: Maybe) -> Tensor:
         if x.shape[1] != self.frames:
             raise ValueError(f"CodedAttention needs exactly {self.frames} frames a clip, got T = {x.shape[1]}")
-        scores = frame_scores(quality, det)
-        with torch.autocast(x.device.type, enabled=False):
-            # Of the frames and a row of ones: the products with each other (B, T + 1, T + 1) and with the query.
-            gram = F.pad(_gram(x, scores), (0, 1, 0, 1))
-            gram[:, -1, :-1] = gram[:, :-1, -1] = x.sum(dim=-1) + scores.sum(dim=-1)
-            gram[:, -1, -1] = self.out_dim
-            own = torch.cat([_dot(x, scores, self.query), self.query.sum().expand(len(x), 1)], dim=1)
-            g = _rows(self.g)  # (T/2, T + 1)
-            attention, moments = self._affinity(gram, g)
-            layer, norm = self.expand
-            expand = _normalised(norm, _rows(layer), moments, len(x), self.out_dim)  # (T, T/2 + 1)
-            # What the query says of A g and of ones, then of the frames that the last convolution adds to.
-            mixed = torch.cat([(attention @ (own @ g.T)[..., None])[..., 0], own[:, -1:]], dim=1)
-            frames = torch.softmax(mixed @ expand.T + own[:, :-1], dim=1)
-            back = frames @ expand
-            weight = (back[:, None, :-1] @ attention)[:, 0] @ g
-            return _sum(x, scores, weight[:, :-1] + frames) + weight[:, -1:] + back[:, -1:]
+        return frame_scores(quality, det)  # type: ignore[arg-type]
 
-    def _affinity(self, gram: Tensor, g: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return A (B, T/2, T/2) and, in training, the products of what enters the last convolution, A g and ones."""
+    def _mixing(self, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return A g as a matrix on the frames, (B, k, T), z on its k rows, (T, k), and the products of A g X and ones.
+
+        The k = h rows of a dead map are equal, and stand as one.  Products (k + 1, k + 1), averaged over clips.
+        """
+        if self.alive:
+            gram = self._gram(x, scores)
+            mixing, z = self._attention(gram) @ self.g.weight, self.z.weight
+            both = torch.cat([mixing @ gram[:, :-1, :-1] @ mixing.mT, mixing @ gram[:, :-1, -1:]], dim=2)
+            square, total = both.mean(dim=0).split([len(both[0]), 1], dim=1)
+        else:
+            mixing, z = self.g.weight.mean(dim=0).expand(len(x), 1, -1), self.z.weight.sum(dim=1, keepdim=True)
+            average = _sum(x, scores, mixing[:, 0])
+            square, total = average.square().sum(dim=1).mean()[None, None], average.sum(dim=1).mean()[None, None]
+        last = torch.cat([total.mT, total.new_full((1, 1), self.out_dim)], dim=1)
+        return mixing, z, torch.cat([torch.cat([square, total], dim=1), last])
+
+    def _gram(self, x: Tensor, scores: Tensor) -> Tensor:
+        """Multiply the frames and a row of ones by each other: (B, T + 1, T + 1)."""
+        gram = F.pad(_gram(x, scores), (0, 1, 0, 1))
+        gram[:, -1, :-1] = gram[:, :-1, -1] = x.sum(dim=-1) + scores.sum(dim=-1)
+        gram[:, -1, -1] = self.out_dim
+        return gram
+
+    def _attention(self, gram: Tensor) -> Tensor:
         average = gram.mean(dim=0)
         theta, phi = (
-            _normalised(norm, _rows(layer), average, len(gram), self.out_dim) for layer, norm in (self.theta, self.phi)
+            _normalised(norm, F.pad(layer.weight, (0, 1)), average, len(gram), self.out_dim)
+            for layer, norm in ((self.theta, self.theta_norm), (self.phi, self.phi_norm))
         )
-        attention = torch.softmax(theta.expand(len(gram), -1, -1) @ (gram @ phi.T), dim=-1)
-        if not self.expand[1].training:
-            return attention, None
-        both = torch.cat([g, F.pad(g.new_zeros(1, self.frames), (0, 1), value=1.0)])
-        product = attention @ (g.expand(len(gram), -1, -1) @ (gram @ both.T))  # of A g with g and with ones
-        square = torch.einsum("bin,bjn->ij", product[..., :-1], attention) / len(gram)
-        total = product[..., -1].mean(dim=0)
-        last = torch.cat([total, total.new_full((1,), self.out_dim)])
-        return attention, torch.cat([torch.cat([square, total[:, None]], 1), last[None]])
+        return torch.softmax(theta.expand(len(gram), -1, -1) @ (gram @ phi.T), dim=-1)
 
-
-def _rows(layer: Any) -> Tensor:
-    """Write a 1x1 convolution as a matrix on its input and ones: (out, in + 1)."""
-    return torch.cat([layer.weight[..., 0], layer.bias[:, None]], dim=1)
+    @torch.no_grad()
+    def attention(self, x: Tensor, mask: Tensor, quality: Maybe = None, det: Maybe = None) -> Tensor:
+        """Return the map A of each clip, (B, T/2, T/2), in eval mode."""
+        scores, half = self._scores(x, quality, det), self.frames // 2
+        return self._attention(self._gram(x, scores)) if self.alive else x.new_full((len(x), half, half), 1 / half)
 
 
 def _normalised(norm: Any, rows: Tensor, gram: Any, clips: int, dim: int) -> Tensor:
@@ -342,6 +365,8 @@ AGGREGATORS: dict[str, Callable[[int], Aggregator]] = {
     "attention + scores": lambda dim: ChannelAttention(dim, scores=True),
     "DANet + scores": lambda dim: ChannelAttention(dim, scores=True, invert=True),
     "as coded": CodedAttention,
+    "as coded, alive": lambda dim: CodedAttention(dim, alive=True),
 }
 LEARNED = {name for name in AGGREGATORS if name not in ("mean", "norm", "quality", "best half")}
-NEEDS_SCORES = {name for name in AGGREGATORS if "scores" in name} | {"quality", "best half", "as coded"}
+NEEDS_SCORES = {name for name in AGGREGATORS if "scores" in name} | {"quality", "best half"}
+NEEDS_SCORES |= {name for name in AGGREGATORS if "as coded" in name}

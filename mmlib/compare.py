@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 import numpy as np
 import pandas as pd
 from pandas.io.formats.style import Styler
+from scipy import stats
 
 from mmlib import metrics
 from mmlib.records import Record, library_hash
@@ -18,6 +19,7 @@ HEADINGS = {  # of tables, for columns of frames
     "clip_top1": "clips recognised (share)",
     "difference": "gain, points",
     "sd": "spread over worlds, points",
+    "told": "smallest gain told, points",
     "lr": "learning rate",
     "aggregator_lr": "rate of the aggregator",
     "worth": "longer is worth, points",
@@ -148,6 +150,14 @@ def verdict(
     ('gains', 'is level with')
     """
     return {1: gain, 0: open_, -1: loss, None: unknown}[sign(row, bound)]
+
+
+def smallest_told(sd: pd.Series, n: pd.Series, *, power: float = 0.8) -> pd.Series:
+    """Return the difference that n worlds of this spread tell from zero at the level of .05 with this probability.
+
+    (t(.975) + t(power)) sd / sqrt(n), by the quantiles of t with n - 1 degrees of freedom; NaN for one world.
+    """
+    return (stats.t.ppf(0.975, n - 1) + stats.t.ppf(power, n - 1)) * sd / np.sqrt(n)
 
 
 def counts(frame: pd.DataFrame) -> dict[str, int]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from pandas import Interval
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmlib import losses
 from mmlib.aggregate import AGGREGATORS, CONCATS, LEARNED
@@ -22,6 +23,9 @@ from mmlib.rank import COMBINE, Fallback, refuse_other, refuse_outside
 CLASSIFIERS = ("nearest", "class means", "whitened means", "linear", "mlp")
 TRAINED = ("linear", "mlp")
 FEWEST = 12  # identities of a world that a chapter draws
+TRAINED_ON = ("class", "class, no margin", "class, down-weighted", "negatives")  # forms of training on distractors
+DOWN_WEIGHT = 0.2  # of a clip of a down-weighted class, beside 1 of the others
+NEGATIVE = 0.35  # cosine above which a distractor is pushed away from an identity, where it has no class
 KINDS = ("seeds", "views", "bagging", "stratified")
 CHOICES = {
     "aggregator": tuple(AGGREGATORS),
@@ -29,8 +33,10 @@ CHOICES = {
     "concat": CONCATS,
     "head": ("cosine", "dot"),
     "fusion": ("concat", "gated"),
-    "start": ("class means", "random"),
-    "distractors": ("all", "held out", "class"),
+    "start": ("class means", "random", "xavier"),
+    "layers": ("study", "released"),
+    "context_scale": ("unit", "raw"),
+    "distractors": ("all", "held out", *TRAINED_ON),
     "split": ("val", "test"),
     "ensemble": KINDS,
     "combine": COMBINE,
@@ -45,7 +51,8 @@ class Training:
     batch: clips; frames: frames drawn a clip and step, by ``sample`` of ``ClipStore.batch``; lr of the MLP and
     classifier, and of the aggregator (whose gradients are some orders smaller), both falling to 0 along a cosine;
     margin in radians, 0 for a plain (cosine) softmax; scale of the cosines; gamma of the focal term, ``focal`` "clip"
-    or "batch"; optimiser "adamw", or "sgd" with momentum .9 as in the released code.
+    or "batch"; optimiser "adamw", or "sgd" with momentum .9 as in the released code; weight ``decay`` on the "network",
+    or, as released, on "all" parameters; rates that fall by ``schedule`` "step", or, as released, "epoch".
     """
 
     epochs: int = 8
@@ -60,20 +67,31 @@ class Training:
     gamma: float = 0.0
     focal: str = "clip"
     optimiser: str = "adamw"
+    decay: str = "network"
+    schedule: str = "step"
 
     def __post_init__(self):
         refuse_other(self, focal=("clip", "batch"), optimiser=("adamw", "sgd"), sample=SAMPLES[1:])
+        refuse_other(self, decay=("network", "all"), schedule=("step", "epoch"))
         refuse_outside(self, FROM_ONE, "epochs", "batch", "frames", whole=True)
         refuse_outside(self, POSITIVE, "lr", "scale")
         refuse_outside(self, FROM_ZERO, "aggregator_lr", "weight_decay", "gamma")
         refuse_outside(self, Interval(0, np.pi / 2, "both"), "margin")
 
-    def loss(self, cosine: Tensor, label: Tensor) -> Tensor:
-        """Return the loss of cosines (B, C) at labels (B,), a scalar; without a margin also of inner products."""
-        plain = self.margin == 0
-        logits = self.scale * cosine if plain else losses.margin_logits(cosine, label, self.margin, self.scale)
-        focal = losses.focal_loss if self.focal == "clip" else losses.batch_focal_loss
-        return focal(logits, label, gamma=self.gamma)
+    def loss(self, cosine: Tensor, label: Tensor, margin: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        """Return the loss of cosines (B, C) at labels (B,), a scalar; without a margin also of inner products.
+
+        margin: of each clip (B,), instead of the one of all; weight: of each (B,).
+        """
+        return losses.margin_focal_loss(
+            cosine,
+            label,
+            margin=self.margin if margin is None else margin,
+            scale=self.scale,
+            gamma=self.gamma,
+            batch=self.focal == "batch",
+            weight=weight,
+        )
 
 
 @dataclass(frozen=True)
@@ -86,9 +104,11 @@ class Experiment:
     The model.  modality: what is aggregated over frames, None for contexts alone.  classifier: ``nearest`` (cosine to
     the nearest training clip of an identity), ``class means``, ``whitened means`` (class means after WCCN, of that
     ``shrinkage``), ``linear`` (a trained cosine classifier), ``mlp`` (behind a residual MLP).  context: modalities that
-    join inside the network, reduced to ``context_dim`` dimensions each, by ``fusion``.  concat, head: as in
-    ``IdentityModel``.  start: of the identities' vectors.  distractors: ``all`` in the gallery, as in the challenge;
-    ``held out``, half of them taken out of it; ``class``, that half trained on as one further class.
+    join inside the network, reduced to ``context_dim`` dimensions each, 0 for as they are, by ``fusion``;
+    ``context_scale``: of unit length times sqrt(D), or raw.  concat, head, layers: as in ``IdentityModel``.  start: of
+    the identities' vectors.  distractors: ``all`` in the gallery, as in the challenge; ``held out``, half of them taken
+    out of it; that half trained on, by ``loss``: one further ``class`` with the margin, without it (``class, no
+    margin``), or of a lower weight (``class, down-weighted``), or ``negatives``, pushed away from every identity.
 
     The ensemble.  ensemble: a kind of ``mmlib.ensemble``, ``regions``: blocks of ``views``.  members: which are used.
 
@@ -110,6 +130,8 @@ class Experiment:
     fusion: str = "concat"
     hidden: int = 512
     dropout: float = 0.5
+    context_scale: str = "unit"
+    layers: str = "study"
     start: str = "class means"
     shrinkage: float = 0.1
     distractors: str = "all"
@@ -124,8 +146,8 @@ class Experiment:
 
     def __post_init__(self):
         refuse_other(self, **CHOICES)
-        refuse_outside(self, FROM_ONE, "context_dim", "regions", whole=True)
-        refuse_outside(self, FROM_ZERO, "seed", "hidden", whole=True)
+        refuse_outside(self, FROM_ONE, "regions", whole=True)
+        refuse_outside(self, FROM_ZERO, "seed", "hidden", "context_dim", whole=True)
         refuse_outside(self, Interval(0, 1, "left"), "dropout")
         refuse_outside(self, Interval(0, 1, "both"), "shrinkage")
         refuse_outside(self, POSITIVE, "scale")
@@ -143,7 +165,7 @@ class Experiment:
         yield not tuples, "context, members and settings must be tuples", "context", "members", "settings"
         trained, faces, views = self.classifier in TRAINED, self.modality is not None, self.ensemble == "views"
         attention, dot, gated = faces and self.aggregator in LEARNED, self.head == "dot", self.fusion == "gated"
-        learned = attention or self.context or dot or self.distractors == "class"
+        learned = attention or self.context or dot or self.distractors in TRAINED_ON
         whitened, appended = self.classifier == "whitened means", self.concat in ("normalised", "raw")
         parts, both = (self.modality, *self.context), trained and faces and self.combine in ("softmax", "cosine")
         known = {member for member in self.members if type(member) is int and member >= 0}
@@ -154,6 +176,9 @@ class Experiment:
         yield not faces and (self.concat != "none" or gated), "scores and gates need a modality", "concat", "fusion"
         yield len(set(parts)) < len(parts), "context has something twice", "modality", "context"
         yield self.split == "test" and self.distractors != "all", "distractors are known in val only", "distractors"
+        moved = self.layers == "released" and self.start == "class means"
+        yield trained and moved, "layers as released move their input, so class means are no start", "layers", "start"
+        yield dot and self.distractors == "negatives", "negatives need cosines", "distractors", "head"
         yield dot and self.training.margin > 0, "a margin needs a cosine", "head", "training"
         yield self.training.batch == 1 and self.classifier == "mlp", "batch norm needs two clips", "training"
         yield not known or len(known) < len(self.members), "members must be different numbers >= 0", "members"
@@ -169,9 +194,36 @@ class Experiment:
 
     def second(self) -> Experiment:
         """Return the experiment of the fallback's model."""
-        asked, training = self.fallback, replace(self.training, lr=self.fallback.lr or self.training.lr)
-        alone = replace(self, modality=None, context=asked.context, concat="none", fusion="concat", fallback=None)
+        asked = self.fallback
+        own = {name: getattr(asked, name) for name in ("context_dim", "hidden") if getattr(asked, name) is not None}
+        training = replace(self.training, lr=asked.lr or self.training.lr)
+        alone = replace(
+            self, modality=None, context=asked.context, concat="none", fusion="concat", fallback=None, **own
+        )
         return replace(alone, aggregator="norm", members=asked.members, regions=2 * self.regions, training=training)
+
+    @property
+    def has_class_of_nobody(self) -> bool:
+        """Whether the model has a vector for distractors, the last."""
+        return self.distractors in TRAINED_ON and self.distractors != "negatives"
+
+    def loss(self, cosine: Tensor, label: Tensor) -> Tensor:
+        """Return the loss of cosines (B, C) at labels (B,), a scalar; clips of nobody have the highest label.
+
+        ``negatives``: their loss is softplus(logsumexp_j(s cos_j) - s t), that of a softmax in which nobody has the
+        constant cosine t (``NEGATIVE``), and the classifier has no vector for them.
+        """
+        training, nobody = self.training, label >= cosine.shape[1] - self.has_class_of_nobody
+        if self.distractors == "class, no margin" and training.margin:
+            return training.loss(cosine, label, margin=torch.where(nobody, 0.0, training.margin))
+        if self.distractors == "class, down-weighted":
+            return training.loss(cosine, label, weight=torch.where(nobody, DOWN_WEIGHT, 1.0))
+        if self.distractors != "negatives":
+            return training.loss(cosine, label)
+        known = (~nobody).float()
+        of_known = training.loss(cosine, torch.where(nobody, 0, label), weight=known)
+        excess = torch.logsumexp(training.scale * cosine.float(), dim=1) - training.scale * NEGATIVE
+        return (of_known * known.sum() + (F.softplus(excess) * nobody).sum()) / len(label)
 
     @property
     def simulated(self) -> bool:
@@ -186,12 +238,12 @@ class Experiment:
         said = asdict(self)
         # What has no meaning must not make two records of one number.
         if self.classifier not in TRAINED:
-            for name in ("training", "hidden", "dropout", "start"):
+            for name in ("training", "hidden", "dropout", "start", "layers"):
                 said.pop(name)
         if self.ensemble != "views":
             said.pop("regions")
         if not self.context:
-            said.pop("context_dim"), said.pop("fusion")
+            said.pop("context_dim"), said.pop("fusion"), said.pop("context_scale")
         if self.modality is None:
             said.pop("aggregator")
         if self.simulated:

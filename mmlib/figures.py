@@ -34,14 +34,14 @@ _METHODS = {
     " | margin 0.5 | gamma 0 | cross-entropy | face | fine-tuned network | val | this store | within",
     ORANGE: "NAN | NAN, two blocks | NAN + scores | linear | two identities | unpaired | coded, scale 30 | lowest 5%"
     " | stratified | principal axes | margin + focal | margin 0.5, gamma 2 | gamma 2 | focal, clip by clip"
-    " | score fusion | simulated vectors | own vectors",
+    " | score fusion | simulated vectors | own vectors | as coded, alive",
     GREEN: "attention | attention + scores | DANet + scores | margin, scores | margin 0.3 | gamma 1 | scene 32"
     " | scene 64 | scene 128 | scene 256",
     RED: "as coded | another person | coded | bagging | margin + batch focal | gamma 4 | focal, over the batch | all"
     " | missed",
     PURPLE: "best half | whitened means | margin + focal, scores | scene 128, gated",
     SKY: "norm | class means | clips without a face | cosine softmax | margin 0 | gamma 0.5 | head | body | audio"
-    " | thumbnail | train",
+    " | thumbnail | train | described, random start",
     GREY: "mean | nearest | no fallback | softmax | scene | untrained network",
 }
 COLOURS = {name: colour for colour, names in _METHODS.items() for name in names.split(" | ")}

@@ -63,3 +63,19 @@ def _modulated(loss: Tensor, gamma: float) -> Tensor:
     # -expm1 keeps 1 - p exact where p is near 1; the clamp keeps the slope of its power finite for gamma < 1.
     easy = -torch.expm1(-loss)
     return easy.clamp_min(torch.finfo(loss.dtype).tiny).pow(gamma) * loss
+
+
+def margin_focal_loss(cosine, label, *, margin, scale, gamma, batch=False, weight=None):
+    """TEMPORARY."""
+    cosine = _full(cosine)
+    m = torch.as_tensor(margin, dtype=cosine.dtype, device=cosine.device)
+    target = cosine.gather(1, label[:, None])[:, 0]
+    sine = (1.0 - target.square()).clamp_min(torch.finfo(target.dtype).eps).sqrt()
+    moved = target * m.cos() - sine * m.sin()
+    moved = torch.where(target < -m.cos(), target - m * m.sin(), moved)
+    moved = torch.where(m > 0, moved, target)
+    logits = scale * cosine.scatter(1, label[:, None], moved[:, None])
+    ce = F.cross_entropy(logits, label, reduction="none")
+    w = torch.ones_like(ce) if weight is None else weight
+    w = w / w.sum().clamp(min=torch.finfo(ce.dtype).tiny)
+    return _modulated((w * ce).sum(), gamma) if batch else (w * _modulated(ce, gamma)).sum()

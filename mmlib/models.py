@@ -70,7 +70,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
                 mean = share @ x
                 variance = share @ (x - mean).square()
             with torch.no_grad():
-                momentum = self.momentum * (count > 1)
+                momentum = self.momentum * (count > 1).to(mean.dtype)
                 self.running_mean += momentum * (mean - self.running_mean)
                 self.running_var += momentum * (variance * count / (count - 1).clamp(min=1) - self.running_var)
                 self.num_batches_tracked += count > 1
@@ -78,19 +78,29 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         return x * scale + (self.bias - mean * scale)
 
 
+def _linear(width: int, out: int, released: bool) -> nn.Linear:
+    """Return a linear layer without bias, which the batch norm behind it would take out."""
+    layer = nn.Linear(width, out, bias=False)
+    if released:
+        nn.init.kaiming_normal_(layer.weight)
+    return layer
+
+
 class ResidualMLP(nn.Module):
     """Add a two-layer transform to the input (B, D): D -> hidden -> D, each with batch norm.
 
     Departure from the released code: the last batch norm starts at 0, so that an untrained network passes its input
-    through and a classifier can start from class means.
+    through and a classifier can start from class means.  released: it starts at 1 and a PReLU follows, and the linear
+    layers start Kaiming-normal.
     """
 
-    def __init__(self, dim: int, hidden: int, dropout: float):
+    def __init__(self, dim: int, hidden: int, dropout: float, released: bool = False):
         super().__init__()
-        first = [nn.Linear(dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.PReLU(), Dropout(hidden, dropout)]
-        last = nn.BatchNorm1d(dim)
-        nn.init.zeros_(last.weight)
-        self.layers = nn.Sequential(*first, nn.Linear(hidden, dim, bias=False), last)
+        first = [_linear(dim, hidden, released), nn.BatchNorm1d(hidden), nn.PReLU(), Dropout(hidden, dropout)]
+        last = [_linear(hidden, dim, released), nn.BatchNorm1d(dim), *([nn.PReLU()] if released else [])]
+        if not released:
+            nn.init.zeros_(last[1].weight)
+        self.layers = nn.Sequential(*first, *last)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x)
@@ -100,21 +110,23 @@ class ContextBranch(nn.Module):
     """Reduce a context feature, D -> D/4 -> out (2048 -> 512 -> 128 for a scene), as in the released code.
 
     A clip without that context gets a learned vector, which starts at 0, and takes no part in the batch statistics.
+    out: 0 for the feature as it is.  released: the linear layers start Kaiming-normal.
     """
 
-    def __init__(self, dim: int, out: int, dropout: float):
+    def __init__(self, dim: int, out: int, dropout: float, released: bool = False):
         super().__init__()
         width = max(1, dim // 4)
-        first = [nn.Linear(dim, width, bias=False), MaskedBatchNorm(width), nn.PReLU(), Dropout(width, dropout)]
-        self.layers = nn.ModuleList([*first, nn.Linear(width, out, bias=False), MaskedBatchNorm(out), nn.PReLU()])
-        self.absent = nn.Parameter(torch.zeros(out))
-        self.out_dim = out
+        first = [_linear(dim, width, released), MaskedBatchNorm(width), nn.PReLU(), Dropout(width, dropout)]
+        last = [_linear(width, out, released), MaskedBatchNorm(out), nn.PReLU()] if out else []
+        self.layers = nn.ModuleList([*first, *last] if out else [])
+        self.out_dim = out or dim
+        self.absent = nn.Parameter(torch.zeros(self.out_dim))
 
     def forward(self, feature: Tensor, present: Tensor) -> Tensor:
-        """Return (B, out); feature (B, D), present (B,) True where the clip has it."""
+        """Return (B, out_dim); feature (B, D), present (B,) True where the clip has it."""
         for layer in self.layers:
             feature = layer(feature, present) if isinstance(layer, MaskedBatchNorm) else layer(feature)
-        known = present & (present.sum() > 1) if self.training else present  # batch statistics need two
+        known = present & (present.sum() > 1) if self.training and self.layers else present  # statistics need two
         return torch.where(known[:, None], feature, self.absent.to(feature.dtype))
 
 
@@ -140,8 +152,12 @@ class IdentityModel(nn.Module):
     score, ``"raw"`` without normalising: magnitude carries quality, and a cosine divides it out; ``"frames"`` leaves
     the feature as it is, for an aggregator that has appended the scores to every frame, as in the released code.
     contexts: width by name of the context features that join through a ``ContextBranch`` of ``context_dim`` outputs
-    each.  gated: multiply each by a gate in (0, 1) that sees it and the clip feature.  head: ``"cosine"``, or ``"dot"``
-    for inner products.  discard: the block of the embeddings and of every context that the model does not see.
+    each, 0 for as many as inputs.  raw_contexts: whether they come as they are, or scaled to entries of order 1.
+    layers: ``"study"``, or ``"released"`` as in ``ResidualMLP`` and ``ContextBranch``.  start: of the identities'
+    vectors, ``"xavier"`` as released (their length is about .34 at the size of the challenge, so that one rate turns
+    them some nine times as fast), else random ones of length 1.  gated: multiply each context by a gate in (0, 1) that
+    sees it and the clip feature.  head: ``"cosine"``, or ``"dot"`` for inner products.  discard: the block of the
+    embeddings and of every context that the model does not see.
     """
 
     def __init__(
@@ -154,19 +170,27 @@ class IdentityModel(nn.Module):
         concat: str = "none",
         contexts: dict[str, int] | None = None,
         context_dim: int = 128,
+        raw_contexts: bool = False,
+        layers: str = "study",
+        start: str = "random",
         gated: bool = False,
         head: str = "cosine",
         discard: Discard = None,
     ):
         super().__init__()
         self.aggregator, self.concat, self.head, self.discard = aggregator, concat, head, discard
+        self.raw_contexts, released = raw_contexts, layers == "released"
         own = 0 if aggregator is None else aggregator.out_dim + 2 * (concat in ("normalised", "raw"))
         kept = {name: kept_width(width, discard) for name, width in (contexts or {}).items()}
-        self.branches = nn.ModuleDict({name: ContextBranch(dim, context_dim, dropout) for name, dim in kept.items()})
-        self.gates = nn.ModuleDict({name: nn.Linear(own + context_dim, 1) for name in self.branches} if gated else {})
-        self.dim = own + context_dim * len(self.branches)
-        self.mlp = ResidualMLP(self.dim, hidden, dropout) if hidden else nn.Identity()
+        branches = {name: ContextBranch(dim, context_dim, dropout, released) for name, dim in kept.items()}
+        outs = {name: branch.out_dim for name, branch in branches.items()}
+        self.branches = nn.ModuleDict(branches)
+        self.gates = nn.ModuleDict({name: nn.Linear(own + out, 1) for name, out in outs.items()} if gated else {})
+        self.dim = own + sum(outs.values())
+        self.mlp = ResidualMLP(self.dim, hidden, dropout, released) if hidden else nn.Identity()
         self.prototype = nn.Parameter(F.normalize(torch.randn(identities, self.dim), dim=1))
+        if start == "xavier":
+            nn.init.xavier_uniform_(self.prototype)
         # A given linear map of the clip feature, e.g. whitening; the identity unless set.
         self.register_buffer("centre", torch.zeros(0 if aggregator is None else aggregator.out_dim))
         self.register_buffer("whitening", None)
@@ -211,8 +235,12 @@ class IdentityModel(nn.Module):
 
     @torch.no_grad()
     def start_from_class_means(self, pooled: Tensor, label: Tensor) -> None:
-        """Set the vector of every identity that has clips to the mean of their pooled features (n, dim), label (n,)."""
-        mean = class_means(F.normalize(pooled, dim=1), label, len(self.prototype))
+        """Set the vector of every identity that has clips to the mean of their pooled features (n, dim), label (n,).
+
+        Clips of nobody, of the label C, count where the model has a vector for them.
+        """
+        known = label < len(self.prototype)
+        mean = class_means(F.normalize(pooled[known], dim=1), label[known], len(self.prototype))
         seen = mean.norm(dim=1) > 0
         self.prototype[seen] = F.normalize(mean[seen], dim=1)
 

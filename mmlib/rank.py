@@ -99,7 +99,7 @@ def combine_scores(cosines: Iterable[Tensor], how: str, *, scale: float) -> Tens
     """
     total, members = torch.zeros(()), 0
     for cosine in cosines:
-        score = cosine.float()
+        score = cosine if cosine.dtype == torch.float64 else cosine.float()
         if how != "cosine":
             score = (torch.log_softmax if how == "log softmax" else torch.softmax)(scale * score, dim=1)
         total, members = total + score, members + 1
@@ -159,9 +159,10 @@ class Fallback:
     context: the modalities of the second model.  weight: its share in the score of every other clip (score-level
     fusion; 0 is none).  share: of the clips that count as of low quality, the lowest by ``by``: mean ``"quality"``
     score or mean raw ``"norm"`` of the embeddings.  threshold: a value of ``by`` below which a clip is of low quality,
-    instead of a share; the released code has norm 8.867.  low: its share in their score.  absent: the factor on its
+    instead of a share; the released code has norm 8.867, of norms in float16 (``"norm, float16"``), whose mean is
+    below it where it is rounded to 8.859, so up to 8.863.  low: its share in their score.  absent: the factor on its
     score for clips without the first modality; None leaves such clips out.  members: of the second model.  lr: of its
-    training, None for that of the first.
+    training; context_dim, hidden: of its network; None for those of the first.
     """
 
     context: tuple[str, ...] = ("scene",)
@@ -173,9 +174,11 @@ class Fallback:
     absent: float | None = 1.0
     members: tuple[int, ...] = (0,)
     lr: float | None = None
+    context_dim: int | None = None
+    hidden: int | None = None
 
     def __post_init__(self):
-        refuse_other(self, by=("quality", "norm"))
+        refuse_other(self, by=("quality", "norm", "norm, float16"))
         refuse_outside(self, Interval(0, 1, "both"), "weight", "share", "low")
         for name, low in (("absent", 0), ("lr", 0), ("threshold", -np.inf)):
             if getattr(self, name) is not None:

@@ -14,7 +14,7 @@ from mmlib import ensemble, metrics, rank
 from mmlib.aggregate import AGGREGATORS, NEEDS_SCORES
 from mmlib.data.calibration import QUALITY_EDGES
 from mmlib.data.store import ClipStore
-from mmlib.experiment import TRAINED, Experiment, torch_device
+from mmlib.experiment import TRAINED, TRAINED_ON, Experiment, torch_device
 from mmlib.models import IdentityModel, kept_width, seeded, within_class_whitening
 from mmlib.train import classes_of, pooled_features, train_together
 
@@ -74,7 +74,7 @@ def training_clips(e: Experiment, store: ClipStore) -> np.ndarray:
     if not len(clips):
         what = " or ".join(e.context) if e.modality is None else e.modality
         raise ValueError(f"{store.path}: no labelled train clip has {what}, so nothing can be trained")
-    if e.distractors == "class":
+    if e.distractors in TRAINED_ON:
         having = _having(e, store, "val", labelled=False)
         clips = np.concatenate([clips, np.intersect1d(training_distractors(e, store), having)])
     return clips
@@ -111,13 +111,16 @@ def make_model(e: Experiment, store: ClipStore, member: int = 0) -> IdentityMode
     with seeded(ensemble.member_seed(e.seed, member)):
         return IdentityModel(
             None if e.modality is None else AGGREGATORS[e.aggregator](kept_width(widths[e.modality], discard)),
-            len(store.identities) + (e.distractors == "class"),
+            len(store.identities) + e.has_class_of_nobody,
             dropout=e.dropout,
             hidden=e.hidden if e.classifier == "mlp" else 0,
             concat=e.concat,
             head=e.head,
             contexts={name: widths[name] for name in e.context},
             context_dim=e.context_dim,
+            raw_contexts=e.context_scale == "raw",
+            layers=e.layers,
+            start=e.start,
             gated=e.fusion == "gated" and e.modality is not None,
             discard=discard,
         )
@@ -176,7 +179,7 @@ def train_members(wanted: Iterable[Key], store: ClipStore, *, device: str = "aut
             e, models, clips = members[0].experiment, [m.model for m in members], [m.clips for m in members]
             seeds = [ensemble.member_seed(branch.seed, number) for branch, number in group]
             if e.classifier in TRAINED:
-                options: dict = {"seeds": seeds, "modality": e.modality, "progress": progress}
+                options: dict = {"seeds": seeds, "modality": e.modality, "loss": e.loss, "progress": progress}
                 for member, history in zip(members, train_together(models, store, clips, e.training, **options)):
                     member.losses = history
                     member.seconds += (time.perf_counter() - began) / len(members)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from mmlib.aggregate import LEARNED
-from mmlib.experiment import Experiment, Training
+from mmlib.experiment import TRAINED_ON, Experiment, Training
 from mmlib.rank import Fallback
 
 SEARCH_SEEDS = TUNING_SEEDS = (100, 101)  # worlds that no comparison uses
@@ -27,7 +27,7 @@ class Rates(NamedTuple):
 # which all arms have in the comparisons. Chapters 04, 05 and 07 show the searches.
 _ARMS = {
     Rates(3e-4): ("softmax",),
-    Rates(1e-3): ("mean", "norm", "quality", "best half", "attention + scores", "as coded")
+    Rates(1e-3): ("mean", "norm", "quality", "best half", "attention + scores", "as coded", "as coded, alive")
     + ("cosine softmax", "margin", "margin + focal", "margin + batch focal", "margin + focal, raw scores"),
     Rates(1e-2): ("margin, scores", "margin + focal, scores"),
     Rates(1e-3, 3e-4): ("NAN, two blocks",),
@@ -39,6 +39,19 @@ _ARMS = {
     Rates(3e-4, 1e-3): ("scene",),
     Rates(3e-3, 1e-3): ("all",),
     Rates(1e-2, 1e-3): ("scene 128",),
+}
+# Of the rungs and the training on distractors by the search of chapter 10; of their aggregators by that of chapter 04.
+_ARMS |= {
+    Rates(1e-3, 1e-3): _ARMS[Rates(1e-3, 1e-3)]
+    + ("described: baseline", "described, random start: baseline", "as coded: baseline", "as coded, alive: baseline")
+    + ("described: fallback", "described, random start: fallback", "as coded: fallback", "as coded, alive: fallback")
+    + tuple(f"{side}, {form}" for side in ("faces alone", "faces with scenes") for form in TRAINED_ON),
+    Rates(1e-3): _ARMS[Rates(1e-3)]
+    + tuple(
+        f"{ladder}: {rung}"
+        for ladder in ("described", "described, random start", "as coded", "as coded, alive")
+        for rung in ("aggregation and loss", "scene", "ensemble")
+    ),
 }
 CHOSEN_RATES = {arm: rates for rates, arms in _ARMS.items() for arm in arms}
 CHOSEN = {arm: rates.lr for arm, rates in CHOSEN_RATES.items()}
@@ -96,39 +109,39 @@ def search(group: dict[str, Experiment], profile: str = "quick", seeds: tuple = 
     return [_arm(arm, trial, profile=profile, seed=seed) for arm, trial, seed in worlds]
 
 
-BUDGET = Training(lr=1e-3, aggregator_lr=1e-3)  # of every rung, but for the rates that a search chose
-
-
-def in_budget(system: Experiment) -> Experiment:
-    """Return a system with the epochs, batches, optimiser and start of all rungs, and the rates chosen for it."""
-    asked, training = system.training, BUDGET
-    if asked.gamma:
-        loss = "margin + focal" if asked.focal == "clip" else "margin + batch focal"
-        lr = CHOSEN[f"{loss}, scores" if system.concat == "normalised" else loss]
-        slow = CHOSEN_RATES[system.aggregator].aggregator_lr
-        training = replace(BUDGET, gamma=asked.gamma, focal=asked.focal, lr=lr, aggregator_lr=slow)
-    fallback = system.fallback and replace(system.fallback, lr=CHOSEN["scene"])
-    return replace(system, start="class means", training=training, fallback=fallback)
-
-
-FACE_ONLY = in_budget(Experiment(aggregator="quality", combine="softmax"))
-_BOTH = replace(FACE_ONLY, context=("scene",), ensemble="views", regions=16)
+BUDGET = Training(lr=1e-3, aggregator_lr=1e-3)  # of every rung, but for the rates that its search chose
+_BASELINE = Experiment(aggregator="quality", combine="softmax")
+_BOTH = replace(_BASELINE, context=("scene",), ensemble="views", regions=16)
 
 # Dong et al., ACM MM 2019.
 _ALL = tuple(range(16))
 _LOW_QUALITY = Fallback(by="quality", share=0.01, low=0.8, absent=1.0, members=_ALL)
-_DESCRIBED = replace(_BOTH, aggregator="attention + scores", concat="normalised", context_dim=128, scale=30.0)
-ONE_NAME = in_budget(_arm(_DESCRIBED, {"gamma": 2.0, "focal": "clip"}, members=_ALL, fallback=_LOW_QUALITY))
+_DESCRIBED = replace(_BOTH, aggregator="attention + scores", concat="normalised", members=_ALL, fallback=_LOW_QUALITY)
+_DESCRIBED = _arm(_DESCRIBED, {"gamma": 2.0, "focal": "clip"}, context_dim=128, scale=30.0)
 
 # LegenDong/IQIYI_VID_FACE_2019, which keeps eleven of sixteen members; with its training.
 _ELEVEN, _OTHER_ELEVEN = (0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 15), (1, 2, 3, 4, 6, 8, 10, 11, 12, 14, 15)
-_LOW_NORM = Fallback(by="norm", threshold=8.867, low=0.8, absent=0.95, members=_OTHER_ELEVEN)
-_CODED = replace(_BOTH, aggregator="as coded", concat="frames", context_dim=120, hidden=964, start="random", scale=1.0)
+_LOW_NORM = Fallback(by="norm, float16", threshold=8.867, low=0.8, absent=0.95, members=_OTHER_ELEVEN)
+_LOW_NORM = replace(_LOW_NORM, context_dim=0, hidden=2 * (2048 - 64))
+_CODED = replace(_BOTH, aggregator="as coded", concat="frames", layers="released", start="xavier", scale=1.0)
+_CODED = replace(_CODED, context_dim=120, context_scale="raw", hidden=964, members=_ELEVEN, fallback=_LOW_NORM)
 _CODED_LOSS = {"frames": 40, "sample": "draw", "gamma": 2.0, "focal": "batch"}
 _SGD = {"optimiser": "sgd", "lr": 0.1, "aggregator_lr": 0.1, "weight_decay": 1e-5, "epochs": 100, "batch": 4096}
-ONE_NAME_AS_CODED = _arm(_CODED, _CODED_LOSS | _SGD, members=_ELEVEN, fallback=_LOW_NORM)
+ONE_NAME_AS_CODED = _arm(_CODED, _CODED_LOSS | _SGD | {"decay": "all", "schedule": "epoch"})
 
-SYSTEMS = {"one-name": ONE_NAME, "one-name-as-coded": ONE_NAME_AS_CODED, "face-only": FACE_ONLY}
+LADDERS = {
+    "described": _DESCRIBED,
+    "described, random start": replace(_DESCRIBED, start="random"),
+    "as coded": ONE_NAME_AS_CODED,
+    "as coded, alive": replace(ONE_NAME_AS_CODED, aggregator="as coded, alive"),
+}
+RUNGS = {  # what each has of the system beyond the one before
+    "aggregation and loss": ("aggregator", "concat", "training"),
+    "scene": ("context", "context_dim", "context_scale", "hidden"),
+    "ensemble": ("ensemble", "regions", "members"),
+    "fallback": ("fallback",),
+}
+STEPS = ("baseline", *RUNGS)
 
 
 def with_members(system: Experiment, members: int | None) -> Experiment:
@@ -139,31 +152,67 @@ def with_members(system: Experiment, members: int | None) -> Experiment:
 
 def without_scores(system: Experiment) -> Experiment:
     """Return a system for clips without scores: norms stand in for them, and the coded attention goes with its loss."""
-    plain = replace(system, concat="none", fallback=system.fallback and replace(system.fallback, by="norm"))
+    plain = replace(system, concat="none")
+    if plain.fallback and plain.fallback.by == "quality":
+        plain = replace(plain, fallback=replace(plain.fallback, by="norm"))
     if system.aggregator == "attention + scores":
         return replace(plain, aggregator="attention")
     return _arm(plain, {"gamma": 0.0}, aggregator="norm")
 
 
-RUNGS = {  # what each has of the system beyond the one before
-    "aggregation and loss": ("aggregator", "concat", "training"),
-    "scene": ("context", "context_dim", "hidden"),
-    "ensemble": ("ensemble", "regions", "members"),
-    "fallback": ("fallback",),
-}
+def climb(ladder: str, *, members: int | None = None, scene: bool = True, scores: bool = True) -> dict[str, Experiment]:
+    """Return the rungs of one of ``LADDERS``, from its baseline to its system, each with one part more.
 
-
-def climb(system: Experiment, *, scene: bool = True, scores: bool = True) -> dict[str, Experiment]:
-    """Return the rungs from the baseline to a system ``in_budget``, each with one part of it more than the one before.
-
-    scene, scores: what the clips have.  Without a scene there is no such rung and no fallback; without scores the
-    system is that of ``without_scores``.
+    All have the epochs, batches and optimiser of ``BUDGET``, a ladder one start and kind of layers, a rung the rates
+    that its search chose.  members: at most so many.  scene, scores: what the clips have.  Without a scene there is no
+    such rung and no fallback; without scores the system is that of ``without_scores``.
     """
-    top = in_budget(system if scores else without_scores(system))
-    last = replace(FACE_ONLY if scores else without_scores(FACE_ONLY), scale=top.scale)
-    rungs = {"baseline": last}
-    for name, parts in RUNGS.items():
+    top = with_members(LADDERS[ladder], members)
+    top = replace(top, training=replace(BUDGET, gamma=top.training.gamma, focal=top.training.focal))
+    last = replace(_BASELINE, scale=top.scale, start=top.start, layers=top.layers, training=BUDGET)
+    top, last = (part if scores else without_scores(part) for part in (top, last))
+    rungs = {"baseline": _arm(last, CHOSEN_RATES[f"{ladder}: baseline"]._asdict())}
+    for step, parts in RUNGS.items():
         higher = replace(last, **{part: getattr(top, part) for part in parts})
-        if higher != last and (scene or name not in ("scene", "fallback")):
-            rungs[name] = last = higher
+        if higher != last and (scene or step not in ("scene", "fallback")):
+            rates = CHOSEN_RATES[f"{ladder}: {'ensemble' if step == 'fallback' else step}"]
+            fallback = higher.fallback and replace(higher.fallback, lr=CHOSEN[f"{ladder}: fallback"])
+            last = higher
+            rungs[step] = _arm(higher, rates._asdict(), fallback=fallback)
     return rungs
+
+
+FACE_ONLY = climb("described")["baseline"]
+ONE_NAME = climb("described")["fallback"]
+SYSTEMS = {"one-name": ONE_NAME, "one-name-as-coded": ONE_NAME_AS_CODED, "face-only": FACE_ONLY}
+
+SIDES = {"faces alone": "baseline", "faces with scenes": "scene"}  # rung of the described ladder by name
+SEARCHED_MEMBERS = 4  # of an ensemble, in the search for its rate
+
+
+def distractor_arms(**have) -> dict[str, Experiment]:
+    """Return the forms of training on distractors by name, and what each is held against; have: as for ``climb``."""
+    rungs, arms = climb("described", **have), {}
+    for side, step in SIDES.items():
+        if step in rungs:
+            arms[f"{side}, held out"] = replace(rungs[step], distractors="held out")
+            for form in TRAINED_ON:
+                name = f"{side}, {form}"
+                arms[name] = _arm(rungs[step], CHOSEN_RATES[name]._asdict(), distractors=form)
+    return arms
+
+
+def rung_arms() -> dict[str, Experiment]:
+    """Return what chapter 10 searches rates for: every rung, the model of every fallback, and training on distractors.
+
+    An ensemble has its first ``SEARCHED_MEMBERS`` members there, a fallback's model one.
+    """
+    arms = {}
+    for ladder in LADDERS:
+        rungs = climb(ladder, members=SEARCHED_MEMBERS)
+        second = rungs.pop("fallback").second()
+        rungs["fallback"] = replace(second, members=second.members[:1])
+        if "alive" in ladder:  # the map is in neither, so they are those of the ladder before
+            del rungs["baseline"], rungs["fallback"]
+        arms |= {f"{ladder}: {step}": arm for step, arm in rungs.items()}
+    return arms | {name: arm for name, arm in distractor_arms().items() if arm.distractors in TRAINED_ON}

@@ -1,15 +1,16 @@
 """One training loop for every model, and the features of a trained one."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mmlib.aggregate import mean_pool
+from mmlib.aggregate import mean_pool, norm_pool
 from mmlib.data.store import ClipStore, sample_rows
 from mmlib.ensemble import Together
 from mmlib.experiment import Training
@@ -24,6 +25,7 @@ def train_together(
     *,
     seeds: list[int | list[int]],
     modality: str | None = "face",
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     progress: bool = False,
 ) -> list[list[float]]:
     """Train models of one shape in one batched pass, each on clips (n,) of its own; return the mean losses by epoch.
@@ -32,8 +34,9 @@ def train_together(
     results are those of training one by one, up to the rounding of batched products.  The same seed gives the same
     clips, frames and order whatever the model, so that two arms see the same data.
 
-    Clips without an identity are of one further class, the last, if the models have it.  modality: what the aggregator
-    reads, None for models of contexts alone.  On the models' device; within an epoch nothing waits for the host.
+    Clips without an identity have the label C, of one further class, the last, if the models have it.  modality: what
+    the aggregator reads, None for models of contexts alone.  loss: of cosines and labels, that of the training unless
+    given.  On the models' device; within an epoch nothing waits for the host.
     """
     device, number = models[0].prototype.device, len(clips[0])
     if number < 2:
@@ -46,7 +49,9 @@ def train_together(
         data, drops = ([_generator(seed, stream, device) for seed in seeds] for stream in (2, 5))
         together = Together(models)
         optimiser = _optimiser(together.parameters, training)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, training.epochs * steps)
+        by_epoch, measure = training.schedule == "epoch", loss or training.loss
+        length = training.epochs if by_epoch else training.epochs * steps
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, length)
         reader = Reader(models, store, clips, modality, training)
         label = torch.from_numpy(np.stack([classes_of(store, chosen) for chosen in clips])).to(device)
         history = []
@@ -57,12 +62,13 @@ def train_together(
             reader.draw(data)
             for low, high in zip(bounds, bounds[1:]):
                 places = order[:, low:high]
-                loss = together.loss(reader.read(places), label.gather(1, places), training.loss, drops)
+                found = together.loss(reader.read(places), label.gather(1, places), measure, drops)
                 optimiser.zero_grad(set_to_none=True)
-                loss.sum().backward()
+                found.sum().backward()
                 optimiser.step()
-                schedule.step()
-                total += loss.detach() * (high - low)
+                if high == number or not by_epoch:
+                    schedule.step()
+                total += found.detach() * (high - low)
             history.append((total / number).tolist())
             if not np.isfinite(history[-1]).all():
                 raise ValueError(f"training diverged: loss {max(history[-1])} in epoch {epoch + 1} of {training}")
@@ -92,7 +98,8 @@ def _optimiser(parameters: dict[str, Tensor], training: Training) -> torch.optim
     rest = [value for name, value in parameters.items() if not name.startswith("aggregator.")]
     groups = [{"params": rest}]
     if slow:
-        groups.insert(0, {"params": slow, "lr": training.aggregator_lr, "weight_decay": 0.0})
+        decay = training.weight_decay if training.decay == "all" else 0.0
+        groups.insert(0, {"params": slow, "lr": training.aggregator_lr, "weight_decay": decay})
     kind, options = {"adamw": (torch.optim.AdamW, {}), "sgd": (torch.optim.SGD, {"momentum": 0.9})}[training.optimiser]
     return kind(groups, lr=training.lr, weight_decay=training.weight_decay, fused=True, **options)
 
@@ -122,7 +129,8 @@ class Reader:
         self._place = torch.from_numpy(np.searchsorted(union, np.stack(clips))).to(device)
         self._contexts: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for name in first.branches:
-            known = {discard: contexts(store, name, union, discard, device) for discard in set(self._discards)}
+            read = partial(contexts, store, name, union, device, raw=first.raw_contexts)
+            known = {discard: read(discard) for discard in set(self._discards)}
             self._contexts[name] = [known[discard] for discard in self._discards]
 
     def draw(self, generators: list[torch.Generator]) -> None:
@@ -175,11 +183,19 @@ def _blocks(count: np.ndarray, block: int) -> Iterator[np.ndarray]:
 
 @torch.no_grad()
 def contexts(
-    store: ClipStore, name: str, clips: np.ndarray, discard: Discard, device: torch.device, *, block: int = 2_048
+    store: ClipStore,
+    name: str,
+    clips: np.ndarray,
+    device: torch.device,
+    discard: Discard = None,
+    *,
+    raw: bool = False,
+    block: int = 2_048,
 ) -> tuple[Tensor, Tensor]:
     """Return the context feature of clips, (n, D) without the discarded block, and whether they have it, (n,).
 
-    It is the mean of the unit embeddings, without that block, of all frames, scaled to entries of order 1.
+    It is the mean of the unit embeddings, without that block, of all frames, scaled to entries of order 1; raw: that of
+    the embeddings as they are.
     """
     source, count = store.on(name, device), store.modalities[name].count[clips]
     left = gap(source.feature.shape[1], discard)
@@ -188,7 +204,8 @@ def contexts(
         at, to = (torch.from_numpy(part).to(device) for part in (clips[places], places))
         with enough_memory(_longest(store, name, clips[places[-1]])):
             batch = source.gather(sample_rows(source.start[at], source.count[at]), gap=left)
-            feature[to] = mean_pool(batch.feature, batch.mask) * feature.shape[1] ** 0.5
+            x, mask = batch[:2]
+            feature[to] = norm_pool(x, mask) if raw else mean_pool(x, mask) * x.shape[2] ** 0.5
     return feature, torch.from_numpy(count > 0).to(device)
 
 
@@ -223,6 +240,7 @@ def pooled_features(
             if modality is not None:
                 rows = sample_rows(source.start[at], source.count[at], sample, frames, generator)
                 inputs = source.gather(rows, gap=gap(source.feature.shape[1], model.discard))[:4]
-            context = {name: contexts(store, name, clips[places], model.discard, device) for name in model.branches}
+            read = partial(contexts, store, clips=clips[places], device=device, raw=model.raw_contexts)
+            context = {name: read(name, discard=model.discard) for name in model.branches}
             out[to] = model.pool(*inputs, contexts=context)
     return out

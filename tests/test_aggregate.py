@@ -180,17 +180,18 @@ def test_quality_pool_of_only_bad_frames_is_norm_pool():
     )
 
 
-def test_best_half_is_rounded_up_and_of_the_frames_that_exist():
-    x = torch.tensor([[[1.0], [10.0], [100.0], [1000.0]]])
-    quality = torch.tensor([[5.0, 7.0, 6.0, 99.0]])
-    found = [aggregate.best_half_pool(x, torch.arange(4)[None] < n, quality).item() for n in (1, 2, 3, 4)]
-    assert found == [1, 10, 55, 505]
+def test_best_half_is_rounded_down_and_of_eight_frames_at_least():
+    """Its source, zheey, keeps all frames of a clip of fewer than eight."""
+    x = torch.tensor([[[10.0**place] for place in range(9)]], dtype=torch.float64)
+    quality = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]])
+    found = [aggregate.best_half_pool(x, torch.arange(9)[None] < n, quality).item() for n in (1, 7, 8, 9)]
+    assert found == [1, pytest.approx(1_111_111 / 7), 11_110_000 / 4, 111_100_000 / 4]
 
 
 def test_best_half_keeps_frames_that_tie_with_the_last():
-    x = torch.tensor([[[1.0], [10.0], [100.0]]])
-    quality = torch.tensor([[5.0, 4.0, 4.0]])
-    assert aggregate.best_half_pool(x, torch.ones(1, 3, dtype=torch.bool), quality).item() == 37
+    x = torch.tensor([[[10.0**place] for place in range(8)]], dtype=torch.float64)
+    quality = torch.tensor([[9.0, 8.0, 7.0, 6.0, 6.0, 5.0, 5.0, 5.0]])
+    assert aggregate.best_half_pool(x, torch.ones(1, 8, dtype=torch.bool), quality).item() == 11_111 / 5
 
 
 def test_nan_pool_weighs_by_softmax():
@@ -277,43 +278,59 @@ def slow_norm(value, norm, training):
 
 
 def slow_convolution(value, convolution):
-    weight, bias = convolution.weight.detach().numpy()[..., 0], convolution.bias.detach().numpy()
+    weight = convolution.weight.detach().numpy()
     out = np.zeros((value.shape[0], weight.shape[0], value.shape[2]))
     for clip in range(value.shape[0]):
         for row in range(weight.shape[0]):
-            out[clip, row] = bias[row] + sum(w * frame for w, frame in zip(weight[row], value[clip], strict=True))
+            out[clip, row] = sum(w * frame for w, frame in zip(weight[row], value[clip], strict=True))
     return out
 
 
+def slow_factors(module, frames, training):
+    """The factors of the affinity; of a dead map both are 0."""
+    if not module.alive:
+        return (np.zeros((len(frames), module.frames // 2, frames.shape[2])),) * 2
+    layers = (module.theta, module.theta_norm), (module.phi, module.phi_norm)
+    return tuple(slow_norm(slow_convolution(frames, layer), norm, training) for layer, norm in layers)
+
+
+living = pytest.mark.parametrize("alive", [False, True], ids=["dead", "alive"])
+
+
+@living
 @pytest.mark.parametrize("training", [False, True])
-def test_coded_attention_agrees_with_a_slow_loop(training):
+def test_coded_attention_agrees_with_a_slow_loop(training, alive):
     x, mask, quality, det = clips(lengths=(8, 8, 8))
-    module = trained(aggregate.CodedAttention(DIM, frames=8), spread=0.2).train(training)
+    module = trained(aggregate.CodedAttention(DIM, frames=8, alive=alive), spread=0.2).train(training)
     frames = torch.cat([x, quality[..., None] / 100, det[..., None]], -1).numpy()
-    theta = slow_norm(slow_convolution(frames, module.theta[0]), module.theta[1], training)
-    phi = slow_norm(slow_convolution(frames, module.phi[0]), module.phi[1], training)
+    theta, phi = slow_factors(module, frames, training)
     g = slow_convolution(frames, module.g)
     mixed = np.zeros_like(g)
     for clip in range(len(g)):
         for i in range(4):
             row = softmax([float(np.dot(theta[clip, i], phi[clip, j])) for j in range(4)])
             mixed[clip, i] = sum(a * part for a, part in zip(row, g[clip], strict=True))
-    residual = slow_norm(slow_convolution(mixed, module.expand[0]), module.expand[1], training) + frames
+    residual = slow_norm(slow_convolution(mixed, module.z), module.norm, training) + frames
     expected = np.array([slow_nan(list(clip), module.query.detach().numpy()) for clip in residual])
     np.testing.assert_allclose(module(x, mask, quality, det).detach().numpy(), expected, rtol=1e-10)
 
 
 def layered(module, x, mask, quality, det):
-    """CodedAttention layer by layer, with torch's own convolutions and batch norms."""
+    """CodedAttention layer by layer, with torch's own batch norms."""
     frames = with_scores(x, quality, det)
-    affinity = torch.softmax(module.theta(frames) @ module.phi(frames).mT, dim=-1)
-    return aggregate.nan_pool(module.expand(affinity @ module.g(frames)) + frames, mask, module.query)[0]
+    affinity = torch.full((len(x), module.frames // 2, module.frames // 2), 2 / module.frames).to(frames)
+    if module.alive:
+        theta = module.theta_norm(module.theta.weight @ frames)
+        affinity = torch.softmax(theta @ module.phi_norm(module.phi.weight @ frames).mT, dim=-1)
+    mixed = module.norm(module.z.weight @ (affinity @ (module.g.weight @ frames)))
+    return aggregate.nan_pool(mixed + frames, mask, module.query)[0]
 
 
+@living
 @pytest.mark.parametrize("training", [False, True])
-def test_coded_attention_has_the_gradients_and_statistics_of_its_layers(training):
+def test_coded_attention_has_the_gradients_and_statistics_of_its_layers(training, alive):
     batch = clips(lengths=(8, 8, 8))
-    found, expected = (trained(aggregate.CodedAttention(DIM, frames=8), spread=0.2) for _ in range(2))
+    found, expected = (trained(aggregate.CodedAttention(DIM, frames=8, alive=alive), spread=0.2) for _ in range(2))
     found.train(training)(*batch).square().sum().backward()
     layered(expected.train(training), *batch).square().sum().backward()
     for one, other in zip(found.parameters(), expected.parameters(), strict=True):
@@ -331,36 +348,29 @@ def slow_statistics(value):
     )
 
 
-def test_coded_attention_keeps_the_running_statistics_of_a_slow_loop():
-    """Three batches: running value = .9 running value + .1 of the batch, in all three batch norms; then evaluation."""
-    module = trained(aggregate.CodedAttention(DIM, frames=8), spread=0.2).train()
-    layers = (module.theta, module.phi, module.expand)
-    expected = [[layer[1].running_mean.numpy().copy(), layer[1].running_var.numpy().copy()] for layer in layers]
+@living
+def test_coded_attention_keeps_the_running_statistics_of_a_slow_loop(alive):
+    """Three batches: running value = .9 running value + .1 of the batch, in all batch norms; then evaluation."""
+    module = trained(aggregate.CodedAttention(DIM, frames=8, alive=alive), spread=0.2).train()
+    layers = [(module.z, module.norm)]
+    if alive:
+        layers += [(module.theta, module.theta_norm), (module.phi, module.phi_norm)]
+    expected = [[norm.running_mean.numpy().copy(), norm.running_var.numpy().copy()] for _, norm in layers]
     for seed in range(3):
         batch = clips(lengths=(8, 8, 8), seed=seed)
         frames = with_scores(batch[0], *batch[2:]).numpy()
-        theta, phi = (slow_norm(slow_convolution(frames, layer[0]), layer[1], True) for layer in layers[:2])
+        theta, phi = slow_factors(module, frames, True)
         g = slow_convolution(frames, module.g)
-        mixed = np.array(
-            [
-                [
-                    sum(
-                        a * part
-                        for a, part in zip(softmax([float(row @ other) for other in phi[clip]]), g[clip], strict=True)
-                    )
-                    for row in theta[clip]
-                ]
-                for clip in range(3)
-            ]
-        )
-        for kept, layer, value in zip(expected, layers, (frames, frames, mixed), strict=True):
-            for i, new in enumerate(slow_statistics(slow_convolution(value, layer[0]))):
+        rows = [[softmax([float(row @ other) for other in phi[clip]]) for row in theta[clip]] for clip in range(3)]
+        mixed = np.array([[sum(a * part for a, part in zip(row, g[clip])) for row in rows[clip]] for clip in range(3)])
+        for kept, (layer, _), value in zip(expected, layers, (mixed, frames, frames)):
+            for i, new in enumerate(slow_statistics(slow_convolution(value, layer))):
                 kept[i] = 0.9 * kept[i] + 0.1 * new
         module(*batch)
-    for (mean, variance), layer in zip(expected, layers, strict=True):
-        np.testing.assert_allclose(layer[1].running_mean, mean, rtol=1e-9, atol=1e-12)
-        np.testing.assert_allclose(layer[1].running_var, variance, rtol=1e-9)
-        assert layer[1].num_batches_tracked == 3
+    for (mean, variance), (_, norm) in zip(expected, layers, strict=True):
+        np.testing.assert_allclose(norm.running_mean, mean, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(norm.running_var, variance, rtol=1e-9)
+        assert norm.num_batches_tracked == 3
     before = copy.deepcopy(module.state_dict())
     module.eval()(*batch)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
@@ -373,8 +383,9 @@ def test_coded_attention_keeps_the_running_statistics_of_a_slow_loop():
         lambda: aggregate.NAN(3, scores=True),
         lambda: aggregate.NAN(3, two_blocks=True, scores=True),
         lambda: aggregate.CodedAttention(3, frames=4),
+        lambda: aggregate.CodedAttention(3, frames=4, alive=True),
     ],
-    ids=["NAN", "NAN, two blocks", "coded"],
+    ids=["NAN", "NAN, two blocks", "coded", "coded, alive"],
 )
 def test_gradient_of_every_parameter_agrees_with_finite_differences(make, training):
     module = trained(make()).train(training)
@@ -397,10 +408,12 @@ def test_nan_with_scores_agrees_with_a_slow_loop():
     np.testing.assert_allclose(module(x, mask, quality, det).detach().numpy(), expected, rtol=1e-12)
 
 
-def test_coded_attention_in_float32_agrees_with_its_layers_on_raw_embeddings(device):
+@living
+def test_coded_attention_in_float32_agrees_with_its_layers_on_raw_embeddings(device, alive):
     x, mask, quality, det = clips(device, torch.float32, lengths=(40,) * 16, dim=512)
     batch = 22 / 512**0.5 * x, mask, quality, det
-    found, expected = (trained(aggregate.CodedAttention(512), spread=0.05).float().to(device) for _ in range(2))
+    made = [trained(aggregate.CodedAttention(512, alive=alive), spread=0.05) for _ in range(2)]
+    found, expected = (module.float().to(device) for module in made)
     with torch.autocast(device, dtype=torch.bfloat16):
         pooled = found(*batch)
     # Two orders of float32 sums over 514 dimensions and 40 frames.
@@ -419,6 +432,7 @@ def test_coded_attention_in_float32_agrees_with_its_layers_on_raw_embeddings(dev
         aggregate.ChannelAttention(DIM),
         aggregate.ChannelAttention(DIM, invert=True),
         aggregate.CodedAttention(DIM, frames=4),
+        aggregate.CodedAttention(DIM, frames=4, alive=True),
     ],
     ids=lambda module: type(module).__name__,
 )
@@ -482,6 +496,7 @@ def test_scores_add_two_pooled_dimensions():
         aggregate.NAN(DIM, two_blocks=True, scores=True),
         aggregate.ChannelAttention(DIM),
         aggregate.CodedAttention(DIM, frames=4),
+        aggregate.CodedAttention(DIM, frames=4, alive=True),
     ],
     ids=lambda module: type(module).__name__,
 )
@@ -489,9 +504,7 @@ def test_every_parameter_has_a_gradient(module):
     x, mask, quality, det = clips(lengths=(4, 4))
     trained(module)(x, mask, quality, det).square().sum().backward()
     assert all(parameter.grad is not None and torch.isfinite(parameter.grad).all() for parameter in module.parameters())
-    # Batch norm takes out a shift of its input, so a bias before it has no effect by construction.
-    idle = {"theta.0.bias", "phi.0.bias", "expand.0.bias"}
-    assert all((p.grad != 0).any() for name, p in module.named_parameters() if name not in idle)
+    assert all((parameter.grad != 0).any() for parameter in module.parameters())
 
 
 def test_coded_attention_depends_on_the_order_of_frames():
@@ -547,6 +560,7 @@ BUILT = {
     "attention + scores": (aggregate.ChannelAttention, {"scores"}),
     "DANet + scores": (aggregate.ChannelAttention, {"scores", "invert"}),
     "as coded": (aggregate.CodedAttention, set()),
+    "as coded, alive": (aggregate.CodedAttention, {"alive"}),
 }
 
 
@@ -554,7 +568,7 @@ def test_every_name_builds_its_class_with_its_switches():
     for name, make in aggregate.AGGREGATORS.items():
         kind, switches = BUILT[name]
         module = make(DIM)
-        on = {key for key in ("scores", "invert") if getattr(module, key, False)}
+        on = {key for key in ("scores", "invert", "alive") if getattr(module, key, False)}
         on |= {"bias"} if getattr(module, "bias", None) is not None else set()
         assert (type(module), on) == (kind, switches), name
         assert module.out_dim == DIM + 2 * ("scores" in switches or kind is aggregate.CodedAttention), name
@@ -564,7 +578,7 @@ def test_every_name_builds_its_class_with_its_switches():
 def test_names_that_learn_and_that_need_scores():
     assert {*BUILT} - aggregate.LEARNED == {"mean", "norm", "quality", "best half"} and {*BUILT} > aggregate.LEARNED
     needy = {"quality", "best half", "learned scores", "NAN + scores", "attention + scores", "DANet + scores"}
-    assert needy | {"as coded"} == aggregate.NEEDS_SCORES
+    assert needy | {"as coded", "as coded, alive"} == aggregate.NEEDS_SCORES
 
 
 @pytest.mark.parametrize("name", ["mean", "norm", "quality", "best half"])

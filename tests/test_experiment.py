@@ -42,11 +42,15 @@ OTHER = {
     "members": (1,),
     "combine": "softmax",
     "fallback": Fallback(),
+    "context_scale": "raw",
+    "layers": "released",
 }
 # What a field has a meaning with.
 BESIDE = {
     "head": {"training": Training(margin=0.0)},
     "context_dim": {"context": ("scene",)},
+    "context_scale": {"context": ("scene",)},
+    "layers": {"start": "random"},
     "fusion": {"context": ("scene",)},
     "regions": {"ensemble": "views"},
     "fallback": {"combine": "softmax"},
@@ -64,6 +68,8 @@ OTHER_TRAINING = {
     "gamma": 1.0,
     "focal": "batch",
     "optimiser": "sgd",
+    "decay": "all",
+    "schedule": "epoch",
 }
 
 
@@ -178,8 +184,8 @@ def test_experiments_that_cannot_be_are_refused(bad, message):
 @pytest.mark.parametrize(
     "names, bad",
     [
-        (("epochs", "batch", "frames", "context_dim", "regions"), (0, 1.5, True, "8", None)),
-        (("seed", "hidden"), (-1, 0.5, None)),
+        (("epochs", "batch", "frames", "regions"), (0, 1.5, True, "8", None)),
+        (("seed", "hidden", "context_dim"), (-1, 0.5, None)),
         (("lr", "scale"), (0.0, -1.0, math.nan, math.inf, "0.1", None)),
         (("aggregator_lr", "weight_decay", "gamma"), (-0.1, math.nan, math.inf)),
         (("margin",), (-0.1, 1.6, math.nan)),
@@ -233,10 +239,14 @@ TRIED = CHOICES | {
     "dropout": (0.0, 0.5),
     "regions": (1, 4),
     "members": ((0,), (0, 2)),
-    "fallback": (None, Fallback(), Fallback(context=("audio",), by="norm", threshold=3.0, absent=None, lr=1e-3)),
+    "fallback": (
+        None,
+        Fallback(context_dim=0, hidden=5),
+        Fallback(context=("audio",), by="norm, float16", threshold=3.0, absent=None, lr=1e-3),
+    ),
     "training": (
         SHORT,
-        replace(SHORT, margin=0.0, gamma=2.0, optimiser="sgd", sample="replace"),
+        replace(SHORT, margin=0.0, gamma=2.0, optimiser="sgd", sample="replace", decay="all", schedule="epoch"),
         replace(SHORT, batch=1, sample="draw", focal="batch", gamma=0.5),
         replace(SHORT, margin=0.0, scale=1.0, sample="first", batch=1000),
     ),

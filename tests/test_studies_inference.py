@@ -55,9 +55,14 @@ def test_a_share_or_a_weight_of_nothing_is_one_rule():
 def test_the_rules_have_the_constants_of_description_and_code():
     rules = inference.rules(BASE)
     assert rules["described"].fallback == Fallback(by="quality", share=0.01, low=0.8, absent=1.0)
-    coded = Fallback(by="norm", threshold=8.867, low=0.8, absent=0.95)
+    coded = Fallback(by="norm, float16", threshold=8.867, low=0.8, absent=0.95)
     assert rules["coded"].fallback == rules["coded, scale 30"].fallback == coded
-    alone = {"members": (0,), "lr": None}  # one model, trained alike, so that nothing but the rule differs
+    alone = {
+        "members": (0,),
+        "lr": None,
+        "context_dim": None,
+        "hidden": None,
+    }  # one model, trained alike, so that nothing but the rule differs
     systems = ((rules["described"], ONE_NAME), (rules["coded"], ONE_NAME_AS_CODED))
     assert all(replace(system.fallback, **alone) == rule.fallback for rule, system in systems)
     assert [rules[name].scale for name in ("described", "coded", "coded, scale 30", NONE_FLAT)] == [30, 1, 30, 1]
@@ -87,7 +92,7 @@ def test_without_a_scene_there_is_no_rule(bare):
 def test_without_scores_every_rule_goes_by_the_norm():
     base = replace(BASE, aggregator="norm")
     every = [*inference.rules(base).values(), *inference.sweeps(base)["experiment"]]
-    assert {e.fallback.by for e in every if e.fallback} == {"norm"}
+    assert {e.fallback.by for e in every if e.fallback} == {"norm", "norm, float16"}
 
 
 def test_base_of_a_complete_store_has_scene_and_quality_weights(store):

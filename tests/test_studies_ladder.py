@@ -8,13 +8,12 @@ from conftest import made
 from scipy import stats
 
 from mmlib import metrics
-from mmlib.experiment import Experiment, Training
+from mmlib.experiment import TRAINED_ON, Experiment, Training
 from mmlib.studies import ladder
 from mmlib.studies.ladder import (
+    AS_CODED,
     ATTENTION,
     BUDGET,
-    CLASS,
-    HELD_OUT,
     LADDERS,
     NO_MARGIN,
     STEPS,
@@ -24,7 +23,7 @@ from mmlib.studies.ladder import (
     plan,
     step_frame,
 )
-from mmlib.systems import CHOSEN, ONE_NAME, ONE_NAME_AS_CODED, SYSTEMS, tuned
+from mmlib.systems import CHOSEN_RATES, ONE_NAME_AS_CODED, SYSTEMS
 
 # -- the experiments -----------------------------------------------------------------------------------------
 
@@ -34,9 +33,15 @@ def changed(before, after):
     return {item.name for item in fields(before) if getattr(before, item.name) != getattr(after, item.name)}
 
 
+def steps_between(rungs):
+    """What each rung changes, but for the learning rates, which are its own."""
+    plain = [replace(e, training=replace(e.training, lr=1.0, aggregator_lr=1.0)) for e in rungs]
+    return [changed(a, b) for a, b in zip(plain, plain[1:])]
+
+
 def test_described_steps_change_what_they_name_and_nothing_else():
-    rungs = list(climb(ONE_NAME).values())
-    assert [changed(a, b) for a, b in zip(rungs, rungs[1:])] == [
+    rungs = list(climb("described").values())
+    assert steps_between(rungs) == [
         {"aggregator", "concat", "training"},
         {"context"},  # 128 dimensions are the default
         {"ensemble", "members"},
@@ -45,55 +50,79 @@ def test_described_steps_change_what_they_name_and_nothing_else():
 
 
 def test_coded_steps_change_what_they_name_and_nothing_else():
-    rungs = list(climb(ONE_NAME_AS_CODED).values())
-    assert [changed(a, b) for a, b in zip(rungs, rungs[1:])] == [
+    rungs = list(climb("as coded").values())
+    assert steps_between(rungs) == [
         {"aggregator", "concat", "training"},
-        {"context", "context_dim", "hidden"},
+        {"context", "context_dim", "context_scale", "hidden"},
         {"ensemble", "members"},
         {"fallback"},
     ]
 
 
 def test_the_last_rung_of_the_described_ladder_is_the_system():
-    assert climb(LADDERS["described"])["fallback"] == SYSTEMS["one-name"]
+    assert climb("described")["fallback"] == SYSTEMS["one-name"]
 
 
 def test_the_last_rung_of_the_coded_ladder_is_the_system_but_for_the_budget():
-    last, system = climb(LADDERS["as coded"])["fallback"], LADDERS["as coded"]
-    assert changed(last, system) <= {"training", "start", "fallback"}
+    last, system = climb("as coded")["fallback"], LADDERS["as coded"]
+    assert system == ONE_NAME_AS_CODED
+    assert changed(last, system) <= {"training", "fallback"}
     assert changed(last.fallback, system.fallback) <= {"lr"}
     loss = ("margin", "scale", "gamma", "focal")
     assert [getattr(last.training, f) for f in loss] == [getattr(system.training, f) for f in loss]
 
 
-def test_every_experiment_has_one_budget_start_and_rule_of_ranking():
-    every = list(plan().values())
+def test_ladders_differ_in_one_thing_from_those_that_they_are_named_after():
+    assert changed(LADDERS["described"], LADDERS["described, random start"]) == {"start"}
+    assert changed(LADDERS["as coded"], LADDERS["as coded, alive"]) == {"aggregator"}
+
+
+def test_every_experiment_has_one_budget_and_rule_of_ranking_and_a_ladder_one_start():
+    every = plan()
     free = {"margin": 0.5, "scale": 30.0, "gamma": 0.0, "focal": "clip", "lr": 1e-3, "aggregator_lr": 1e-3}
-    assert {replace(e.training, **free) for e in every} == {BUDGET}
-    assert {(e.start, e.combine) for e in every} == {("class means", "softmax")}
+    assert {replace(e.training, **free) for e in every.values()} == {BUDGET}
+    assert {e.combine for e in every.values()} == {"softmax"}
+    starts = {name.split(":")[0]: (e.start, e.layers) for name, e in every.items() if ": " in name}
+    assert starts == {
+        "described": ("class means", "study"),
+        "described, random start": ("random", "study"),
+        "as coded": ("xavier", "released"),
+        "as coded, alive": ("xavier", "released"),
+    }
+    assert len({(name.split(":")[0], e.start) for name, e in every.items() if ": " in name}) == 4
     assert Training(epochs=8, batch=256, lr=1e-3, aggregator_lr=1e-3) == BUDGET
 
 
-def test_rates_are_those_of_the_searches():
-    """Every rung above the baseline has the rate of its loss with its scores, and of its aggregator."""
-    rates = {
-        name: {(e.training.lr, e.training.aggregator_lr) for step, e in climb(system).items() if step != "baseline"}
-        for name, system in LADDERS.items()
-    }
-    chosen = {"described": "margin + focal, scores", "as coded": "margin + batch focal"}
-    assert rates == {
-        name: {(CHOSEN[chosen[name]], tuned(system.aggregator).aggregator_lr)} for name, system in LADDERS.items()
-    }
+def test_every_rung_has_the_rates_of_its_own_search():
+    for name in LADDERS:
+        for step, rung in climb(name).items():
+            asked = CHOSEN_RATES[f"{name}: {'ensemble' if step == 'fallback' else step}"]
+            assert (rung.training.lr, rung.training.aggregator_lr) == asked
+        assert rung.fallback.lr == CHOSEN_RATES[f"{name}: fallback"].lr
 
 
 def test_arms_beside_the_ladder_differ_from_it_in_one_thing():
     every = plan()
     start = every["described: baseline"]
-    assert changed(start, every[ATTENTION]) == {"aggregator"}
     assert changed(start, every[NO_MARGIN]) == {"training"} and every[NO_MARGIN].training.margin == 0
     for side, rung in (("faces alone", "baseline"), ("faces with scenes", "scene")):
-        assert changed(every[f"{side}, {CLASS}"], every[f"{side}, {HELD_OUT}"]) == {"distractors"}
-        assert changed(every[f"{side}, {CLASS}"], every[f"described: {rung}"]) == {"distractors"}
+        held_out = every[f"{side}, held out"]
+        assert changed(held_out, every[f"described: {rung}"]) == {"distractors"}
+        for form in TRAINED_ON:
+            arm = every[f"{side}, {form}"]
+            assert changed(arm, held_out) <= {"distractors", "training"} and arm.distractors == form
+            rates = CHOSEN_RATES[f"{side}, {form}"]._asdict()
+            assert arm.training == replace(held_out.training, **rates)
+    for name in ("described: scene", "described: ensemble"):
+        assert changed(every[name], every[f"{name}, scale 1"]) == {"scale"} and every[name].scale == 30
+    for name in ("as coded: scene", "as coded: ensemble"):
+        assert changed(every[name], every[f"{name}, scale 30"]) == {"scale"} and every[name].scale == 1
+
+
+def test_no_arm_has_two_names():
+    for have in ({}, {"scores": False}, {"scene": False}, {"distractors": False}):
+        every = plan(**have)
+        assert len({*every.values()}) == len(every)
 
 
 def test_members_are_limited_in_both_models():
@@ -103,7 +132,7 @@ def test_members_are_limited_in_both_models():
 
 def test_without_a_scene_its_step_and_the_fallback_are_left_out():
     every = plan(scene=False)
-    assert [name for name in every if name.startswith("described")] == [
+    assert [name for name in every if re.fullmatch("described: [a-z ]*", name)] == [
         "described: baseline",
         "described: aggregation and loss",
         "described: ensemble",
@@ -114,9 +143,9 @@ def test_without_a_scene_its_step_and_the_fallback_are_left_out():
 def test_without_scores_nothing_needs_them():
     every = plan(scores=False)
     assert {e.aggregator for e in every.values()} == {"norm", "attention"}
-    assert "as coded: aggregation and loss" not in every
+    assert "as coded: aggregation and loss" not in every and "as coded, alive: scene" not in every
     assert {e.concat for e in every.values()} == {"none"}
-    assert {e.fallback.by for e in every.values() if e.fallback} == {"norm"}
+    assert {e.fallback.by for e in every.values() if e.fallback} == {"norm", "norm, float16"}
 
 
 def test_without_distractors_none_are_trained_on():
@@ -246,24 +275,42 @@ def test_steps_that_a_ladder_lacks_keep_their_place():
     assert ladder.heights(steps)["ladder"].unique().tolist() == ["described", "published"]
 
 
-def test_the_two_ladders_are_compared_at_their_ends(ran):
-    row = ladder.ends(*ran)
-    assert (row["arm"], row["against"]) == ("as coded: ensemble", "described: fallback")
-    assert row["difference"] == pytest.approx(-10)
+def test_ladders_are_compared_at_their_ends():
+    every = {name: pair for name, pair in ladder.ENDS.items() if "random" not in name}
+    ran = found({"as coded: fallback": [[0.75], [0.85]], "described: fallback": [[0.85], [0.95]]})
+    frame = differences(every, *ran)
+    assert frame[["step", "difference"]].values.tolist() == [["as coded against described", pytest.approx(-10)]]
 
 
-def test_distractors_are_compared_by_system():
-    ran = found({f"faces alone, {CLASS}": [[0.6], [0.7]], f"faces alone, {HELD_OUT}": [[0.5], [0.6]]})
-    frame = differences(ladder.TRAINED_ON, *ran)
-    assert frame[["step", "difference"]].values.tolist() == [["faces alone", pytest.approx(10)]]
-    assert differences(ladder.TRAINED_ON, [], []).empty
+def test_a_ladder_that_shares_its_first_rung_starts_from_it():
+    worlds = {"as coded: baseline": [[0.5]], "as coded, alive: aggregation and loss": [[0.6]]}
+    steps = step_frame(*found(worlds)).set_index(["ladder", "step"])
+    assert steps["difference"].to_dict() == {
+        ("as coded, alive", "aggregation and loss"): pytest.approx(10),
+        ("as coded, alive", "all steps"): pytest.approx(10),
+    }
+
+
+def test_scales_are_compared_with_the_rung_at_its_own():
+    every = plan()
+    for name, (scaled, raw) in ladder.SCALED.items():
+        assert name in (scaled, raw) and (every[scaled].scale, every[raw].scale) == (30.0, 1.0)
+        assert changed(every[scaled], every[raw]) == {"scale"}
+
+
+def test_distractors_are_compared_by_form_and_system():
+    ran = found({"faces alone, negatives": [[0.6], [0.7]], "faces alone, held out": [[0.5], [0.6]]})
+    frame = differences(ladder.DISTRACTORS, *ran)
+    assert frame[["step", "difference"]].values.tolist() == [["faces alone: negatives only", pytest.approx(10)]]
+    assert differences(ladder.DISTRACTORS, [], []).empty
+    assert len(ladder.DISTRACTORS) == 8
 
 
 def test_a_page_shows_steps_with_both_intervals_and_leaves_out_what_was_not_run(steps, ran):
     shown = ladder.table(steps).data
     assert shown["published, points"].tolist()[:5] == ["+2.0", "+0.5", "+0.3", "", "+2.8"]
     assert shown["over identities alone"].tolist()[0] == "[+3.00, +3.00]"
-    assert ladder.table(ladder.claims(*ran, [])).data["claim"].tolist() == [
+    assert ladder.table(ladder.claims(*ran, [], [])).data["claim"].tolist() == [
         "aggregation with the loss adds",
         "the scene adds",
         "the ensemble adds",
@@ -303,7 +350,6 @@ def test_views_are_not_compared_with_bagging_of_another_system():
 
 SPREAD = {  # name: MAP in two worlds
     "described: baseline": (0.50, 0.60),
-    ATTENTION: (0.50, 0.62),  # +0, +2: open
     NO_MARGIN: (0.40, 0.50),
     "described: aggregation and loss": (0.51, 0.61),  # +1: smaller than 2; +11 from no margin: larger
     "described: scene": (0.50, 0.60),  # -1: a loss
@@ -314,49 +360,57 @@ SPREAD = {  # name: MAP in two worlds
 
 @pytest.fixture
 def claims():
-    return ladder.claims(*found({name: [[a], [b]] for name, (a, b) in SPREAD.items()}), []).set_index("claim")
+    pooled = {"attention + scores": (0.50, 0.62), "quality": (0.50, 0.60), "as coded": (0.40, 0.49)}
+    arms = [(Experiment(aggregator=name, seed=s), ap) for name, aps in pooled.items() for s, ap in enumerate(aps)]
+    records = [record(arm, [ap]) for arm, ap in arms]
+    ran = found({name: [[a], [b]] for name, (a, b) in SPREAD.items()})
+    return ladder.claims(*ran, records, []).set_index("claim")
 
 
 NO_MARGIN_CLAIM = "aggregation with the loss adds to a baseline without a margin"
 
 
 def test_verdicts_are_read_off_the_intervals(claims):
-    assert claims["verdict"].to_dict() == {
-        "attention beats quality weights": "open",
+    told = claims["verdict"].to_dict()
+    others = [claim for claim in told if claims["whose"][claim] == "other teams"]
+    assert {told.pop(claim) for claim in others} == {"not in these records"} and len(others) == 12
+    assert told == {
+        ATTENTION: "open",
+        AS_CODED: "contradicted",
         "aggregation with the loss adds": "supported",
         NO_MARGIN_CLAIM: "supported",
         "the scene adds": "contradicted",
         "the ensemble adds": "open",
         "views beat bagging": "not in these records",
         "the fallback adds": "supported",
-        "training on distractors adds to faces alone": "not in these records",
-        "training on distractors adds to faces with scenes": "not in these records",
     }
 
 
+def test_claims_say_what_their_worlds_could_tell(claims):
+    row = claims.loc[ATTENTION]  # +0 and +2 points in two worlds
+    told = (stats.t.ppf(0.975, 1) + stats.t.ppf(0.8, 1)) * np.std([0, 2], ddof=1) / 2**0.5
+    assert (row["sd"], row["told"]) == pytest.approx((2**0.5, told))
+
+
 def test_sizes_are_held_against_the_published_ones(claims):
-    assert claims["size"].to_dict() == {
-        "attention beats quality weights": "",
+    sizes = claims["size"]
+    assert sizes[sizes != ""].to_dict() == {
         "aggregation with the loss adds": "smaller",
         NO_MARGIN_CLAIM: "larger",
         "the scene adds": "smaller",
         "the ensemble adds": "compatible",
-        "views beat bagging": "",
-        "the fallback adds": "",
-        "training on distractors adds to faces alone": "",
-        "training on distractors adds to faces with scenes": "",
     }
 
 
 def test_a_claim_without_a_step_before_is_held_against_the_rung_below():
     worlds = {"described: baseline": [[0.5], [0.6]], "described: ensemble": [[0.6], [0.7]]}
-    row = ladder.claims(*found(worlds), []).set_index("claim").loc["the ensemble adds"]
+    row = ladder.claims(*found(worlds), [], []).set_index("claim").loc["the ensemble adds"]
     assert (row["against"], row["difference"]) == ("described: baseline", pytest.approx(10))
 
 
 def test_views_come_from_the_records_of_ensembles():
     records = [*ensemble_records("views", 2, [0.5, 0.6]), *ensemble_records("bagging", 2, [0.6, 0.7])]
-    row = ladder.claims([], [], records).set_index("claim").loc["views beat bagging"]
+    row = ladder.claims([], [], [], records).set_index("claim").loc["views beat bagging"]
     assert (row["verdict"], row["difference"]) == ("contradicted", pytest.approx(-10))
 
 

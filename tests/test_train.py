@@ -202,7 +202,7 @@ def test_loss_is_the_focal_loss_of_the_margin_logits(focal, expected):
     cosine, label = torch.rand(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 1, 0])
     training = Training(margin=0.2, scale=12.0, gamma=2.0, focal=focal)
     logits = margin_logits(cosine, label, margin=0.2, scale=12.0)
-    assert torch.equal(training.loss(cosine, label), expected(logits, label, gamma=2.0))
+    torch.testing.assert_close(training.loss(cosine, label), expected(logits, label, gamma=2.0), rtol=1e-12, atol=0)
 
 
 # -- features ------------------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def scene_model(store, **options):
 @pytest.mark.parametrize("block", [1, 7, 16_384])
 def test_context_of_several_images_is_the_mean_of_their_directions(patchy, block):
     clips = patchy.select("train")
-    feature, present = contexts(patchy, "scene", clips, None, torch.device("cpu"), block=block)
+    feature, present = contexts(patchy, "scene", clips, torch.device("cpu"), block=block)
     count = patchy.modalities["scene"].count[clips]
     assert {1, 2} < set(count) and present.tolist() == (count > 0).tolist()
     for row, clip in enumerate(clips):

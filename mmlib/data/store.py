@@ -177,18 +177,23 @@ class ClipStore:
         return batch
 
     def clip_means(self, modality: str, column: str) -> np.ndarray:
-        """Average a column, or ``norm``, the L2 norm of features, over the frames of each clip: (N,), NaN for none."""
-        source = self._modality(modality)
-        if column == "norm":
+        """Average a column, or ``norm``, the L2 norm of features, over the frames of each clip: (N,), NaN for none.
+
+        ``norm, float16``: squares, sums, roots and means are rounded to float16, as those of the released code are.
+        """
+        source, rough = self._modality(modality), column == "norm, float16"
+        if rough or column == "norm":
             pieces = np.array_split(source.feature, 1 + source.feature.size // _PIECE)
-            value = np.concatenate([torch.from_numpy(piece).float().norm(dim=1).numpy() for piece in pieces])
+            kind = np.float16 if rough else np.float32
+            value = np.concatenate([np.linalg.norm(piece.astype(kind, copy=False), axis=1) for piece in pieces])
         elif column in source.columns:
             value = source.columns[column]
         else:
             raise ValueError(f"{self.path}: {modality} has no {column}, only {[*source.columns]}")
         total = np.concatenate([[0], np.cumsum(value, dtype=float)])
         with np.errstate(invalid="ignore"):
-            return (total[source.start + source.count] - total[source.start]) / source.count
+            mean = (total[source.start + source.count] - total[source.start]) / source.count
+        return mean.astype(np.float16).astype(float) if rough else mean
 
     def _modality(self, name: str) -> Modality:
         if name not in self.modalities:

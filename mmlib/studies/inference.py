@@ -18,7 +18,7 @@ from mmlib.retrieve import Retrieval
 
 THRESHOLD = 8.867  # mean raw norm of the face embeddings of a clip, in the released code
 DESCRIBED = Fallback(by="quality", share=0.01, low=0.8, absent=1.0)
-CODED = Fallback(by="norm", threshold=THRESHOLD, low=0.8, absent=0.95)
+CODED = Fallback(by="norm, float16", threshold=THRESHOLD, low=0.8, absent=0.95)
 NONE, NONE_FLAT = "no fallback", "no fallback, scale 1"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -12,23 +12,42 @@ from pandas.io.formats.style import Styler
 
 from mmlib import compare, metrics
 from mmlib.data.store import ClipStore
-from mmlib.experiment import Experiment, arm_key
+from mmlib.experiment import TRAINED_ON, Experiment, arm_key
 from mmlib.records import Record
-from mmlib.systems import BUDGET, ONE_NAME, ONE_NAME_AS_CODED, climb, with_members
+from mmlib.systems import BUDGET, LADDERS, ONE_NAME, SIDES, STEPS, climb, distractor_arms
 
-STEPS = ("baseline", "aggregation and loss", "scene", "ensemble", "fallback")
 ALL = "all steps"
-LADDERS = {"described": ONE_NAME, "as coded": ONE_NAME_AS_CODED}
 # Slides of the One Name team, 2019: MAP of the baseline and the points of each step; none is given for the last.
 PUBLISHED_LADDER = {"baseline": 0.87, "aggregation and loss": 2.0, "scene": 0.5, "ensemble": 0.3}
 PUBLISHED = dict(list(PUBLISHED_LADDER.items())[1:])
-ATTENTION, NO_MARGIN = "attention for quality weights", "baseline without a margin"
-HELD_OUT, CLASS = "held out", "class"
-SIDES = {"faces alone": "baseline", "faces with scenes": "scene"}  # rung of the described ladder by name
-AGGREGATED = f"described: {STEPS[1]}"
-TRAINED_ON = {side: (f"{side}, {CLASS}", f"{side}, {HELD_OUT}") for side in SIDES}
-VIEWS = "views beat bagging"
+NO_MARGIN, AGGREGATED = "baseline without a margin", f"described: {STEPS[1]}"
+FIRST = {"as coded, alive": "as coded: baseline"}  # the rung that a ladder shares with the one before
 Pairs = dict[str, tuple[str, str]]  # what a comparison is called: an arm, and what it is held against
+FORMS = {  # of training on distractors, in words
+    "class": "one class with the margin",
+    "class, no margin": "one class without margin",
+    "class, down-weighted": "one class with the margin, down-weighted",
+    "negatives": "negatives only",
+}
+DISTRACTORS: Pairs = {
+    f"{side}: {FORMS[form]}": (f"{side}, {form}", f"{side}, held out") for side in SIDES for form in TRAINED_ON
+}
+SCALED: Pairs = {  # the scale of the cosines before the softmax of the test, 30 against 1; a rung has one of the two
+    **{f"described: {step}": (f"described: {step}", f"described: {step}, scale 1") for step in ("scene", "ensemble")},
+    **{f"as coded: {step}": (f"as coded: {step}, scale 30", f"as coded: {step}") for step in ("scene", "ensemble")},
+}
+MAPS: Pairs = {
+    "the released map, brought to life": ("as coded, alive: aggregation and loss", "as coded: aggregation and loss"),
+    "the same, at the end of the ladder": ("as coded, alive: fallback", "as coded: fallback"),
+}
+ENDS: Pairs = {
+    f"{one} against {other}": (f"{one}: fallback", f"{other}: fallback")
+    for one, other in (("as coded", "described"), ("as coded", "described, random start"))
+    + (("described, random start", "described"),)
+}
+VIEWS = "views beat bagging"
+ATTENTION, AS_CODED = "attention beats quality weights", "the attention of the released code beats quality weights"
+AGGREGATIONS: Pairs = {ATTENTION: ("attention + scores", "quality"), AS_CODED: ("as coded", "quality")}
 
 
 def plan(
@@ -38,17 +57,17 @@ def plan(
 
     members: at most so many of an ensemble.  scene, scores, distractors: what the clips have.
     """
+    have = {"members": members, "scene": scene, "scores": scores}
     out: dict[str, Experiment] = {}
-    for name, system in LADDERS.items():
-        rungs = climb(with_members(system, members), scene=scene, scores=scores)
-        out |= {f"{name}: {step}": experiment for step, experiment in rungs.items()}
-    start, attention = out["described: baseline"], "attention + scores" if scores else "attention"
-    out[ATTENTION] = replace(start, aggregator=attention)
-    out[NO_MARGIN] = replace(start, training=replace(BUDGET, margin=0.0))
-    for (name, step), kind in product(SIDES.items() if distractors else (), (HELD_OUT, CLASS)):
-        if f"described: {step}" in out:
-            out[f"{name}, {kind}"] = replace(out[f"described: {step}"], distractors=kind)
-    return out
+    for ladder in LADDERS if scores else [name for name in LADDERS if name not in FIRST]:  # whose map needs scores
+        rungs = climb(ladder, **have)
+        out |= {f"{ladder}: {step}": arm for step, arm in rungs.items() if step != STEPS[0] or ladder not in FIRST}
+    out[NO_MARGIN] = replace(out["described: baseline"], training=replace(BUDGET, margin=0.0))
+    for name, pair in SCALED.items():
+        if name in out:
+            (other,) = {*pair} - {name}
+            out[other] = replace(out[name], scale=float(other.rpartition(" ")[2]))
+    return out | (distractor_arms(**have) if distractors else {})
 
 
 def has(store: ClipStore) -> dict[str, bool]:
@@ -93,7 +112,8 @@ def steps_of(names: Iterable[str]) -> Pairs:
     names = set(names)
     pairs: Pairs = {}
     for ladder in LADDERS:
-        rungs = [rung for step in STEPS if (rung := f"{ladder}: {step}") in names]
+        first = FIRST.get(ladder, f"{ladder}: {STEPS[0]}")
+        rungs = [rung for rung in (first, *(f"{ladder}: {step}" for step in STEPS[1:])) if rung in names]
         pairs |= {rung: (rung, before) for before, rung in pairwise(rungs)}
         if len(rungs) > 1:
             pairs[f"{ladder}: {ALL}"] = rungs[-1], rungs[0]
@@ -111,12 +131,6 @@ def step_frame(records: Iterable[Record], names: Iterable[str]) -> pd.DataFrame:
     frame.insert(frame.columns.get_loc("map_at_100"), "before", frame["map_at_100"] - frame["difference"] / 100)
     frame["published"] = frame["step"].map(PUBLISHED | {ALL: sum(PUBLISHED.values())})
     return frame
-
-
-def ends(records: Iterable[Record], names: Iterable[str]) -> pd.Series:
-    """Compare the last rung of the coded ladder with that of the described one: a row of ``differences``."""
-    coded, described = (steps_of(names)[f"{ladder}: {ALL}"][0] for ladder in ("as coded", "described"))
-    return differences({"ends": (coded, described)}, records, names).iloc[0]
 
 
 def heights(steps: pd.DataFrame) -> pd.DataFrame:
@@ -157,32 +171,42 @@ def views_against_bagging(records: Iterable[Record]) -> pd.DataFrame:
     return found[max(found, key=lambda key: (len(found[key]), key[0]))]
 
 
-def claims(records: Iterable[Record], names: Iterable[str], ensembles: Iterable[Record]) -> pd.DataFrame:
+def claims(
+    records: Iterable[Record], names: Iterable[str], aggregations: Iterable[Record], ensembles: Iterable[Record]
+) -> pd.DataFrame:
     """Hold each claim against its difference here: claim, whose, published (points), as ``compare.steps_frame``, and
 
-    verdict: ``supported`` where the interval lies above 0, ``contradicted`` below, ``open`` where it holds 0 or there
-    is none, ``not in these records`` where nobody ran it; size: where the interval lies beside the published points,
-    ``smaller``, ``larger`` or ``compatible``.
+    told: the smallest difference that as many worlds would tell from zero four times in five; verdict: ``supported``
+    where the interval lies above 0, ``contradicted`` below, ``open`` where it holds 0 or there is none, ``not in these
+    records`` where nobody ran it; size: where the interval lies beside the published points, ``smaller``, ``larger`` or
+    ``compatible``.  aggregations, ensembles: the records of chapters 04 and 08, which have the arms of two claims.
     """
+    names = list(names)
     adds = {step: steps_of(names).get(f"described: {step}", ("", "")) for step in STEPS}
     asked = {  # the step whose size was published, and the two arms
-        "attention beats quality weights": ("", (ATTENTION, "described: baseline")),
+        ATTENTION: ("", ("", "")),  # in other records
+        AS_CODED: ("", ("", "")),
         "aggregation with the loss adds": (STEPS[1], adds[STEPS[1]]),
         "aggregation with the loss adds to a baseline without a margin": (STEPS[1], (AGGREGATED, NO_MARGIN)),
         "the scene adds": ("scene", adds["scene"]),
         "the ensemble adds": ("ensemble", adds["ensemble"]),
-        VIEWS: ("", ("", "")),  # in other records
+        VIEWS: ("", ("", "")),
         "the fallback adds": ("", adds["fallback"]),
     }
-    others = {f"training on distractors adds to {side}": ("", pair) for side, pair in TRAINED_ON.items()}
+    others = {f"training on distractors adds to {name}": ("", pair) for name, pair in DISTRACTORS.items()}
+    others |= {f"scaling the cosines before the softmax adds to {name}": ("", pair) for name, pair in SCALED.items()}
     rows = [(claim, "One Name", PUBLISHED.get(step, np.nan)) for claim, (step, _) in asked.items()]
     rows += [(claim, "other teams", np.nan) for claim in others]
     pairs = {claim: pair for claim, (_, pair) in (asked | others).items()}
-    found = pd.concat([compare.steps_frame(pairs, records, names), views_against_bagging(ensembles)])
+    aggregations = list(aggregations)
+    pooled = [record.experiment["aggregator"] for record in aggregations]
+    against = compare.steps_frame(AGGREGATIONS, aggregations, pooled)
+    found = pd.concat([compare.steps_frame(pairs, records, names), against, views_against_bagging(ensembles)])
     frame = pd.DataFrame(rows, columns=["claim", "whose", "published"]).join(found.set_index("step"), on="claim")
     rows = frame.to_dict("records")
     unknown = np.where(frame["difference"].isna(), "not in these records", "open")
     says, sizes = ("supported", "open", "contradicted"), ("larger", "compatible", "smaller", "")
+    frame["told"] = compare.smallest_told(frame["sd"].astype(float), frame["n"].astype(float))
     frame["verdict"] = [compare.verdict(row, *says, str(other)) for row, other in zip(rows, unknown)]
     frame["size"] = [compare.verdict(row, *sizes, bound=row["published"]) for row in rows]
     frame.loc[frame["published"].isna(), "size"] = ""
@@ -197,5 +221,7 @@ def table(frame: pd.DataFrame) -> Styler | None:
         shown["over identities alone"] = [compare.interval_text({"low": low, "high": high}) for low, high in within]
     if "published" in shown:
         shown["published"] = ["" if np.isnan(points) else compare.signed(points, 1) for points in shown["published"]]
+    if "told" in shown:
+        shown["told"] = [f"{points:.2f}" if np.isfinite(points) else "" for points in shown["told"]]
     names = {"before": "MAP@100 before", "published": "published, points", "size": "beside published"}
     return compare.table(shown.rename(columns=names))
