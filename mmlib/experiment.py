@@ -70,10 +70,8 @@ class Training:
 
     def loss(self, cosine: Tensor, label: Tensor) -> Tensor:
         """Return the loss of cosines (B, C) at labels (B,), a scalar; without a margin also of inner products."""
-        plain = self.margin == 0
-        logits = self.scale * cosine if plain else losses.margin_logits(cosine, label, self.margin, self.scale)
-        focal = losses.focal_loss if self.focal == "clip" else losses.batch_focal_loss
-        return focal(logits, label, gamma=self.gamma)
+        options: dict = {"margin": self.margin, "scale": self.scale, "gamma": self.gamma}
+        return losses.margin_focal_loss(cosine, label, **options, batch=self.focal == "batch")
 
 
 @dataclass(frozen=True)
