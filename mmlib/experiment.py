@@ -221,7 +221,8 @@ class Experiment:
         if self.distractors != "negatives":
             return training.loss(cosine, label)
         known = (~nobody).float()
-        of_known = training.loss(cosine, torch.where(nobody, 0, label), weight=known)
+        # A batch of strangers alone still has a mean, times 0 below.
+        of_known = training.loss(cosine, torch.where(nobody, 0, label), weight=known.clamp(min=1e-12))
         excess = torch.logsumexp(training.scale * cosine.float(), dim=1) - training.scale * NEGATIVE
         return (of_known * known.sum() + (F.softplus(excess) * nobody).sum()) / len(label)
 

@@ -8,7 +8,11 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+# Logits that are held at a time: what the cache of a core has room for; a GPU wants them many.
+_PIECE = {"cpu": 2**18, "cuda": 2**24}
 
 
 def _full(value: Tensor) -> Tensor:
@@ -29,15 +33,25 @@ def margin_logits(cosine: Tensor, label: Tensor, margin: float, scale: float) ->
     >>> margin_logits(torch.tensor([[0.0, 0.5]]), torch.tensor([0]), margin=torch.pi / 6, scale=10.0)
     tensor([[-5.,  5.]])
     """
-    if not (0 <= margin <= math.pi / 2 and scale > 0):
-        raise ValueError(f"margin must be in [0, pi/2] radians and scale positive, got {margin!r} and {scale!r}")
     cosine = _full(cosine)
     target = cosine.gather(1, label[:, None])
-    sine = (1.0 - target.square()).clamp_min(torch.finfo(target.dtype).eps).sqrt()
-    moved = target * math.cos(margin) - sine * math.sin(margin)
-    # theta > pi - m, that is cos theta < -cos m
-    moved = torch.where(target < -math.cos(margin), target - margin * math.sin(margin), moved)
-    return scale * cosine.scatter(1, label[:, None], moved)
+    moved, _ = _moved(target, torch.tensor(margin, dtype=torch.float64), scale)
+    return cosine.mul(scale).scatter(1, label[:, None], moved)
+
+
+def _moved(target: Tensor, margin: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the logit of the true identity and its derivative with respect to the cosine."""
+    if not (((margin >= 0) & (margin <= math.pi / 2)).all() and scale > 0):
+        raise ValueError(
+            f"margin must be in [0, pi/2] radians and scale positive, got {margin.tolist()!r} and {scale!r}"
+        )
+    square, eps = 1.0 - target.square(), torch.finfo(target.dtype).eps
+    cos, sin, margin = (value.to(target.dtype) for value in (margin.cos(), margin.sin(), margin))
+    sine = square.clamp_min(eps).sqrt()
+    beyond = target < -cos  # theta > pi - m
+    moved = torch.where(beyond, target - margin * sin, target * cos - sine * sin)
+    slope = torch.where(beyond, 1.0, cos + sin * torch.where(square < eps, 0.0, target) / sine)
+    return scale * moved, scale * slope
 
 
 def focal_loss(logits: Tensor, label: Tensor, *, gamma: float) -> Tensor:
@@ -65,17 +79,68 @@ def _modulated(loss: Tensor, gamma: float) -> Tensor:
     return easy.clamp_min(torch.finfo(loss.dtype).tiny).pow(gamma) * loss
 
 
-def margin_focal_loss(cosine, label, *, margin, scale, gamma, batch=False, weight=None):
-    """TEMPORARY."""
-    cosine = _full(cosine)
-    m = torch.as_tensor(margin, dtype=cosine.dtype, device=cosine.device)
-    target = cosine.gather(1, label[:, None])[:, 0]
-    sine = (1.0 - target.square()).clamp_min(torch.finfo(target.dtype).eps).sqrt()
-    moved = target * m.cos() - sine * m.sin()
-    moved = torch.where(target < -m.cos(), target - m * m.sin(), moved)
-    moved = torch.where(m > 0, moved, target)
-    logits = scale * cosine.scatter(1, label[:, None], moved[:, None])
-    ce = F.cross_entropy(logits, label, reduction="none")
-    w = torch.ones_like(ce) if weight is None else weight
-    w = w / w.sum().clamp(min=torch.finfo(ce.dtype).tiny)
-    return _modulated((w * ce).sum(), gamma) if batch else (w * _modulated(ce, gamma)).sum()
+def margin_focal_loss(
+    cosine: Tensor,
+    label: Tensor,
+    *,
+    margin: float | Tensor,
+    scale: float,
+    gamma: float,
+    batch: bool = False,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Average the focal loss of the margin logits over clips, as one operation that holds no logits.
+
+    cosine (B, C), or inner products of any size if the margin is 0; label (B,), scale and gamma as above; margin of all
+    clips, or of each (B,); batch: modulate the mean, as ``batch_focal_loss``; weight (B,) >= 0 of clips in the mean,
+    not all 0.  It can be differentiated once, which writes the gradient (B, C) and holds nothing else of that size.
+    """
+    margin = margin.double()[:, None] if isinstance(margin, Tensor) else torch.tensor(margin, dtype=torch.float64)
+    loss = _MarginCrossEntropy.apply(cosine, label, margin, scale)[0]
+
+    def mean(value: Tensor) -> Tensor:
+        return value.mean() if weight is None else (weight * value).sum() / weight.sum()
+
+    return _modulated(mean(loss), gamma) if batch else mean(_modulated(loss, gamma))
+
+
+class _MarginCrossEntropy(torch.autograd.Function):
+    """Cross-entropy (...) of the margin logits of cosine (..., C) at label (...); margin (..., 1) or ()."""
+
+    @staticmethod
+    def forward(cosine: Tensor, label: Tensor, margin: Tensor, scale: float) -> tuple[Tensor, ...]:
+        label = label[..., None]
+        logit, slope = _moved(_full(cosine.gather(-1, label)), margin, scale)
+        most, total, scales = torch.empty_like(logit), torch.empty_like(logit), torch.full_like(logit, scale)
+        step = max(1, _PIECE[cosine.device.type] // cosine.shape[-1])
+        held = logit.new_empty(min(step, label.numel()), cosine.shape[-1])
+        parts = [part.flatten(0, -2).split(step) for part in (cosine, scales, label, logit, most, total)]
+        for row, by, at, true, top, mass in zip(*parts):
+            piece = torch.mul(row, by, out=held[: len(row)])  # as tensors, half times full precision is full
+            torch.amax(piece.scatter_(1, at, true), 1, keepdim=True, out=top)
+            torch.sum(piece.sub_(top).exp_(), 1, keepdim=True, out=mass)
+        loss = total.log() + (most - logit)  # so it is never negative: the bracket is 0 where the label is the top
+        return loss[..., 0], total.log() + most, slope * torch.expm1(-loss)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        cosine, label, _, ctx.scale = inputs
+        ctx.save_for_backward(cosine, label[..., None], *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, *_) -> tuple[Tensor, None, None, None]:
+        cosine, label, partition, pull = ctx.saved_tensors
+        grad = grad[..., None]
+        # Product and difference round one after the other, so that no logit exceeds its log partition.
+        out = (cosine * torch.full_like(partition, ctx.scale)).sub_(partition).exp_().mul_(grad * ctx.scale)
+        return out.scatter_(-1, label, grad * pull).to(cosine.dtype), None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims: tuple, cosine: Tensor, label: Tensor, margin: Tensor, scale: float) -> tuple:
+        many = [
+            part.expand(info.batch_size, *part.shape) if dim is None and part.dim() else part.movedim(dim or 0, 0)
+            for part, dim in zip((cosine, label, margin), in_dims)
+        ]
+        return _MarginCrossEntropy.apply(*many, scale), (0, 0, 0)
