@@ -11,7 +11,7 @@ import torch
 from conftest import BRIEF, of
 
 from mmlib.data.store import ClipStore
-from mmlib.experiment import CHOICES, Experiment, Training, smaller, torch_device
+from mmlib.experiment import CHOICES, TRAINED_ON, Experiment, Training, smaller, torch_device
 from mmlib.rank import Fallback
 from mmlib.records import run
 from mmlib.retrieve import retrieve
@@ -308,3 +308,63 @@ def test_worlds_are_made_smaller_never_larger_and_a_store_stays():
     assert smaller(stored, 50) == stored
     with pytest.raises(ValueError, match="identities"):
         smaller(tiny, -1).world()
+
+
+# -- training on distractors ---------------------------------------------------------------------------------
+
+
+def slow_entropy(row, true, margin, scale=30.0):
+    row = row.clone()
+    row[true] = torch.cos(torch.arccos(row[true]) + margin)
+    return torch.logsumexp(scale * row, 0) - scale * row[true]
+
+
+@pytest.mark.parametrize("form", TRAINED_ON)
+def test_loss_of_distractors_is_that_of_its_form(form):
+    """Clip by clip and slowly: five clips, the last two of nobody."""
+    torch.manual_seed(0)
+    asked = Experiment(distractors=form)
+    identities = 4
+    classes = identities + (form != "negatives")
+    cosine = (0.8 * torch.rand(5, classes, dtype=torch.float64)).requires_grad_()
+    label = torch.tensor([0, 2, 1, identities, identities])
+    found = asked.loss(cosine, label)
+    parts, weights = [], []
+    for row, true in zip(cosine, label.tolist()):
+        nobody = true == identities
+        if nobody and form == "negatives":
+            parts.append(torch.log(1 + torch.exp(torch.logsumexp(30 * row, 0) - 30 * 0.35)))
+        else:
+            parts.append(slow_entropy(row, true, 0.0 if nobody and form == "class, no margin" else 0.5))
+        weights.append(0.2 if nobody and form == "class, down-weighted" else 1.0)
+    expected = sum(w * part for w, part in zip(weights, parts)) / sum(weights)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    slopes = [torch.autograd.grad(value, cosine, retain_graph=True)[0] for value in (found, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", TRAINED_ON)
+def test_loss_of_distractors_alone_is_finite(form):
+    asked = Experiment(distractors=form)
+    cosine = torch.zeros(3, 4 + asked.has_class_of_nobody, requires_grad=True)
+    value = asked.loss(cosine, torch.full((3,), 4))
+    value.backward()
+    assert torch.isfinite(value) and torch.isfinite(cosine.grad).all() and (cosine.grad != 0).any()
+
+
+def test_a_last_identity_is_not_nobody():
+    """Where no distractor is trained on, the last column is an identity as the others."""
+    cosine, label = torch.rand(4, 3, dtype=torch.float64), torch.tensor([2, 2, 1, 0])
+    assert torch.equal(Experiment().loss(cosine, label), Training().loss(cosine, label))
+
+
+def test_only_forms_with_a_class_have_a_vector_of_nobody():
+    having = {form: Experiment(distractors=form).has_class_of_nobody for form in CHOICES["distractors"]}
+    assert having == {
+        "all": False,
+        "held out": False,
+        "class": True,
+        "class, no margin": True,
+        "class, down-weighted": True,
+        "negatives": False,
+    }
