@@ -62,8 +62,9 @@ def _required(*scores: Maybe) -> None:
 def seefun_weight(quality: Tensor, det: Tensor) -> Tensor:
     """Weigh frames by hand: quality * det * W(quality), (B, T), >= 0.
 
-    W = 0 for quality <= 0, .2 up to 20, .3 up to 30, .6 up to 60, 1 above (each edge inclusive). Source: the 2019
-    solution of seefun (MAP .8983, faces only), whose text says 60 and whose code says 40.
+    W = 0 for quality <= 0, .2 up to 20, .3 up to 30, .6 up to 60, 1 above (each edge inclusive). Source: the poster of
+    seefun (2019, MAP .8983, faces only). Their report and code say 40 for 60, and the code has each edge in the step
+    above it.
     """
     _required(quality, det)
     edge = torch.tensor([0.0, 20.0, 30.0, 60.0], device=quality.device, dtype=quality.dtype)
@@ -81,7 +82,8 @@ def quality_pool(x: Tensor, mask: Tensor, quality: Tensor, det: Tensor) -> Tenso
 def best_half_pool(x: Tensor, mask: Tensor, quality: Tensor) -> Tensor:
     """Average the raw embeddings of the half of a clip's frames, rounded up and with ties, of the highest quality.
 
-    Source: the 2019 solution of zheey.
+    Source: the 2019 solution of zheey, which rounds down, keeps all of a clip of under 8 frames, and averages not the
+    embeddings but the predictions, with weight quality where that is positive, else 1.
     """
     _required(quality)
     quality = torch.where(mask, quality, -torch.inf)

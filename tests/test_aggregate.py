@@ -173,6 +173,17 @@ def test_seefun_weight_is_stepped_with_inclusive_edges():
     torch.testing.assert_close(aggregate.seefun_weight(quality, torch.full_like(quality, 0.5)), expected)
 
 
+def test_seefun_weight_is_of_the_poster_and_differs_from_the_code_at_edges_and_from_40_to_60():
+    def coded(quality):  # 2019_iQIYI_ACMMM/src/inference.py: a chain of `if quality < edge`
+        steps = ((0, 0.0), (20, 0.2), (30, 0.3), (40, 0.6))
+        return quality * next((level for edge, level in steps if quality < edge), 1.0)
+
+    quality = torch.arange(-10.0, 101.0)
+    found = aggregate.seefun_weight(quality[None], torch.ones(1, len(quality)))[0]
+    differs = [int(q) for q, weight in zip(quality, found) if abs(weight - coded(float(q))) > 1e-4]
+    assert differs == [20, 30, *range(40, 61)]
+
+
 def test_quality_pool_of_only_bad_frames_is_norm_pool():
     x, mask, _, det = clips()
     torch.testing.assert_close(
@@ -185,6 +196,15 @@ def test_best_half_is_rounded_up_and_of_the_frames_that_exist():
     quality = torch.tensor([[5.0, 7.0, 6.0, 99.0]])
     found = [aggregate.best_half_pool(x, torch.arange(4)[None] < n, quality).item() for n in (1, 2, 3, 4)]
     assert found == [1, 10, 55, 505]
+
+
+def test_best_half_keeps_less_of_a_short_clip_than_the_code_of_zheey():
+    quality = torch.arange(12.0).expand(12, -1)
+    mask = torch.arange(12) < torch.arange(1, 13)[:, None]
+    x = torch.eye(12).expand(12, -1, -1)
+    kept = (aggregate.best_half_pool(x, mask, quality) > 0).sum(1).tolist()
+    zheey = [n // 2 if n >= 8 else n for n in range(1, 13)]  # docker/resources/predict_part3.py
+    assert [n for n, ours, theirs in zip(range(1, 13), kept, zheey) if ours == theirs] == [1, 8, 10, 12]
 
 
 def test_best_half_keeps_frames_that_tie_with_the_last():
