@@ -63,7 +63,8 @@ def seefun_weight(quality: Tensor, det: Tensor) -> Tensor:
     """Weigh frames by hand: quality * det * W(quality), (B, T), >= 0.
 
     W = 0 for quality <= 0, .2 up to 20, .3 up to 30, .6 up to 60, 1 above (each edge inclusive). Source: the poster of
-    seefun, 2019 (MAP .8983, faces only); the last edge is 40 in its repository, in text and code.
+    seefun (2019, MAP .8983, faces only). Their report and code say 40 for 60, and the code has each edge in the step
+    above it.
     """
     _required(quality, det)
     edge = torch.tensor([0.0, 20.0, 30.0, 60.0], device=quality.device, dtype=quality.dtype)
@@ -81,8 +82,8 @@ def quality_pool(x: Tensor, mask: Tensor, quality: Tensor, det: Tensor) -> Tenso
 def best_half_pool(x: Tensor, mask: Tensor, quality: Tensor) -> Tensor:
     """Average the raw embeddings of the floor(n / 2) frames of highest quality, with ties, of all n where n < 8.
 
-    Source: the 2019 solution of zheey, which averages the network's predictions of these frames, weighted by quality,
-    where this averages the frames.
+    Source: the 2019 solution of zheey, which averages not the embeddings but the predictions, with weight quality where
+    that is positive, else 1.
     """
     _required(quality)
     quality = torch.where(mask, quality, -torch.inf)

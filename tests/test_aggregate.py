@@ -173,6 +173,17 @@ def test_seefun_weight_is_stepped_with_inclusive_edges():
     torch.testing.assert_close(aggregate.seefun_weight(quality, torch.full_like(quality, 0.5)), expected)
 
 
+def test_seefun_weight_is_of_the_poster_and_differs_from_the_code_at_edges_and_from_40_to_60():
+    def coded(quality):  # 2019_iQIYI_ACMMM/src/inference.py: a chain of `if quality < edge`
+        steps = ((0, 0.0), (20, 0.2), (30, 0.3), (40, 0.6))
+        return quality * next((level for edge, level in steps if quality < edge), 1.0)
+
+    quality = torch.arange(-10.0, 101.0)
+    found = aggregate.seefun_weight(quality[None], torch.ones(1, len(quality)))[0]
+    differs = [int(q) for q, weight in zip(quality, found) if abs(weight - coded(float(q))) > 1e-4]
+    assert differs == [20, 30, *range(40, 61)]
+
+
 def test_quality_pool_of_only_bad_frames_is_norm_pool():
     x, mask, _, det = clips()
     torch.testing.assert_close(

@@ -123,6 +123,24 @@ def test_one_clip_makes_both_focal_losses_equal():
     torch.testing.assert_close(*found)
 
 
+def test_batch_focal_loss_scales_the_gradient_of_every_logit_alike():
+    logits = 2 * torch.randn(64, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    label = torch.arange(64) % 10
+
+    def gradient(loss):
+        (found,) = torch.autograd.grad(loss(logits.requires_grad_(), label), logits)
+        return found
+
+    plain = gradient(F.cross_entropy)
+    batch = gradient(lambda value, label: losses.batch_focal_loss(value, label, gamma=2.0)) / plain
+    clip = gradient(lambda value, label: losses.focal_loss(value, label, gamma=2.0)) / plain
+    # d/dCE of (1 - exp(-CE))^2 CE, one number for the whole batch
+    ce = F.cross_entropy(logits, label).item()
+    easy = 1 - math.exp(-ce)
+    torch.testing.assert_close(batch, torch.full_like(batch, easy**2 + 2 * ce * easy * math.exp(-ce)))
+    assert clip.min() < 0.5 and clip.max() > 1.1
+
+
 @pytest.mark.parametrize("loss", [losses.focal_loss, losses.batch_focal_loss])
 def test_focal_loss_without_gamma_is_cross_entropy(loss):
     logits, label = focal_case()
