@@ -44,13 +44,13 @@ _ARMS = {
 _ARMS |= {
     Rates(1e-3, 1e-3): _ARMS[Rates(1e-3, 1e-3)]
     + ("described: baseline", "described, random start: baseline", "as coded: baseline", "as coded, alive: baseline")
-    + ("described: fallback", "described, random start: fallback", "as coded: fallback", "as coded, alive: fallback")
+    + ("described: fallback", "described, random start: fallback", "as coded: fallback")
     + tuple(f"{side}, {form}" for side in ("faces alone", "faces with scenes") for form in TRAINED_ON),
     Rates(1e-3): _ARMS[Rates(1e-3)]
     + tuple(
         f"{ladder}: {rung}"
         for ladder in ("described", "described, random start", "as coded", "as coded, alive")
-        for rung in ("aggregation and loss", "scene", "ensemble")
+        for rung in ("aggregation and loss", "scene", "ensemble")[: 2 if "alive" in ladder else 3]
     ),
 }
 CHOSEN_RATES = {arm: rates for rates, arms in _ARMS.items() for arm in arms}
@@ -129,11 +129,12 @@ _CODED_LOSS = {"frames": 40, "sample": "draw", "gamma": 2.0, "focal": "batch"}
 _SGD = {"optimiser": "sgd", "lr": 0.1, "aggregator_lr": 0.1, "weight_decay": 1e-5, "epochs": 100, "batch": 4096}
 ONE_NAME_AS_CODED = _arm(_CODED, _CODED_LOSS | _SGD | {"decay": "all", "schedule": "epoch"})
 
-LADDERS = {
+_ALIVE = replace(ONE_NAME_AS_CODED, aggregator="as coded, alive", ensemble="seeds", members=(0,), fallback=None)
+LADDERS = {  # the last asks what a map that learns is worth, and has no rung above the scene
     "described": _DESCRIBED,
     "described, random start": replace(_DESCRIBED, start="random"),
     "as coded": ONE_NAME_AS_CODED,
-    "as coded, alive": replace(ONE_NAME_AS_CODED, aggregator="as coded, alive"),
+    "as coded, alive": _ALIVE,
 }
 RUNGS = {  # what each has of the system beyond the one before
     "aggregation and loss": ("aggregator", "concat", "training"),
@@ -157,7 +158,7 @@ def without_scores(system: Experiment) -> Experiment:
         plain = replace(plain, fallback=replace(plain.fallback, by="norm"))
     if system.aggregator == "attention + scores":
         return replace(plain, aggregator="attention")
-    return _arm(plain, {"gamma": 0.0}, aggregator="norm")
+    return _arm(plain, {"gamma": 0.0, "focal": "clip"}, aggregator="norm")
 
 
 def climb(ladder: str, *, members: int | None = None, scene: bool = True, scores: bool = True) -> dict[str, Experiment]:
@@ -210,9 +211,10 @@ def rung_arms() -> dict[str, Experiment]:
     arms = {}
     for ladder in LADDERS:
         rungs = climb(ladder, members=SEARCHED_MEMBERS)
-        second = rungs.pop("fallback").second()
-        rungs["fallback"] = replace(second, members=second.members[:1])
-        if "alive" in ladder:  # the map is in neither, so they are those of the ladder before
-            del rungs["baseline"], rungs["fallback"]
+        if "fallback" in rungs:
+            second = rungs["fallback"].second()
+            rungs["fallback"] = replace(second, members=second.members[:1])
+        if "alive" in ladder:  # the map is not in it, so it is that of the ladder before
+            del rungs["baseline"]
         arms |= {f"{ladder}: {step}": arm for step, arm in rungs.items()}
     return arms | {name: arm for name, arm in distractor_arms().items() if arm.distractors in TRAINED_ON}

@@ -208,7 +208,7 @@ def test_every_rung_has_one_part_more_than_the_one_before(name, scores, scene):
             "gamma",
             "focal",
         }
-    assert scene == ("fallback" in names) == ("scene" in names)
+    assert scene == ("scene" in names) and (scene and "alive" not in name) == ("fallback" in names)
     if not scores:
         assert all(rung.aggregator in ("norm", "attention") and rung.concat == "none" for rung in rungs)
         assert all(rung.fallback is None or "norm" in rung.fallback.by for rung in rungs)

@@ -38,7 +38,7 @@ SCALED: Pairs = {  # the scale of the cosines before the softmax of the test, 30
 }
 MAPS: Pairs = {
     "the released map, brought to life": ("as coded, alive: aggregation and loss", "as coded: aggregation and loss"),
-    "the same, at the end of the ladder": ("as coded, alive: fallback", "as coded: fallback"),
+    "the same, with the scene": ("as coded, alive: scene", "as coded: scene"),
 }
 ENDS: Pairs = {
     f"{one} against {other}": (f"{one}: fallback", f"{other}: fallback")
