@@ -84,6 +84,12 @@ LINES = [
         )
         for name in AGGREGATORS
     ),
+    Line(
+        "loss",
+        "training:loss",
+        baseline="training:loss_elsewhere",
+        bars=(Bar("seconds", "baseline", 1.5), Bar("memory", "baseline", 1 / 0.6)),
+    ),
     Line("members together", "training:members_together", (CLIPS,), "training:members_apart", gpu=True),
     Line("challenge, one member", "training:challenge", (CHALLENGE,), gpu=True),
     Line(
@@ -94,6 +100,7 @@ LINES = [
         gpu=True,
         bars=(Bar("memory", most=500e6), Bar("seconds", "baseline", 1)),
     ),
+    Line("busy, rank", "ranking:busy", baseline="ranking:busy_one_thread", bars=(Bar("seconds", "baseline", 1 / 1.5),)),
     Line("merge", "ranking:merge", gpu=True),
     Line("metric", "ranking:metric", (RANKING,), reference="reference:metric"),
     Line("metric, arrays", "ranking:metric_arrays"),

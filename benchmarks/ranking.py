@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +54,28 @@ def dense(folder: str, scale: str, device: str, **_) -> dict:
 
     found = measure(call, device=device) | _of_ranking(s.gallery, s.queries)
     return found | {"work": "a dense matrix and topk, the same vectors"}
+
+
+def busy(folder: str, scale: str, device: str, **_) -> dict:
+    """Take the best clips while a process on every core does other work.  Bytes: the scores are read."""
+    clips, identities = (20_000, 2_000) if scale == "full" else (2_000, 200)
+    scores = torch.rand(clips, identities, generator=torch.Generator().manual_seed(0))
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        blocks = list(zip(torch.arange(clips).split(BLOCK), scores.split(BLOCK)))
+        found = measure(lambda: rank.top_k(blocks, k=K), repeats=10, warm=1)
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    work = f"the best {K} of {clips:,} clips for {identities:,} identities beside {len(others)} busy processes"
+    return found | {"work": work, "flops": 0, "bytes": scores.nbytes}
+
+
+def busy_one_thread(**asked) -> dict:
+    """Do the same in one thread."""
+    torch.set_num_threads(1)
+    return busy(**asked) | {"work": "one thread, the same scores and processes"}
 
 
 def merge(folder: str, scale: str, device: str, **_) -> dict:

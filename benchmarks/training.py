@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.data import SCALES
+from benchmarks.data import FACE, SCALES
 from benchmarks.meter import measure
 from mmlib.data.store import ClipStore
 from mmlib.ensemble import member_seed
@@ -90,6 +92,39 @@ def _members(folder: str, scale: str, device: str, call: Callable, how: str) -> 
         "flops": flops,
         "bytes": sum(epoch_bytes(model, store, clips, asked.training) for model in models),
     }
+
+
+def loss(scale: str, **_) -> dict:
+    """Pass a margin and focal loss forward and backward, from cosines (B, C) to their gradient."""
+    return _loss(scale, Training(gamma=2.0).loss, "the loss")
+
+
+def loss_elsewhere(scale: str, **_) -> dict:
+    """Pass the same loss of pytorch-metric-learning, whose cross-entropy is made focal, from the same cosines."""
+    from pytorch_metric_learning.losses import ArcFaceLoss
+
+    def focal(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        entropy = F.cross_entropy(logits, label, reduction="none")
+        return (1 - torch.exp(-entropy)) ** 2 * entropy
+
+    asked = Training()
+    other = ArcFaceLoss(SCALES[scale].queries, 1, margin=np.degrees(asked.margin), scale=asked.scale)
+    del other.cross_entropy
+    other.cross_entropy, other.get_cosine = focal, lambda cosine: cosine
+    return _loss(scale, other, "ArcFaceLoss of pytorch-metric-learning")
+
+
+def _loss(scale: str, call: Callable, what: str) -> dict:
+    """Bytes: the cosines are read twice and their gradient is written."""
+    clips, identities = SCALES[scale].batch, SCALES[scale].queries
+    draw = torch.Generator().manual_seed(0)
+    label = torch.randint(identities, (clips,), generator=draw)
+    unit = [F.normalize(torch.randn(n, FACE, generator=draw), dim=1) for n in (clips, identities)]
+    cosine = (unit[0] @ unit[1].T).requires_grad_()
+    # As in a step of training, where the gradient of the cosines is passed on and not kept.
+    found = measure(lambda: torch.autograd.grad(call(cosine, label), cosine), repeats=20, warm=2)
+    work = f"{what}, {clips:,} clips, {identities:,} identities, forward and backward"
+    return found | {"work": work, "flops": 0, "bytes": 3 * 4 * clips * identities}
 
 
 def challenge(folder: str, scale: str, device: str, **_) -> dict:

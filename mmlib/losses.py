@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Logits that are held at a time: what the cache of a core has room for; a GPU wants them many.
-_PIECE = {"cpu": 2**18, "cuda": 2**24}
+# Logits that are held at a time: few megabytes, yet few operations, as threads wait for each other in each.
+_PIECE = {"cpu": 2**20, "cuda": 2**24}
 
 
 def _full(value: Tensor) -> Tensor:

@@ -1,7 +1,10 @@
 """Rank the gallery for every identity, block by block: clips x identities are never held at once."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -13,8 +16,20 @@ from torch.nn import functional as F
 
 COMBINE = ("log softmax", "softmax", "cosine", "ranks")
 _PIECE = 1_000_000  # scores looked at in one go
+_THREADS = 4  # more would wait for each other's Python
 _LOW = 2**32 - 1  # the half of a key that holds the row
 _NOTHING = torch.iinfo(torch.int64).min  # the key of an empty place: below that of every score, -inf included
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """Compute in one thread on a CPU, so that no number depends on how many there are; processes use them better."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if device.type == "cpu" else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Ranking(NamedTuple):
@@ -35,13 +50,24 @@ def top_k(score_blocks: Iterable[tuple[Tensor, Tensor]], *, k: int = 100) -> Ran
     for rows, scores in score_blocks:
         if best is None:
             best = torch.full((scores.shape[1], k), _NOTHING, device=scores.device)
-        step = max(1, _PIECE // max(1, len(rows)))
-        for kept, part in zip(best.split(step), scores.split(step, dim=1)):
-            new = _candidates(part.float(), rows, bar=_score(kept[:, -1]))
-            kept.copy_(torch.cat([kept, new], dim=1).topk(k, dim=1).values)
+        # Threads of our own wait once a block, those of torch in every operation, and that is long on busy cores.
+        threads = min(torch.get_num_threads(), _THREADS) if best.device.type == "cpu" else 1
+        step = max(1, _PIECE // threads // max(1, len(rows)))
+        parts = best.split(step), scores.split(step, dim=1), repeat(rows)
+        with one_thread(best.device), ThreadPoolExecutor(threads) as pool:
+            for _ in (pool.map if threads > 1 else map)(_keep_best, *parts):
+                pass  # an error of a part is raised here
     if best is None:
         raise ValueError("score_blocks is empty: there is no clip to rank")
-    return _unpacked(best)
+    with one_thread(best.device):
+        return _unpacked(best.sort(dim=1, descending=True).values)
+
+
+@torch.no_grad()
+def _keep_best(best: Tensor, scores: Tensor, rows: Tensor) -> None:
+    """Let the scores (n, C) compete with the best keys so far (C, k), which are in no order."""
+    new = _candidates(scores.float(), rows, bar=_score(best.amin(1)))
+    best.copy_(torch.cat([best, new], dim=1).topk(best.shape[1], dim=1, sorted=False).values)
 
 
 def _candidates(scores: Tensor, rows: Tensor, bar: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,17 +26,6 @@ TOGETHER = {"cuda": 16, "cpu": 1}
 LENGTH_EDGES = [1, 5, 10, 15, 20, 30, 40, None]  # frames; None is no edge
 PERCENTILE_EDGES = [*QUALITY_EDGES, 40, 60, 80, 100]
 WRONG_EDGES = [0, 1e-9, 0.1, 0.25, 0.5, 0.8, 1.001]  # share of frames
-
-
-@contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
-    """Compute in one thread on a CPU, so that no number depends on how many there are; processes use them better."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if device.type == "cpu" else threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def missing_scores(e: Experiment, store: ClipStore) -> list[str]:
@@ -173,7 +161,7 @@ def train_members(wanted: Iterable[Key], store: ClipStore, *, device: str = "aut
     """Train members; those of one size, of experiments that differ in their seeds alone, in one batched pass."""
     trained: Trained = {}
     at = torch_device(device)
-    with one_thread(at):
+    with rank.one_thread(at):
         for group in _started(wanted, store, at):
             began, members = time.perf_counter(), list(group.values())
             e, models, clips = members[0].experiment, [m.model for m in members], [m.clips for m in members]
@@ -300,7 +288,7 @@ def rank_clips(e: Experiment, store: ClipStore, trained: Trained, part: slice = 
                 predicted[rows] = scores.argmax(1).cpu()
             yield torch.from_numpy(rows).to(device), scores
 
-    with one_thread(device):
+    with rank.one_thread(device):
         if e.combine == "ranks":
             for _ in scored(members, "log softmax"):  # for the predictions
                 pass
