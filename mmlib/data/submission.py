@@ -1,10 +1,11 @@
 """The challenge's text files: ground truth of train and val, and the submission.
 
-Windows line ends, spaces at the end of a line and empty lines at the end of a file count for nothing; anything else
-that departs from the format is refused. Clip names carry `.mp4` in the files and nowhere else.
+Any white space divides names, however much of it; a byte-order mark and empty lines at the end of a file count for
+nothing. Anything else that departs from the format is refused. The script of the challenge takes every blank at its
+word and no other white space: see `read_as_script`. Clip names carry `.mp4` in the files and nowhere else.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from textwrap import shorten
@@ -14,15 +15,44 @@ import pandas as pd
 
 from mmlib.data.content import write_whole
 
+BOM = "\ufeff".encode()
 RESULT_LIMIT = 100  # clips to a line of a submission
 NAME_RULE = "the challenge's text files take names of one word, those of identities not ending in .mp4"
-Lines = tuple[list[str], list[list[str]]]  # identities, and the clips of each
+Lines = tuple[Sequence[str], Sequence[Sequence[str]]]  # identities, and the clips of each
+
+
+class ClipLists(Sequence[list[str]]):
+    """The clips of each line, split when they are asked for: a million names in memory cost more than their file.
+
+    texts: of each line what follows the identity, names with `.mp4`, one blank between them.
+    """
+
+    def __init__(self, texts: Sequence[str]):
+        self.texts = texts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, line):
+        if isinstance(line, slice):
+            return ClipLists(self.texts[line])
+        return f"{self.texts[line]} ".split(".mp4 ")[:-1]
+
+    def sizes(self) -> np.ndarray:
+        """Count the clips of each line, repeats too, without splitting it: (n,)."""
+        return np.array([text.count(" ") + (text[-1:] not in ("", " ")) for text in self.texts], np.int64)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(list.__eq__, self, other))
+
+    def __repr__(self) -> str:
+        return repr([*self])
 
 
 def read_train_truth(path: str | Path) -> pd.DataFrame:
     """Read `train_gt.txt`, a clip and its identity a line: columns clip and identity, row i is line i + 1."""
     found: dict[str, tuple[int, str]] = {}
-    for number, words in enumerate(_read_lines(Path(path), needed=True), 1):
+    for number, words in enumerate(_split(_read_bytes(Path(path), needed=True), path), 1):
         if len(words) != 2 or not _is_clip(words[0]) or _is_clip(words[1]):
             raise ValueError(f"{path}, line {number}: expected 'CLIP.mp4 IDENTITY', got {' '.join(words)!r}")
         clip = words[0].removesuffix(".mp4")
@@ -32,26 +62,51 @@ def read_train_truth(path: str | Path) -> pd.DataFrame:
     return pd.DataFrame({"clip": [*found], "identity": [identity for _, identity in found.values()]})
 
 
-def read_val_truth(path: str | Path, *, needed: bool = True) -> Lines:
+def read_val_truth(path: str | Path, *, needed: bool = True) -> tuple[list[str], ClipLists]:
     """Read `val_gt.txt`, one identity and its clips a line: identities and their clips, item i is line i + 1.
 
     Repeats are kept: the official score gives them a meaning. needed: refuse an empty file.
     """
-    lines = _read_lines(Path(path), needed)
-    for number, words in enumerate(lines, 1):
-        if not words or _is_clip(words[0]) or not all(map(_is_clip, words[1:])):
-            got = shorten(" ".join(words), 80, placeholder=" ...")
-            raise ValueError(f"{path}, line {number}: expected 'IDENTITY CLIP.mp4 CLIP.mp4 ...', got {got!r}")
-    return [words[0] for words in lines], [[word.removesuffix(".mp4") for word in words[1:]] for words in lines]
+    content = _read_bytes(Path(path), needed)
+    if _is_plain(content):
+        lines = content.decode().splitlines()
+    else:
+        lines = []
+        for number, words in enumerate(_split(content, path), 1):
+            if not words or _is_clip(words[0]) or not all(map(_is_clip, words[1:])):
+                got = shorten(" ".join(words), 80, placeholder=" ...")
+                raise ValueError(f"{path}, line {number}: expected 'IDENTITY CLIP.mp4 CLIP.mp4 ...', got {got!r}")
+            lines.append(" ".join(words))
+    parts = [line.partition(" ") for line in lines]
+    return [name for name, _, _ in parts], ClipLists([clips for _, _, clips in parts])
 
 
-def read_result(path: str | Path) -> Lines:
-    """Read a submission, as `val_gt.txt` with the best clip first: 100 clips a line beside repeats, which are kept."""
-    result = read_val_truth(path, needed=False)
-    for number, clips in enumerate(result[1], 1):
-        if (distinct := len(set(clips))) > RESULT_LIMIT:
-            raise ValueError(f"{path}, line {number}: {distinct} clips, at most {RESULT_LIMIT} are allowed")
-    return result
+def read_result(path: str | Path, *, known: Container[str] | None = None) -> tuple[list[str], ClipLists]:
+    """Read a submission, as `val_gt.txt` with the best clip first: 100 clips a line beside repeats, which are kept.
+
+    known: identities of the ground truth; lines of others are ignored by the score and may be longer.
+    """
+    identities, ranked = read_val_truth(path, needed=False)
+    for line in np.flatnonzero(ranked.sizes() > RESULT_LIMIT).tolist():
+        if (distinct := len({*ranked[line]})) > RESULT_LIMIT and (known is None or identities[line] in known):
+            raise ValueError(f"{path}, line {line + 1}: {distinct} clips, at most {RESULT_LIMIT} are allowed")
+    return identities, ranked
+
+
+def read_as_script(path: str | Path) -> Lines:
+    """Read ground truth or a submission as the script of the challenge does: cut at every single blank, nowhere else.
+
+    So two blanks have a name of no letters between them, a tab or a byte-order mark is part of a name, and each line
+    counts, an empty one too. `.mp4` stays. For `metrics.script_score`.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.strip().split(" ") for line in file]
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing") from None
+    except UnicodeDecodeError as error:
+        raise _no_text(path, error) from None
+    return [words[0] for words in lines], [words[1:] for words in lines]
 
 
 def count_unknown(truth: Lines, result: Lines) -> dict[str, tuple[int, int]]:
@@ -101,14 +156,43 @@ def _is_clip(word: str) -> bool:
     return word.endswith(".mp4") and word != ".mp4"
 
 
-def _read_lines(path: Path, needed: bool) -> list[list[str]]:
+def _read_bytes(path: Path, needed: bool) -> bytes:
+    """Read a file without white space at its end, all lines ended by a newline alone."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes().rstrip()
     except FileNotFoundError:
         raise ValueError(f"{path}: missing") from None
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ValueError(f"{path}: not text, byte {error.start} is {byte:#04x}") from None
-    if needed and not text.strip():
+    if needed and not content.removeprefix(BOM).strip():
         raise ValueError(f"{path}: empty")
-    return [line.split() for line in text.rstrip().split("\n")] if text.strip() else []
+    return content.replace(b"\r\n", b"\n") if b"\r" in content else content
+
+
+def _split(content: bytes, path: str | Path) -> list[list[str]]:
+    """Split the lines of a file into words."""
+    try:
+        text = content.decode("utf-8-sig").rstrip()
+    except UnicodeDecodeError as error:
+        raise _no_text(path, error) from None
+    return [line.split() for line in text.split("\n")] if text else []
+
+
+def _no_text(path: str | Path, error: UnicodeDecodeError) -> ValueError:
+    return ValueError(f"{path}: not text, byte {error.start} is {error.object[error.start]:#04x}")
+
+
+def _is_plain(content: bytes) -> bool:
+    """Say whether every line is an identity and names of clips, of ASCII, with one blank between them and no fault.
+
+    This is a check of all words at once; where it fails, words are looked at one by one.
+    """
+    if not content or not content.isascii():
+        return False
+    byte = np.frombuffer(content, np.uint8)
+    end = np.append(np.flatnonzero(byte <= ord(" ")), len(byte))  # of each word
+    mark, size = np.append(byte[end[:-1]], np.uint8(ord("\n"))), np.diff(end, prepend=-1) - 1
+    first = np.append(True, mark[:-1] == ord("\n"))  # of its line
+    clip = size > 4
+    for back, letter in enumerate(b"4pm.", 1):
+        clip &= byte[end - back] == letter
+    right = np.where(first, (size > 0) & ~clip, clip | ((size == 0) & (mark == ord("\n"))))
+    return bool((right & ((mark == ord(" ")) | (mark == ord("\n")))).all())
