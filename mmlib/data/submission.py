@@ -6,7 +6,8 @@ word and no other white space: see `read_as_script`. Clip names carry `.mp4` in 
 """
 
 from collections.abc import Container, Iterable, Sequence
-from itertools import chain
+from itertools import accumulate, chain
+from operator import eq
 from pathlib import Path
 from textwrap import shorten
 
@@ -15,7 +16,6 @@ import pandas as pd
 
 from mmlib.data.content import write_whole
 
-BOM = "\ufeff".encode()
 RESULT_LIMIT = 100  # clips to a line of a submission
 NAME_RULE = "the challenge's text files take names of one word, those of identities not ending in .mp4"
 Lines = tuple[Sequence[str], Sequence[Sequence[str]]]  # identities, and the clips of each
@@ -24,26 +24,23 @@ Lines = tuple[Sequence[str], Sequence[Sequence[str]]]  # identities, and the cli
 class ClipLists(Sequence[list[str]]):
     """The clips of each line, split when they are asked for: a million names in memory cost more than their file.
 
-    texts: of each line what follows the identity, names with `.mp4`, one blank between them.
+    content: bytes, of which `start` to `stop` are the clips of a line, names with `.mp4` and one blank between them.
+    sizes (n,): how many there are, repeats too.
     """
 
-    def __init__(self, texts: Sequence[str]):
-        self.texts = texts
+    def __init__(self, content: bytes, start: list[int], stop: list[int], sizes: np.ndarray):
+        self._content, self._start, self._stop, self.sizes = content, start, stop, sizes
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self._start)
 
     def __getitem__(self, line):
         if isinstance(line, slice):
-            return ClipLists(self.texts[line])
-        return f"{self.texts[line]} ".split(".mp4 ")[:-1]
-
-    def sizes(self) -> np.ndarray:
-        """Count the clips of each line, repeats too, without splitting it: (n,)."""
-        return np.array([text.count(" ") + (text[-1:] not in ("", " ")) for text in self.texts], np.int64)
+            return [self[each] for each in range(len(self))[line]]
+        return f"{self._content[self._start[line] : self._stop[line]].decode()} ".split(".mp4 ")[:-1]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(list.__eq__, self, other))
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
 
     def __repr__(self) -> str:
         return repr([*self])
@@ -52,7 +49,7 @@ class ClipLists(Sequence[list[str]]):
 def read_train_truth(path: str | Path) -> pd.DataFrame:
     """Read `train_gt.txt`, a clip and its identity a line: columns clip and identity, row i is line i + 1."""
     found: dict[str, tuple[int, str]] = {}
-    for number, words in enumerate(_split(_read_bytes(Path(path), needed=True), path), 1):
+    for number, words in enumerate(_split(path, _read_bytes(path), needed=True), 1):
         if len(words) != 2 or not _is_clip(words[0]) or _is_clip(words[1]):
             raise ValueError(f"{path}, line {number}: expected 'CLIP.mp4 IDENTITY', got {' '.join(words)!r}")
         clip = words[0].removesuffix(".mp4")
@@ -67,18 +64,19 @@ def read_val_truth(path: str | Path, *, needed: bool = True) -> tuple[list[str],
 
     Repeats are kept: the official score gives them a meaning. needed: refuse an empty file.
     """
-    content = _read_bytes(Path(path), needed)
-    if _is_plain(content):
-        lines = content.decode().splitlines()
-    else:
-        lines = []
-        for number, words in enumerate(_split(content, path), 1):
-            if not words or _is_clip(words[0]) or not all(map(_is_clip, words[1:])):
-                got = shorten(" ".join(words), 80, placeholder=" ...")
-                raise ValueError(f"{path}, line {number}: expected 'IDENTITY CLIP.mp4 CLIP.mp4 ...', got {got!r}")
-            lines.append(" ".join(words))
-    parts = [line.partition(" ") for line in lines]
-    return [name for name, _, _ in parts], ClipLists([clips for _, _, clips in parts])
+    content = _read_bytes(path)
+    if (plain := _read_plain(content)) is not None:
+        return plain
+    names, texts, sizes = [], [b""], []
+    for number, words in enumerate(_split(path, content, needed), 1):
+        if not words or _is_clip(words[0]) or not all(map(_is_clip, words[1:])):
+            got = shorten(" ".join(words), 80, placeholder=" ...")
+            raise ValueError(f"{path}, line {number}: expected 'IDENTITY CLIP.mp4 CLIP.mp4 ...', got {got!r}")
+        names.append(words[0])
+        texts.append(" ".join(words[1:]).encode())
+        sizes.append(len(words) - 1)
+    ends = [*accumulate(map(len, texts))]
+    return names, ClipLists(b"".join(texts), ends[:-1], ends[1:], np.array(sizes, np.int64))
 
 
 def read_result(path: str | Path, *, known: Container[str] | None = None) -> tuple[list[str], ClipLists]:
@@ -87,7 +85,7 @@ def read_result(path: str | Path, *, known: Container[str] | None = None) -> tup
     known: identities of the ground truth; lines of others are ignored by the score and may be longer.
     """
     identities, ranked = read_val_truth(path, needed=False)
-    for line in np.flatnonzero(ranked.sizes() > RESULT_LIMIT).tolist():
+    for line in np.flatnonzero(ranked.sizes > RESULT_LIMIT).tolist():
         if (distinct := len({*ranked[line]})) > RESULT_LIMIT and (known is None or identities[line] in known):
             raise ValueError(f"{path}, line {line + 1}: {distinct} clips, at most {RESULT_LIMIT} are allowed")
     return identities, ranked
@@ -111,8 +109,8 @@ def read_as_script(path: str | Path) -> Lines:
 
 def count_unknown(truth: Lines, result: Lines) -> dict[str, tuple[int, int]]:
     """Count the identities and the clips that a result names, and those of them that the ground truth does not."""
-    named = {"identities": {*result[0]}, "clips": {*chain(*result[1])}}
-    known = {"identities": truth[0], "clips": [*chain(*truth[1])]}
+    named = {"identities": {*result[0]}, "clips": {*chain.from_iterable(result[1])}}
+    known = {"identities": truth[0], "clips": [*chain.from_iterable(truth[1])]}
     return {kind: (len(names), len(names.difference(known[kind]))) for kind, names in named.items()}
 
 
@@ -156,23 +154,23 @@ def _is_clip(word: str) -> bool:
     return word.endswith(".mp4") and word != ".mp4"
 
 
-def _read_bytes(path: Path, needed: bool) -> bytes:
-    """Read a file without white space at its end, all lines ended by a newline alone."""
+def _read_bytes(path: str | Path) -> bytes:
+    """Read a file, all lines ended by a newline alone."""
     try:
-        content = path.read_bytes().rstrip()
+        content = Path(path).read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{path}: missing") from None
-    if needed and not content.removeprefix(BOM).strip():
-        raise ValueError(f"{path}: empty")
     return content.replace(b"\r\n", b"\n") if b"\r" in content else content
 
 
-def _split(content: bytes, path: str | Path) -> list[list[str]]:
-    """Split the lines of a file into words."""
+def _split(path: str | Path, content: bytes, needed: bool) -> list[list[str]]:
+    """Split the lines of a file into words; needed: refuse an empty one."""
     try:
         text = content.decode("utf-8-sig").rstrip()
     except UnicodeDecodeError as error:
         raise _no_text(path, error) from None
+    if needed and not text:
+        raise ValueError(f"{path}: empty")
     return [line.split() for line in text.split("\n")] if text else []
 
 
@@ -180,19 +178,29 @@ def _no_text(path: str | Path, error: UnicodeDecodeError) -> ValueError:
     return ValueError(f"{path}: not text, byte {error.start} is {error.object[error.start]:#04x}")
 
 
-def _is_plain(content: bytes) -> bool:
-    """Say whether every line is an identity and names of clips, of ASCII, with one blank between them and no fault.
+def _read_plain(content: bytes) -> tuple[list[str], ClipLists] | None:
+    """Read lines of an identity and names of clips, of ASCII, with one blank between them; None if there is a fault.
 
-    This is a check of all words at once; where it fails, words are looked at one by one.
+    All words are checked at once; where this fails they are looked at one by one.
     """
-    if not content or not content.isascii():
-        return False
+    if len(content) < len(".mp4") or not content.isascii():
+        return None
     byte = np.frombuffer(content, np.uint8)
-    end = np.append(np.flatnonzero(byte <= ord(" ")), len(byte))  # of each word
-    mark, size = np.append(byte[end[:-1]], np.uint8(ord("\n"))), np.diff(end, prepend=-1) - 1
-    first = np.append(True, mark[:-1] == ord("\n"))  # of its line
+    blocks = range(0, len(byte), 2**20)  # that stay in the processor's cache
+    end = np.concatenate([np.flatnonzero(byte[at : at + 2**20] <= ord(" ")) + at for at in blocks])  # of each word
+    mark = byte[end]
+    if content[-1:] != b"\n":
+        end, mark = np.append(end, len(byte)), np.append(mark, np.uint8(ord("\n")))
+    size, last = np.diff(end, prepend=-1) - 1, mark == ord("\n")
+    first = np.append(True, last[:-1])  # of its line
     clip = size > 4
     for back, letter in enumerate(b"4pm.", 1):
         clip &= byte[end - back] == letter
-    right = np.where(first, (size > 0) & ~clip, clip | ((size == 0) & (mark == ord("\n"))))
-    return bool((right & ((mark == ord(" ")) | (mark == ord("\n")))).all())
+    right = np.where(first, (size > 0) & ~clip, clip | (last & (size == 0)))
+    if not (right & (last | (mark == ord(" ")))).all():
+        return None
+    head, tail = np.flatnonzero(first), np.flatnonzero(last)
+    start, stop = end[head], end[tail]
+    names = [content[at:to].decode() for at, to in zip((start - size[head]).tolist(), start.tolist())]
+    start = np.minimum(start + 1, stop)  # a line may have no more than its identity
+    return names, ClipLists(content, start.tolist(), stop.tolist(), tail - head - (size[tail] == 0))
