@@ -95,7 +95,14 @@ LINES = [
         bars=(Bar("memory", most=500e6), Bar("seconds", "baseline", 1)),
     ),
     Line("merge", "ranking:merge", gpu=True),
-    Line("metric", "ranking:metric", (RANKING,), reference="reference:metric"),
+    Line(
+        "metric",
+        "ranking:metric",
+        (RANKING,),
+        "ranking:metric_trec",
+        "reference:metric",
+        (Bar("seconds", "baseline", 1.5), Bar("seconds", "reference", 1.5)),
+    ),
     Line("metric, arrays", "ranking:metric_arrays"),
     Line("metric, bootstrap", "ranking:bootstrap"),
     Line(
