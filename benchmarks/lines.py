@@ -102,7 +102,14 @@ LINES = [
     ),
     Line("busy, rank", "ranking:busy", baseline="ranking:busy_one_thread", bars=(Bar("seconds", "baseline", 1 / 1.5),)),
     Line("merge", "ranking:merge", gpu=True),
-    Line("metric", "ranking:metric", (RANKING,), reference="reference:metric"),
+    Line(
+        "metric",
+        "ranking:metric",
+        (RANKING,),
+        "ranking:metric_trec",
+        "reference:metric",
+        (Bar("seconds", "baseline", 1.5), Bar("seconds", "reference", 1.5)),
+    ),
     Line("metric, arrays", "ranking:metric_arrays"),
     Line("metric, bootstrap", "ranking:bootstrap"),
     Line(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +124,7 @@ def make_ranking(folder: str, scale: str, **_) -> dict:
 
 
 def metric(folder: str, scale: str, **_) -> dict:
-    """Read a submission and the truth, and score.  Bytes: those of the two files."""
+    """Read a submission and the truth with all checks, and score.  Bytes: those of the two files."""
     s, truth, result = SCALES[scale], Path(folder, "val_gt.txt"), Path(folder, "result.txt")
     found = measure(lambda: metrics.official_score(read_val_truth(truth), read_result(result)))
     return found | {
@@ -130,6 +132,30 @@ def metric(folder: str, scale: str, **_) -> dict:
         "flops": 0,
         "bytes": truth.stat().st_size + result.stat().st_size,
     }
+
+
+def metric_trec(folder: str, **_) -> dict:
+    """Score the same files by the code of TREC, https://github.com/cvangysel/pytrec_eval, which reads no such files.
+
+    Its scores are those of the official rule, mean over the identities of the truth.
+    """
+    try:
+        import pytrec_eval
+    except ImportError:
+        raise RuntimeError("not installed here: pip install pytrec-eval-terrier") from None
+    truth, result = Path(folder, "val_gt.txt"), Path(folder, "result.txt")
+    score_at = [1 / rank for rank in range(1, K + 1)]
+
+    def read(path: Path, of: Iterable) -> dict[str, dict]:
+        with open(path, encoding="utf-8") as lines:
+            return {name: dict(zip(clips, of)) for name, *clips in map(str.split, lines)}
+
+    def call() -> float:
+        relevant = read(truth, repeat(1))
+        found = pytrec_eval.RelevanceEvaluator(relevant, {f"map_cut_{K}"}).evaluate(read(result, score_at))
+        return sum(of[f"map_cut_{K}"] for of in found.values()) / len(relevant)
+
+    return measure(call) | {"work": f"pytrec_eval on the same files, {call():.6f}"}
 
 
 def scored(ranking: np.ndarray, identity: np.ndarray) -> np.ndarray:

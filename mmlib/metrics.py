@@ -69,13 +69,14 @@ def official_score(truth: Lines, result: Lines, *, k: int = 100) -> Score:
     truth, result: the lines of the two files, each as (identities, clips of each). Decided cases, as the
     official script has them unless said otherwise:
 
-    - an identity that `result` lacks scores 0; one that `truth` lacks is ignored, but counts in the line limit;
+    - an identity that `result` lacks scores 0; one that `truth` lacks is ignored, however many clips it has, but
+      counts in the line limit;
     - more lines in `result` than in `truth`: ValueError;
     - a clip repeated on a line of `result` is dropped, keeping the first; more than k clips after that: ValueError;
     - a clip repeated on a line of `truth` counts twice in R (it can be found once, so AP stays below 1);
     - an identity repeated in `truth`: the last line holds, the others score 0, and all count in id_num;
     - an empty line of `truth` scores 0 and counts in id_num, submitted or not (the script may divide by 0);
-    - an identity repeated in `result`: ValueError (nothing says which ranking is meant);
+    - an identity repeated in `result`: ValueError, for nothing says which ranking is meant (the script: the last);
     - a clip that `truth` names nowhere (a distractor) pushes later hits down, and nothing else.
 
     >>> truth = ["1", "2"], [["a", "b"], ["c"]]
@@ -90,17 +91,50 @@ def official_score(truth: Lines, result: Lines, *, k: int = 100) -> Score:
     row = {name: number for number, name in enumerate(names)}  # the last line holds
     hits, seen = np.zeros((len(names), k), bool), set()
     for name, clips in zip(submitted, ranked):
-        clips = list(dict.fromkeys(clips))
         if name in seen:
             raise ValueError(f"result names identity {name} more than once")
-        if len(clips) > k:
-            raise ValueError(f"result line of identity {name} has {len(clips)} clips, more than {k}")
         seen.add(name)
-        if name in row:
-            relevant = set(wanted[row[name]])
-            hits[row[name], : len(clips)] = [clip in relevant for clip in clips]
+        if name not in row:
+            continue
+        distinct, relevant = set(clips), set(wanted[row[name]])
+        if len(distinct) > k:
+            raise ValueError(f"result line of identity {name} has {len(distinct)} clips, more than {k}")
+        if len(distinct) < len(clips):
+            clips = list(dict.fromkeys(clips))
+        for clip in relevant & distinct:  # a few, of a hundred
+            hits[row[name], clips.index(clip)] = True
     ap = average_precision(hits, np.array([len(clips) for clips in wanted]))
     return Score(np.asarray(names), ap, float(hits[:, 0].mean()))
+
+
+def script_score(truth: Lines, result: Lines, *, k: int = 100) -> float:
+    """Score as the script of the challenge does, step by step: for lines as of `submission.read_as_script`.
+
+    It differs from `official_score` where an identity of `result` is repeated (the last line holds) or one with an
+    empty line of `truth` is submitted (it would divide by 0).  What it would stop at is a ValueError.
+
+    >>> script_score((["1", "2"], [["a.mp4", "", "b.mp4"], ["c.mp4"]]), (["1"], [["a.mp4", "b.mp4"]])) == 2 / 3 / 2
+    True
+    """
+    if not len(truth[0]):
+        raise ValueError("truth has no line: the script would divide by 0")
+    if len(result[0]) > len(truth[0]):
+        raise ValueError(f"result has {len(result[0])} lines, more than the {len(truth[0])} of the ground truth")
+    ranking_of, total = dict(zip(*result)), 0.0
+    for name, wanted in dict(zip(*truth)).items():
+        if name not in ranking_of:
+            continue
+        ranking, hits, precision = list(dict.fromkeys(ranking_of[name])), 0, 0.0
+        if len(ranking) > k:
+            raise ValueError(f"result line of identity {name} has {len(ranking)} clips, more than {k}")
+        if not wanted:
+            raise ValueError(f"identity {name} is submitted and has no clip in truth: the script would divide by 0")
+        for rank, clip in enumerate(ranking, 1):
+            if clip in wanted:
+                hits += 1
+                precision += hits / rank
+        total += precision / len(wanted)
+    return total / len(truth[0])
 
 
 def match_ranking(ranking: np.ndarray, gallery_identity: np.ndarray, query_codes: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The benchmark command: what it measures, counts and saves, and what it says of a checkout that is none."""
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,9 @@ from benchmarks import __main__ as command
 from benchmarks import growth, lines, meter, ranking, reference, training
 from benchmarks.data import SCALES
 from mmlib.aggregate import FixedPool
+from mmlib.data.submission import read_result, read_val_truth
 from mmlib.experiment import Training
+from mmlib.metrics import official_score
 from mmlib.models import IdentityModel
 
 
@@ -198,3 +201,16 @@ def test_a_line_that_fails_is_said_and_does_not_stop_the_others(tmp_path, monkey
     assert "failed: ranking:nothing" in capsys.readouterr().out
     first, second = json.loads(saved.read_text())["lines"]
     assert "nothing" in first["failed"] and second["median"] > 0
+
+
+def test_another_library_that_is_not_installed_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytrec_eval", None)
+    with pytest.raises(RuntimeError, match="not installed here: pip install pytrec-eval-terrier"):
+        ranking.metric_trec(str(tmp_path))
+
+
+def test_another_library_scores_the_same_files_alike(tmp_path):
+    pytest.importorskip("pytrec_eval")
+    ranking.make_ranking(str(tmp_path), "tiny")
+    score = official_score(read_val_truth(tmp_path / "val_gt.txt"), read_result(tmp_path / "result.txt"))
+    assert ranking.metric_trec(str(tmp_path))["work"].endswith(f", {score.map_at_k:.6f}") and score.map_at_k > 0

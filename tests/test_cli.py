@@ -393,6 +393,31 @@ def test_evaluate_refuses_a_bad_file_by_name_and_line(tmp_path, truth, result, m
     assert_refused(message, "evaluate", *write_lines(tmp_path, truth, result))
 
 
+@pytest.mark.parametrize("truth, result, ours, script", [("1 a.mp4 b.mp4\n", "1 a.mp4  b.mp4\n", 1, (1 + 2 / 3) / 2)])
+def test_evaluate_strict_is_the_arithmetic_of_the_script(tmp_path, truth, result, ours, script):
+    files = write_lines(tmp_path, truth, result)
+    assert succeed("evaluate", *files)[0] == f"MAP@100 {ours:.6f}"
+    assert succeed("evaluate", *files, "--strict") == [f"MAP@100 {script:.6f}"]
+    assert json.loads(*succeed("evaluate", *files, "--strict", "--json")) == {"map_at_100": script}
+
+
+@pytest.mark.parametrize(
+    "truth, result, message",
+    [
+        ("1 a.mp4\n", "1 a.mp4\n\n", "result.txt, --strict: result has 2 lines, more than the 1 of"),
+        ("1 a.mp4\n2\n", "2 a.mp4\n", "identity 2 is submitted and has no clip in truth: .*divide by 0"),
+        (LONG, LONG, "result line of identity 2 has 101 clips, more than 100"),
+    ],
+)
+def test_evaluate_strict_says_what_the_script_would_stop_at(tmp_path, truth, result, message):
+    assert_refused(message, "evaluate", *write_lines(tmp_path, truth, result), "--strict")
+
+
+def test_evaluate_ignores_a_long_line_of_an_identity_that_the_truth_lacks(tmp_path):
+    files = write_lines(tmp_path, "1 a.mp4\n3 b.mp4\n", LONG)
+    assert succeed("evaluate", *files)[0] == succeed("evaluate", *files, "--strict")[0] == "MAP@100 0.500000"
+
+
 def test_evaluate_names_a_missing_file(tmp_path):
     truth, _ = write_lines(tmp_path)
     assert_refused("nothing.txt: missing", "evaluate", truth, tmp_path / "nothing.txt")

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.data import write_faces
+from mmlib.aggregate import AGGREGATORS
 from mmlib.data import iqiyi
 from mmlib.data.iqiyi import LAYOUTS, export_folder, import_folder, pickle_path
 from mmlib.data.pickles import Spool, read_pickle
@@ -264,6 +265,18 @@ def mapped(frame, box, det, quality, feat):
     return [np.str_(frame.decode()), box, det, quality, feat.view(np.memmap)]
 
 
+def boxed(frame, box, det, quality, feat):
+    return [float(frame), [np.array(box[0]), np.array([box[1]]), np.longdouble(box[2]), box[3]], det, quality, feat]
+
+
+def as_column(frame, box, det, quality, feat):
+    return [np.float32(frame), np.array(box).reshape(4, 1), det, quality, feat]
+
+
+def of_objects(frame, box, det, quality, feat):
+    return [frame, np.array(box, object), det, quality, feat]
+
+
 def read_only(frame, box, det, quality, feat):
     feat.flags.writeable = False
     return [int(frame), box, det, quality, feat]
@@ -281,6 +294,9 @@ def read_only(frame, box, det, quality, feat):
         with_texts,
         turned,
         mapped,
+        boxed,
+        as_column,
+        of_objects,
         read_only,
     ],
 )
@@ -297,6 +313,14 @@ def test_what_a_modern_python_writes_reads_the_same(tmp_path, folder, kind, prot
     for name, of in zip(("frame", "box", "det", "quality", "feature"), zip(*records)):
         read = faces.feature if name == "feature" else faces.columns[name]
         np.testing.assert_array_equal(read[rows], np.array(list(map(int, of)) if name == "frame" else of))
+
+
+@pytest.mark.parametrize("factory", [int, dict, set, object])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_a_defaultdict_would_make_is_no_reason_to_refuse_it(folder, factory, protocol):
+    clips = collections.defaultdict(factory, {b"VAL_%d" % i: [face(i)] for i in range(1, 6)})
+    dump(pickle_path(folder, "face", "val"), clips, protocol)
+    assert frames(run(folder)) == {"face": 5 + 5}
 
 
 @pytest.mark.parametrize("protocol", [2, 5])
@@ -568,7 +592,21 @@ def test_bytes_after_the_pickle_are_refused(folder):
 def test_a_clip_named_twice_in_one_pickle_is_refused(folder, between):
     clips = [("X", 1), ("A", 2), *between, ("A", 1), ("Z", 1)]
     write_faces(pickle_path(folder, "face", "val"), [(clip, [face(12)] * frames) for clip, frames in clips])
-    assert_refused(folder, "val_v2.pickle: 2 features of no clip, because one is named twice: A$")
+    assert_refused(
+        folder,
+        "val_v2.pickle: 2 features of no clip, because one is named twice: A "
+        ".--skip-bad-records keeps what is named last.$",
+    )
+
+
+@pytest.mark.parametrize("between", [[], [("B", 3)]])
+def test_of_a_clip_named_twice_the_last_can_be_kept(folder, between):
+    clips = [("VAL_1", 1), ("VAL_2", 2), *between, ("VAL_2", 1), ("VAL_3", 1)]
+    write_faces(pickle_path(folder, "face", "val"), [(clip, [face(12)] * frames) for clip, frames in clips])
+    report = run(folder, skip_bad_records=True)
+    [(number, first)] = report.refused.values()
+    assert number == 2 and first.endswith("named twice: VAL_2")
+    assert report.store.modalities["face"].count[-len(clips) + 1 :].sum() == 3 + sum(frames for _, frames in between)
 
 
 # What is refused: records
@@ -595,7 +633,6 @@ BAD_RECORDS = {
     "short box": (face(box=(1.0, 2.0, 3.0)), r"\[1.0, 2.0, 3.0\]"),
     "text box": (face(box=(1.0, 2.0, 3.0, b"4")), "b'4'"),
     "integer score": (face(det=1), "det is not a finite float: 1"),
-    "nan score": (face(quality=NAN), "quality is not a finite float: nan"),
     "infinite score": (face(det=INF), "det is not a finite float: inf"),
     "no score": (face(det=None), "det is not a finite float: None"),
     "frame": ([b"ten", *face()[1:]], "frame is not a number from 0: b'ten'"),
@@ -631,12 +668,79 @@ def test_frames_out_of_order_are_refused(folder):
     assert_refused(folder, r"val_v2.pickle: clip VAL_2, record 3 \(frame b'5'\): frames out of order: 5 after 12")
 
 
-def test_frames_out_of_order_are_left_out_one_by_one(folder):
+def stored(report, clip, *names):
+    """Return columns of the faces of a clip, and the first dimension of their features."""
+    faces = report.store.modalities["face"]
+    at = report.store.clips["clip"].tolist().index(clip)
+    rows = slice(faces.start[at], faces.start[at] + faces.count[at])
+    return [*(faces.columns[name][rows].tolist() for name in names), faces.feature[rows, 0].tolist()]
+
+
+@pytest.mark.parametrize("block", [2, iqiyi.BLOCK])
+def test_frames_out_of_order_are_sorted_where_bad_records_are_skipped(folder, monkeypatch, block):
+    monkeypatch.setattr(iqiyi, "BLOCK", block)
+    put_val(folder, b"VAL_1", [face(30), face(10), face(20)])
     put_val(folder, b"VAL_2", [face(5), face(12), face(7), face(12), face(11), face(13)])
     report = run(folder, skip_bad_records=True)
-    assert [count for count, _ in report.refused.values()] == [2]
-    store = ClipStore.open(folder.parent / "store")
-    assert store.batch([4]).feature[0, :, 0].tolist() == [5, 12, 12, 13]
+    assert report.refused == {} and frames(report) == {"face": 5 + 3 + 6 + 4}
+    assert stored(report, "VAL_1", "frame") == [[10, 20, 30]] * 2
+    assert stored(report, "VAL_2", "frame") == [[5, 7, 11, 12, 12, 13]] * 2
+    assert stored(report, "VAL_3", "frame") == [[3, 13]] * 2
+    [(number, first)] = report.mended.values()
+    assert number == 2 and first.endswith("face_val_v2.pickle: clip VAL_1, frames 30, 10, 20")
+    assert [line for line in report.lines() if line.startswith("mended: 2 clips had frames out of order")]
+
+
+def test_a_bad_record_among_frames_out_of_order_keeps_its_number(folder):
+    put_val(folder, b"VAL_2", [face(30), face(20, det=1), [b"x", *face()[1:]], face(10)])
+    report = run(folder, skip_bad_records=True)
+    assert stored(report, "VAL_2", "frame") == [[10, 30]] * 2
+    det, frame = report.refused["det is not a finite float"], report.refused["frame is not a number from 0"]
+    assert "VAL_2, record 2 (frame b'20')" in det[1] and "VAL_2, record 3 (frame b'x')" in frame[1]
+
+
+def test_scenes_out_of_order_are_sorted_as_the_released_code_reads_them(folder):
+    dump(pickle_path(folder, "scene", "val"), {"VAL_1": [(i, feature(i, 2048, np.float32)) for i in (7, 3)]})
+    report = run(folder)
+    scene = report.store.modalities["scene"]
+    assert (scene.columns["frame"].tolist(), scene.feature[:, 0].tolist()) == ([3, 7], [3, 7])
+    assert "clip VAL_1, frames 7, 3" in report.mended["clips had frames out of order, which were sorted"][1]
+
+
+@pytest.mark.parametrize("name", ["det", "quality"])
+def test_a_score_that_is_nan_is_stored_as_zero_and_counted(folder, name):
+    put_val(folder, b"VAL_2", [face(2), face(7, **{name: NAN}), face(8, **{name: NAN}), face(99)])
+    report = run(folder)
+    values, _ = stored(report, "VAL_2", name)
+    assert values[1:3] == [0, 0] and 0 not in (values[0], values[3]) and report.refused == {}
+    [(number, first)] = report.mended.values()
+    assert number == 2 and first.endswith("face_val_v2.pickle: clip VAL_2, record 2 (frame b'7')")
+    assert any(line.startswith(f"mended: 2 records whose {name} is NaN") for line in report.lines())
+
+
+@pytest.mark.parametrize("aggregator", ["quality", "best half", "learned scores", "attention + scores"])
+def test_a_frame_of_unknown_quality_makes_no_clip_feature_nan(folder, aggregator):
+    put_val(folder, b"VAL_2", [face(2), face(3, quality=NAN)])
+    batch = run(folder).store.batch([4])
+    pooled = AGGREGATORS[aggregator](512)(batch.feature, batch.mask, batch.quality, batch.det)
+    assert pooled.isfinite().all()
+    if aggregator in ("quality", "best half"):
+        assert pooled[0, 0] == 2
+
+
+@pytest.mark.parametrize("path", ["feat", "scene_feat", "."])
+def test_scenes_are_found_under_the_released_name(folder, path):
+    dump(folder / path / "scene_infos_val.pickle", {"VAL_1.mp4": [(3, feature(2, 2048, np.float32))]}, 3)
+    report = run(folder)
+    assert frames(report) == {"face": 13, "scene": 1} and "feat/scene_val.pickle" not in report.absent
+    assert report.store.clips["clip"].iloc[report.store.select(having="scene")].tolist() == ["VAL_1"]
+    assert "scene_infos_val.pickle" in report.store.meta["provenance"]["bytes"]
+
+
+def test_two_files_of_one_kind_of_scenes_are_refused(folder):
+    for path in (pickle_path(folder, "scene", "val"), folder / "scene_infos_val.pickle"):
+        dump(path, scenes(1))
+    assert_refused(folder, "scene_infos_val.pickle: feat/scene_val.pickle has scene features of val too; keep one")
 
 
 def test_a_clip_that_is_no_list_is_refused(folder):

@@ -21,9 +21,11 @@ def slow_official(truth, result, k):
         for clip in clips:
             if clip not in ranking:
                 ranking.append(clip)
+        if identity not in videos:
+            continue
         if len(ranking) > k:
             raise ValueError
-        if identity not in videos or not videos[identity]:
+        if not videos[identity]:
             continue
         hits, ap = 0, 0.0
         for rank, clip in enumerate(ranking, start=1):
@@ -99,6 +101,12 @@ def test_identity_unknown_to_the_ground_truth_counts_in_the_line_limit():
         official({"1": ["a"]}, {"1": ["a"], "9": ["b"]})
 
 
+def test_identity_unknown_to_the_ground_truth_may_have_any_number_of_clips():
+    clips = [str(number) for number in range(101)]
+    assert official({"1": ["a"], "2": ["b"]}, {"1": ["a"], "9": clips}).ap.tolist() == [1, 0]
+    assert metrics.script_score((["1", "2"], [["a"], ["b"]]), (["1", "9"], [["a"], clips])) == 0.5
+
+
 def test_empty_ground_truth_line_scores_zero_and_counts():
     truth = {"1": ["a"], "2": []}
     assert official(truth, {"1": ["a"]}).map_at_k == 0.5
@@ -166,6 +174,49 @@ def test_official_score_agrees_with_a_slow_script(truth, result):
         expected = slow_official(truth, result, k=5)
     except ValueError:
         with pytest.raises(ValueError):
+            metrics.official_score(truth, result, k=5)
+    else:
+        assert metrics.official_score(truth, result, k=5).map_at_k == pytest.approx(expected, rel=1e-12)
+
+
+# The script of the challenge
+
+
+def test_the_script_takes_the_last_of_two_rankings():
+    truth = ["1", "2"], [["a", "b"], ["c"]]
+    assert metrics.script_score(truth, (["1", "1"], [["x"], ["x", "a", "b"]])) == (1 / 2 + 2 / 3) / 2 / 2
+
+
+def test_the_script_counts_an_identity_once_and_a_clip_of_its_line_twice():
+    assert metrics.script_score((["1", "1"], [["x"], ["a", "a"]]), (["1"], [["a", "a", "x"]])) == 1 / 2 / 2
+
+
+@pytest.mark.parametrize(
+    "truth, result, message",
+    [
+        (([], []), ([], []), "no line: the script would divide by 0"),
+        ((["1"], [["a"]]), (["1", "2"], [["a"], ["a"]]), "2 lines, more than the 1 of"),
+        ((["1", "2"], [["a"], []]), (["2"], [["b"]]), "identity 2 is submitted and has no clip .* divide by 0"),
+        ((["1"], [["a"]]), (["1"], [list("abcdef")]), "identity 1 has 6 clips, more than 5"),
+    ],
+)
+def test_what_the_script_would_stop_at_is_one_error(truth, result, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.script_score(truth, result, k=5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    truth=st.lists(st.tuples(st.sampled_from("12345"), CLIPS.filter(len)), min_size=1, max_size=6),
+    result=st.dictionaries(st.sampled_from("123456"), CLIPS, max_size=6),
+)
+def test_the_script_and_the_official_score_agree_on_files_without_fault(truth, result):
+    truth = [list(column) for column in zip(*truth, strict=True)]
+    result = list(result), list(result.values())
+    try:
+        expected = metrics.script_score(truth, result, k=5)
+    except ValueError as error:
+        with pytest.raises(ValueError, match=f"^{error}$"):
             metrics.official_score(truth, result, k=5)
     else:
         assert metrics.official_score(truth, result, k=5).map_at_k == pytest.approx(expected, rel=1e-12)

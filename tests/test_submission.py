@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from mmlib.data.submission import (
     count_unknown,
+    read_as_script,
     read_result,
     read_train_truth,
     read_val_truth,
@@ -69,6 +70,76 @@ def test_a_result_line_over_a_hundred_clips_is_refused(tmp_path):
     clips = " ".join(f"{i}.mp4" for i in range(101))
     with pytest.raises(ValueError, match="line 2: 101 clips, at most 100"):
         read_result(write(tmp_path, f"1 A.mp4\n2 {clips}\n"))
+
+
+@pytest.mark.parametrize("blank", ["", " ", "  "])
+def test_a_line_of_an_identity_that_the_truth_lacks_may_be_longer(tmp_path, blank):
+    path = write(tmp_path, "1 A.mp4\n2 " + " ".join(f"{i}.mp4" for i in range(101)) + blank)
+    assert list(map(len, read_result(path, known={"1"})[1])) == [1, 101]
+    with pytest.raises(ValueError, match="line 2: 101 clips"):
+        read_result(path, known={"1", "2"})
+
+
+PARTS = ["1", "2", "a.mp4", "b.mp4", "\u00e9.mp4", "a.mp4.mp4", ".mp4", "mp4", " ", " ", "  ", "\t", "\x0c", "\x00"]
+ENDS = ["\n", "\n", " \n", "\r\n", "\r", "\x1c", "\u3000", "\ufeff"]
+
+
+def read_word_by_word(text):
+    lines = [line.split() for line in text.removeprefix("\ufeff").rstrip().split("\n")]
+    for number, (name, *clips) in enumerate((words or [""] for words in lines), 1):
+        if not name or any(not word.endswith(".mp4") or word == ".mp4" for word in clips):
+            return f"line {number}:"
+        if name.endswith(".mp4") and name != ".mp4":
+            return f"line {number}:"
+    return [words[0] for words in lines], [[word.removesuffix(".mp4") for word in words[1:]] for words in lines]
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["1", "22"]), st.lists(st.sampled_from(PARTS)), st.sampled_from(ENDS))))
+def test_all_words_at_once_are_what_they_are_one_by_one(tmp_path_factory, lines):
+    path, text = (
+        tmp_path_factory.mktemp("words") / "r",
+        "".join(name + " ".join(["", *of]) + end for name, of, end in lines),
+    )
+    path.write_bytes(text.encode())
+    expected = read_word_by_word(text) if text.removeprefix("\ufeff").strip() else "empty"
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            read_val_truth(path)
+    else:
+        assert read_val_truth(path) == expected
+        assert read_val_truth(path)[1].sizes.tolist() == list(map(len, expected[1]))
+
+
+@pytest.mark.parametrize("text", ["\ufeff", "\ufeff \n", "\u3000\n", " \r\n"])
+def test_a_file_of_white_space_is_empty(tmp_path, text):
+    for read in (read_val_truth, read_train_truth):
+        with pytest.raises(ValueError, match="file.txt: empty"):
+            read(write(tmp_path, text))
+    assert read_result(write(tmp_path, text)) == ([], [])
+
+
+def test_lists_of_clips_are_a_sequence(tmp_path):
+    _, lists = read_val_truth(write(tmp_path, "1 A.mp4 B.mp4\n2\n3 C.mp4"))
+    assert (len(lists), lists[0], lists[-1], lists[1:]) == (3, ["A", "B"], ["C"], [[], ["C"]])
+    assert [*reversed(lists)] == [["C"], [], ["A", "B"]]
+    for other in ([["A", "B"], [], ["D"]], [["A", "B"], []], [("A", "B"), (), ("C",)], None):
+        assert lists != other
+    with pytest.raises(IndexError):
+        lists[3]
+
+
+def test_the_script_takes_every_blank_at_its_word(tmp_path):
+    text = "\ufeff1 A.mp4  B.mp4\tC.mp4 \r\n\n2 D.mp4\x0cE.mp4\n \n"
+    assert read_as_script(write(tmp_path, text)) == (
+        ["\ufeff1", "", "2", ""],
+        [["A.mp4", "", "B.mp4\tC.mp4"], [], ["D.mp4\x0cE.mp4"], []],
+    )
+    with pytest.raises(ValueError, match="nothing.txt: missing"):
+        read_as_script(tmp_path / "nothing.txt")
+    (tmp_path / "file.txt").write_bytes(b"1 \xff.mp4")
+    with pytest.raises(ValueError, match="byte 2 is 0xff"):
+        read_as_script(tmp_path / "file.txt")
 
 
 def test_repeats_do_not_count_towards_the_hundred(tmp_path):

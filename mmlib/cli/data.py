@@ -55,13 +55,16 @@ def simulate(
 def import_iqiyi(
     folder: Annotated[Path, argument("FOLDER", "The challenge's folder: feat/*.pickle, train_gt.txt, val_gt.txt.")],
     store: NewStore,
-    skip_bad_records: Annotated[bool, option("Leave bad records out and count them.", "--skip-bad-records")] = False,
+    skip_bad_records: Annotated[
+        bool, option("Leave bad records out and count them; sort frames.", "--skip-bad-records")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Import the challenge's own files.
 
     They become a clip store. Nothing in a pickle is executed: what is not an array or a plain container is
-    refused. A bad record stops the import unless told otherwise.
+    refused. A bad record stops the import unless told otherwise. Scene features of the released code of 2019,
+    scene_infos_*.pickle, are found in FOLDER, its feat/ and its scene_feat/.
     """
     import rich
 

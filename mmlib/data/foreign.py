@@ -34,7 +34,8 @@ class ImportReport:
     """What an import found: the store that it made, and all that was absent, damaged or left out.
 
     absent: files and columns.  damaged: frames of whose small numbers float16 keeps few digits; vanished: those of them
-    of which it keeps nothing.  refused: by reason, how many records, and the first of them.
+    of which it keeps nothing.  refused: by reason, how many records, and the first of them.  mended: by what was done,
+    how many, and the first.
     """
 
     store: ClipStore
@@ -43,6 +44,7 @@ class ImportReport:
     damaged: int
     vanished: int
     refused: dict[str, tuple[int, str]] = field(default_factory=dict)
+    mended: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     @property
     def untrained(self) -> list[str]:
@@ -66,6 +68,7 @@ class ImportReport:
         if self.absent:
             lines.append(f"absent: {', '.join(self.absent)}")
         lines += [f"refused: {n} records, {rule}; first: {first}" for rule, (n, first) in self.refused.items()]
+        lines += [f"mended: {n} {what}; first: {first}" for what, (n, first) in self.mended.items()]
         return [*lines, f"{self.seconds:.1f} s"]
 
 

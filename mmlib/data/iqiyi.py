@@ -1,7 +1,8 @@
 """The challenge's own files to a ClipStore and back.
 
 A folder holds `feat/<modality>_<split>.pickle`, `train_gt.txt` and `val_gt.txt`. The pickles are dicts from clip to
-records, written by Python 2; `LAYOUTS` gives the records of each modality.
+records, written by Python 2; `LAYOUTS` gives the records of each modality. Scene features are no official ones:
+those that the released code of 2019 has written are found under its name, see `find_pickle`.
 """
 
 import json
@@ -23,6 +24,7 @@ from mmlib.data.submission import check_names, read_train_truth, read_val_truth,
 from mmlib.data.writer import StoreWriter, nonfinite_rows, partial_folder
 
 ORIGIN = "origin.json"  # beside exported files: whether they are simulated, and where they come from
+DISORDER = "frames out of order"
 CHUNK, BLOCK = 2**8, 2**14  # clips, and of their records how many, that are checked and stored at once
 
 
@@ -54,6 +56,20 @@ def pickle_path(folder: Path, modality: str, split: str) -> Path:
     return Path(folder) / "feat" / f"{modality}_{split}{version}.pickle"
 
 
+def find_pickle(folder: Path, modality: str, split: str) -> Path:
+    """Return where a modality of a split is, in the challenge's place or, of scenes, in those of the released code.
+
+    That writes `scene_infos_<split>.pickle` to a folder of the user's choice, `scene_feat` unless told otherwise; here
+    it may lie in `feat`, in `scene_feat` or beside them. Of several, none is meant: ValueError.
+    """
+    path = pickle_path(folder, modality, split)
+    places = ("feat", "scene_feat", "") if modality == "scene" else ()
+    found = [at for at in (path, *(folder / place / f"scene_infos_{split}.pickle" for place in places)) if at.exists()]
+    if len(found) > 1:
+        raise ValueError(f"{found[1]}: {found[0].relative_to(folder)} has {modality} features of {split} too; keep one")
+    return found[0] if found else path
+
+
 def import_folder(
     folder: Path, store: Path, *, skip_bad_records: bool = False, overwrite: bool = False, progress: bool = True
 ) -> ImportReport:
@@ -61,21 +77,24 @@ def import_folder(
 
     Faces of train and val and both ground truths must be there; all else is taken where present. Clips of a split are
     those of any of its pickles. Identities are the lines of `val_gt.txt` in order, then those that only `train_gt.txt`
-    names. A bad record raises ValueError, or with `skip_bad_records` is counted and left out.
+    names. A bad record raises ValueError, or with `skip_bad_records` is counted and left out; frames out of order are
+    then sorted, and of a clip that is named twice the last is kept. A score that is NaN, which published loaders let
+    pass and which would make all of its clip NaN, is unknown: it is stored as 0, so that the frame has no weight beside
+    others, comes last among them, and lowers the mean of its clip; it is counted.
     """
     began = time.perf_counter()
     truth, identities = _read_truth(folder)
     absent = [] if (folder / "img").is_dir() else ["img/"]
-    found, lost, refused = [], np.zeros(2, int), {}
+    found, lost, refused, mended = [], np.zeros(2, int), {}, {}
     with (
         ClipStore.create(store, overwrite=overwrite, **_read_origin(folder)) as writer,
         Progress(disable=not progress, transient=True) as bar,
         collection_paused(),
     ):
         for modality, split in product(LAYOUTS, SPLITS):
-            path = pickle_path(folder, modality, split)
+            path = find_pickle(folder, modality, split)
             if path.exists():
-                reader = _Reader(path, modality, writer, refused if skip_bad_records else None)
+                reader = _Reader(path, modality, writer, mended, refused if skip_bad_records else None)
                 found.append(reader.stream(bar).assign(modality=modality, split=split))
                 lost += count_lost(np.concatenate(reader.losses), path)
             elif modality == "face" and split != "test":
@@ -88,7 +107,7 @@ def import_folder(
         _check_clips(folder, clips, truth)
         clips["identity"] = [truth.get(clip, (0, -1))[1] for clip in count.index]
         writer.finish(clips, identities, {name: (start[name], count[name]) for name in count})
-    return ImportReport(ClipStore.open(store), time.perf_counter() - began, absent, *lost.tolist(), refused)
+    return ImportReport(ClipStore.open(store), time.perf_counter() - began, absent, *lost.tolist(), refused, mended)
 
 
 def export_folder(store: ClipStore, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -150,7 +169,9 @@ def _read_truth(folder: Path) -> tuple[dict[tuple[str, str], tuple[int, int]], l
 
 def _read_origin(folder: Path) -> dict:
     if not (folder / ORIGIN).exists():
-        sizes = {path.name: path.stat().st_size for path in sorted((folder / "feat").glob("*.pickle"))}
+        used = {find_pickle(folder, modality, split) for modality, split in product(LAYOUTS, SPLITS)}
+        paths = used.union((folder / "feat").glob("*.pickle"))
+        sizes = {path.name: path.stat().st_size for path in sorted(paths) if path.exists()}
         return {"simulated": False, "provenance": {"source": "files of iQIYI-VID-2019", "bytes": sizes}}
     try:
         origin = json.loads((folder / ORIGIN).read_text())
@@ -171,14 +192,23 @@ def _check_clips(folder: Path, clips: pd.DataFrame, truth: dict[tuple[str, str],
 class _Reader:
     """Check one official pickle and stream it to a store.
 
-    Frames are integers that never fall within a clip; scores are finite Python floats (integers are refused, as by the
-    published loaders); features are finite, of the official dtype and width. refused: where bad records are counted,
-    which else raise.
+    Frames are whole numbers that never fall within a clip; scores are Python floats (integers are refused, as by the
+    published loaders); features are finite, of the official dtype and width. mended: where it is counted what was
+    stored otherwise. refused: where bad records are counted, which else raise.
     """
 
-    def __init__(self, path: Path, modality: str, writer: StoreWriter, refused: dict[str, tuple[int, str]] | None):
+    def __init__(
+        self,
+        path: Path,
+        modality: str,
+        writer: StoreWriter,
+        mended: dict[str, tuple[int, str]],
+        refused: dict[str, tuple[int, str]] | None,
+    ):
         self._path, self._modality, self._layout = path, modality, LAYOUTS[modality]
-        self._writer, self._refused, self._last, self.losses = writer, refused, 0, [np.zeros(0)]
+        self._writer, self._refused, self._mended, self._last, self.losses = writer, refused, mended, 0, [np.zeros(0)]
+        # The released code lists scenes as its file system lists pictures, and reads them so.
+        self._sorts = modality == "scene" or (refused is not None and "frame" in self._layout.fields)
 
     def stream(self, bar: Progress) -> pd.DataFrame:
         """Append all good records to the store: clip, start and count of each clip."""
@@ -191,54 +221,79 @@ class _Reader:
             self._clips = _clip_names(self._path, loaded)
             self._count, self._bad = np.zeros((2, len(self._clips)), np.int64)
             self._owner = np.full(self._spool.rows, -1, np.int32)  # of each feature
-            first = self._writer.append(self._modality, **self._parse([], np.zeros(0, np.int64)))
+            none = np.zeros(0, np.int64)
+            first = self._writer.append(self._modality, **self._parse([], none, none))
             keys = list(loaded)
             for at in bar.track(range(0, len(keys), CHUNK), description=f"store {self._path.name}"):
                 values = [loaded.pop(key) for key in keys[at : at + CHUNK]]  # so that memory falls
                 if self._modality == "audio":
                     values = [[(value,)] for value in values]
                 values = [value if type(value) in (list, tuple) else [value] for value in values]
-                owner = np.repeat(np.arange(at, at + len(values)), list(map(len, values)))
-                self._append(list(chain.from_iterable(values)), owner)
+                sizes = np.array(list(map(len, values)))
+                owner = np.repeat(np.arange(at, at + len(values)), sizes)
+                number = 1 + np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+                self._append(list(chain.from_iterable(values)), owner, number, self._sorts)
         bad, lost = self._bad.sum(), np.flatnonzero(self._owner < 0)
         if foreign and not bad:
-            raise ValueError(f"{self._path}: names {min(foreign)!a}, outside of all records; nothing was run")
+            what = f"names {min(foreign)!a}, outside of all records; nothing was run"
+            raise ValueError(f"{self._path}: {what}; write the clips as a dict of lists and arrays, without it")
         if len(lost) > bad * len(self._layout.fields) and not foreign:  # no bad record has more features than that
             later = sorted({*self._owner[lost[0] :]} - {-1})
             clip = self._clips[later[0]] if later else "one of the last"
-            raise ValueError(f"{self._path}: {len(lost)} features of no clip, because one is named twice: {clip}")
+            rule = "features of no clip, because one is named twice"
+            message = f"{self._path}: {len(lost)} {rule}: {clip}"
+            if self._refused is None:
+                raise ValueError(f"{message} (--skip-bad-records keeps what is named last)")
+            _tally(self._refused, rule, len(lost), message)
         start = first + np.cumsum(self._count) - self._count
         return pd.DataFrame({"clip": self._clips, "start": start, "count": self._count})
 
-    def _append(self, records: list, owner: np.ndarray) -> None:
-        """Store records (n) of the clips `owner` (n,), all at once or, if one is bad, by halves, down to that one."""
+    def _append(self, records: list, owner: np.ndarray, number: np.ndarray, sorts: bool = False) -> None:
+        """Store records (n) of the clips `owner` (n,), all at once or, if one is bad, by halves, down to that one.
+
+        number (n,): of each record in its clip, from 1.  sorts: sort frames that are out of order, rather than refuse.
+        """
         try:
-            self._writer.append(self._modality, **self._parse(records, owner))
+            self._writer.append(self._modality, **self._parse(records, owner, number))
             np.add.at(self._count, owner, 1)
         except BadRecord as error:
-            if half := len(records) // 2:
-                self._append(records[:half], owner[:half])
-                self._append(records[half:], owner[half:])
+            if sorts:
+                records, number = self._sorted(records, owner, number)
+            if (half := len(records) // 2) or sorts:
+                for part in (slice(half), slice(half, None)):
+                    self._append(records[part], owner[part], number[part])
                 return
-            clip, frame = owner[0], ""
-            self._bad[clip] += 1
-            if "frame" in self._layout.fields and type(records[0]) in (list, tuple) and records[0]:
-                frame = f" (frame {SHORT.repr(records[0][0])})"
-            where = f"clip {self._clips[clip]}, record {self._count[clip] + self._bad[clip]}{frame}"
-            rule, message = error.args[0], f"{self._path}: {where}: {': '.join(error.args)}"
+            self._bad[owner[0]] += 1
+            rule, where = error.args[0], self._where(records[0], owner[0], number[0])
+            message = f"{where}: {': '.join(error.args)}"
             if self._refused is None:
-                raise ValueError(f"{message} (--skip-bad-records leaves such records out)") from None
-            count, first = self._refused.get(rule, (0, message))
-            self._refused[rule] = count + 1, first
+                does = "sorts them" if rule == DISORDER else "leaves such records out"
+                raise ValueError(f"{message} (--skip-bad-records {does})") from None
+            _tally(self._refused, rule, 1, message)
 
-    def _parse(self, records: list, owner: np.ndarray) -> dict[str, np.ndarray]:
+    def _sorted(self, records: list, owner: np.ndarray, number: np.ndarray) -> tuple[list, np.ndarray]:
+        """Sort records within each clip by their frames; those whose frame cannot be read stay where they are."""
+        frames = [record[0] if type(record) in (list, tuple) and record else None for record in records]
+        frame = np.array([_frame_number(value) for value in self._spool.values(frames)])
+        rows = np.flatnonzero(frame >= 0)
+        order = np.argsort(owner[rows] << 32 | frame[rows], kind="stable")
+        moved = np.unique(owner[rows[order != np.arange(len(order))]])
+        if len(moved):
+            first = ", ".join(map(str, frame[owner == moved[0]][:8]))
+            where = f"{self._path}: clip {self._clips[moved[0]]}, frames {first}"
+            _tally(self._mended, "clips had frames out of order, which were sorted", len(moved), where)
+        place = np.arange(len(records))
+        place[rows] = rows[order]
+        return [records[row] for row in place], number[place]
+
+    def _parse(self, records: list, owner: np.ndarray, number: np.ndarray) -> dict[str, np.ndarray]:
         """Turn records (n) into columns (n, ...), or raise BadRecord for one of them."""
         fields, width = self._layout.fields, self._layout.width
         if len(records) > BLOCK or set(map(type, records)) - {list, tuple} or set(map(len, records)) - {len(fields)}:
             raise BadRecord(f"record without its {len(fields)} fields", SHORT.repr(records[0]))
         *values, features = zip(*records) if records else [()] * len(fields)
         columns, rows = (
-            {name: _column(name, self._spool.values(of)) for name, of in zip(fields, values)},
+            {name: _column(name, of, self._spool) for name, of in zip(fields, values)},
             self._spool.rows_of(features),
         )
         columns["feature"], loss = to_half(self._spool.read(rows))
@@ -248,11 +303,36 @@ class _Reader:
         if "frame" in columns:
             place = np.append(self._last, owner << 32 | columns["frame"])  # ascends through clips and their frames
             if (np.diff(place) < 0).any():
-                raise BadRecord("frames out of order", f"{columns['frame'][0]} after {self._last & 2**32 - 1}")
+                raise BadRecord(DISORDER, f"{columns['frame'][0]} after {self._last & 2**32 - 1}")
             self._last = place[-1]
+        for name in {"det", "quality"} & columns.keys():
+            if len(unknown := np.flatnonzero(np.isnan(columns[name]))):
+                columns[name][unknown] = 0
+                where = self._where(records[unknown[0]], owner[unknown[0]], number[unknown[0]])
+                _tally(self._mended, f"records whose {name} is NaN, unknown, have it stored as 0", len(unknown), where)
         self._owner[rows] = owner
         self.losses.append(loss)
         return columns
+
+    def _where(self, record: object, clip: int, number: int) -> str:
+        """Name a record."""
+        has_frame = "frame" in self._layout.fields and type(record) in (list, tuple) and record
+        frame = f" (frame {SHORT.repr(record[0])})" if has_frame else ""
+        return f"{self._path}: clip {self._clips[clip]}, record {number}{frame}"
+
+
+def _tally(counts: dict[str, tuple[int, str]], what: str, n: int, first: str) -> None:
+    known, first = counts.get(what, (0, first))
+    counts[what] = known + n, first
+
+
+def _frame_number(value: object) -> int:
+    """Return the number of a frame, -1 if it is none."""
+    try:
+        number = int(value) if type(value) in (bytes, str, int, float) else -1  # type: ignore[call-overload]
+    except (ValueError, OverflowError):
+        return -1
+    return number if 0 <= number < 2**31 else -1
 
 
 def _clip_names(path: Path, keys: Iterable) -> list[str]:
@@ -266,21 +346,26 @@ def _clip_names(path: Path, keys: Iterable) -> list[str]:
     return list(names)
 
 
-def _column(name: str, values: Sequence) -> np.ndarray:
+def _column(name: str, values: Sequence, spool: Spool) -> np.ndarray:
     """Turn a field of n records into an array (n, ...), or raise BadRecord if one of them breaks its rule."""
+    values = spool.values(values)
     kinds, right = set(map(type, values)), np.zeros(1, bool)
     try:
-        if name == "frame" and kinds <= {bytes, str, int}:
+        if name == "frame" and kinds <= {bytes, str, int, float}:
             column = np.fromiter(map(int, values), np.int64, len(values))
             right = (column >= 0) & (column < 2**31)
-        elif name == "box" and kinds <= {list, tuple} and set(map(type, chain.from_iterable(values))) <= {float, int}:
-            column = np.array(values, np.float64).reshape(len(values), 4)
-            low, high = column[:, :2], column[:, 2:]
-            right = (low >= 0) & (low <= high) & (high < np.inf)
+            if float in kinds:
+                right &= np.array([type(value) is not float or value.is_integer() for value in values])
+        elif name == "box" and kinds <= {list, tuple} and set(map(len, values)) <= {4}:
+            sides = spool.values(list(chain.from_iterable(values)))  # each may be an array of one number
+            if set(map(type, sides)) <= {float, int}:
+                column = np.array(sides, np.float64).reshape(len(values), 4)
+                low, high = column[:, :2], column[:, 2:]
+                right = (low >= 0) & (low <= high) & (high < np.inf)
         elif name in ("det", "quality") and kinds <= {float}:
             column = np.array(values, np.float64)
-            right = np.isfinite(column)
-    except (ValueError, OverflowError):  # no number, not four, too large
+            right = ~np.isinf(column)
+    except (ValueError, OverflowError):  # no number, too large
         pass
     if not np.all(right):
         rule = {"frame": "a number from 0", "box": "0 <= x1 <= x2, 0 <= y1 <= y2"}.get(name, "a finite float")

@@ -24,6 +24,9 @@ KEPT = 256  # bytes of an array that is no feature
 SHORT = reprlib.Repr()
 SHORT.maxother = 60
 SHORT.repr_int = SHORT.repr_instance  # type: ignore[method-assign]  # integers may have too many digits for repr
+# Types that a defaultdict may make: they say nothing of what it holds. They are stand-ins like all others.
+KINDS = "bool", "complex", "dict", "float", "frozenset", "int", "long", "object", "set", "str", "tuple", "unicode"
+FACTORIES = {f"builtins.{kind}" for kind in KINDS}
 PLAIN = re.compile(r"[<>|=]?[biufcSU]\d{1,3}")  # dtypes of numbers and text
 
 
@@ -57,15 +60,15 @@ class Spool:
     def __init__(self, file: IO[bytes], dtype: str, width: int):
         self.dtype, self.width, self.rows, self._file = np.dtype(dtype), width, 0, file
         self._places = array("i")  # of each array: its row, or if it is no feature its place among the others from -1
-        self._others: list[tuple[str, tuple, bytes | bytearray, int]] = [("nothing", (), b"", 0)]
+        self._others: list[tuple[str, tuple, bytes | bytearray | list, int]] = [("nothing", (), b"", 0)]
 
     def number(self) -> int:
         """Return a number for an array whose content is still to come."""
         self._places.append(-1)
         return len(self._places) - 1
 
-    def add(self, number: int, code: str, shape: tuple, payload: bytes | bytearray) -> None:
-        """Keep one array: a feature on disk, of another dtype or shape a description and its first bytes."""
+    def add(self, number: int, code: str, shape: tuple, payload: bytes | bytearray | list) -> None:
+        """Keep one array: a feature on disk, of another dtype or shape a description and its first bytes or objects."""
         size = len(payload)
         if code[1:] != self.dtype.str[1:] or shape != (self.width,) or size != self.width * self.dtype.itemsize:
             self._others.append((code, shape, payload[:KEPT], size))
@@ -175,7 +178,7 @@ class _Unpickler(pickle.Unpickler):
         full = f"{module}.{name}".replace("numpy._core.", "numpy.core.").replace("__builtin__.", "builtins.")
         if full not in self._known:
             self._known[full] = _foreign(full)
-            self.foreign.add(full)
+            self.foreign |= {full} - FACTORIES
         return self._known[full]
 
 
@@ -249,11 +252,16 @@ def _stand_ins(spool: Spool) -> dict[str, object]:
     return {name: _Known(call) for name, call in known.items()}
 
 
-def _plain(code: str, shape: tuple, payload: bytes | bytearray, otherwise: object) -> object:
-    """Return numbers or text as Python has them: those of a short vector as a list, one alone by itself."""
-    if PLAIN.fullmatch(code) and type(shape) is tuple and len(shape) <= 1:
+def _plain(code: str, shape: tuple, payload: bytes | bytearray | list, otherwise: object) -> object:
+    """Return numbers or text as Python has them: those of a short vector or column as a list, one alone by itself."""
+    if type(payload) is list:  # of an array of objects
+        return payload[0] if len(payload) == 1 else payload
+    if PLAIN.fullmatch(code) and type(shape) is tuple:
         try:
-            values = np.ndarray(shape, code, payload)
+            if {*shape[1:]} - {1}:
+                return otherwise
+            values = np.ndarray(shape[:1], code, payload)
+            values = values.astype(np.float64) if values.dtype.kind == "f" else values  # long ones have no Python float
             return values.item() if values.size == 1 else values.tolist()
         except (TypeError, ValueError):  # a dtype that is none, a shape that does not fit, text that is none
             pass

@@ -1,11 +1,13 @@
 """The challenge's text files: ground truth of train and val, and the submission.
 
-Windows line ends, spaces at the end of a line and empty lines at the end of a file count for nothing; anything else
-that departs from the format is refused. Clip names carry `.mp4` in the files and nowhere else.
+Any white space divides names, however much of it; a byte-order mark and empty lines at the end of a file count for
+nothing. Anything else that departs from the format is refused. The script of the challenge takes every blank at its
+word and no other white space: see `read_as_script`. Clip names carry `.mp4` in the files and nowhere else.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Container, Iterable, Sequence
+from itertools import accumulate, chain
+from operator import eq
 from pathlib import Path
 from textwrap import shorten
 
@@ -16,13 +18,38 @@ from mmlib.data.content import write_whole
 
 RESULT_LIMIT = 100  # clips to a line of a submission
 NAME_RULE = "the challenge's text files take names of one word, those of identities not ending in .mp4"
-Lines = tuple[list[str], list[list[str]]]  # identities, and the clips of each
+Lines = tuple[Sequence[str], Sequence[Sequence[str]]]  # identities, and the clips of each
+
+
+class ClipLists(Sequence[list[str]]):
+    """The clips of each line, split when they are asked for: a million names in memory cost more than their file.
+
+    content: bytes, of which `start` to `stop` are the clips of a line, names with `.mp4` and one blank between them.
+    sizes (n,): how many there are, repeats too.
+    """
+
+    def __init__(self, content: bytes, start: list[int], stop: list[int], sizes: np.ndarray):
+        self._content, self._start, self._stop, self.sizes = content, start, stop, sizes
+
+    def __len__(self) -> int:
+        return len(self._start)
+
+    def __getitem__(self, line):
+        if isinstance(line, slice):
+            return [self[each] for each in range(len(self))[line]]
+        return f"{self._content[self._start[line] : self._stop[line]].decode()} ".split(".mp4 ")[:-1]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+
+    def __repr__(self) -> str:
+        return repr([*self])
 
 
 def read_train_truth(path: str | Path) -> pd.DataFrame:
     """Read `train_gt.txt`, a clip and its identity a line: columns clip and identity, row i is line i + 1."""
     found: dict[str, tuple[int, str]] = {}
-    for number, words in enumerate(_read_lines(Path(path), needed=True), 1):
+    for number, words in enumerate(_split(path, _read_bytes(path), needed=True), 1):
         if len(words) != 2 or not _is_clip(words[0]) or _is_clip(words[1]):
             raise ValueError(f"{path}, line {number}: expected 'CLIP.mp4 IDENTITY', got {' '.join(words)!r}")
         clip = words[0].removesuffix(".mp4")
@@ -32,32 +59,58 @@ def read_train_truth(path: str | Path) -> pd.DataFrame:
     return pd.DataFrame({"clip": [*found], "identity": [identity for _, identity in found.values()]})
 
 
-def read_val_truth(path: str | Path, *, needed: bool = True) -> Lines:
+def read_val_truth(path: str | Path, *, needed: bool = True) -> tuple[list[str], ClipLists]:
     """Read `val_gt.txt`, one identity and its clips a line: identities and their clips, item i is line i + 1.
 
     Repeats are kept: the official score gives them a meaning. needed: refuse an empty file.
     """
-    lines = _read_lines(Path(path), needed)
-    for number, words in enumerate(lines, 1):
+    content = _read_bytes(path)
+    if (plain := _read_plain(content)) is not None:
+        return plain
+    names, texts, sizes = [], [b""], []
+    for number, words in enumerate(_split(path, content, needed), 1):
         if not words or _is_clip(words[0]) or not all(map(_is_clip, words[1:])):
             got = shorten(" ".join(words), 80, placeholder=" ...")
             raise ValueError(f"{path}, line {number}: expected 'IDENTITY CLIP.mp4 CLIP.mp4 ...', got {got!r}")
-    return [words[0] for words in lines], [[word.removesuffix(".mp4") for word in words[1:]] for words in lines]
+        names.append(words[0])
+        texts.append(" ".join(words[1:]).encode())
+        sizes.append(len(words) - 1)
+    ends = [*accumulate(map(len, texts))]
+    return names, ClipLists(b"".join(texts), ends[:-1], ends[1:], np.array(sizes, np.int64))
 
 
-def read_result(path: str | Path) -> Lines:
-    """Read a submission, as `val_gt.txt` with the best clip first: 100 clips a line beside repeats, which are kept."""
-    result = read_val_truth(path, needed=False)
-    for number, clips in enumerate(result[1], 1):
-        if (distinct := len(set(clips))) > RESULT_LIMIT:
-            raise ValueError(f"{path}, line {number}: {distinct} clips, at most {RESULT_LIMIT} are allowed")
-    return result
+def read_result(path: str | Path, *, known: Container[str] | None = None) -> tuple[list[str], ClipLists]:
+    """Read a submission, as `val_gt.txt` with the best clip first: 100 clips a line beside repeats, which are kept.
+
+    known: identities of the ground truth; lines of others are ignored by the score and may be longer.
+    """
+    identities, ranked = read_val_truth(path, needed=False)
+    for line in np.flatnonzero(ranked.sizes > RESULT_LIMIT).tolist():
+        if (distinct := len({*ranked[line]})) > RESULT_LIMIT and (known is None or identities[line] in known):
+            raise ValueError(f"{path}, line {line + 1}: {distinct} clips, at most {RESULT_LIMIT} are allowed")
+    return identities, ranked
+
+
+def read_as_script(path: str | Path) -> Lines:
+    """Read ground truth or a submission as the script of the challenge does: cut at every single blank, nowhere else.
+
+    So two blanks have a name of no letters between them, a tab or a byte-order mark is part of a name, and each line
+    counts, an empty one too. `.mp4` stays. For `metrics.script_score`.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.strip().split(" ") for line in file]
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing") from None
+    except UnicodeDecodeError as error:
+        raise _no_text(path, error) from None
+    return [words[0] for words in lines], [words[1:] for words in lines]
 
 
 def count_unknown(truth: Lines, result: Lines) -> dict[str, tuple[int, int]]:
     """Count the identities and the clips that a result names, and those of them that the ground truth does not."""
-    named = {"identities": {*result[0]}, "clips": {*chain(*result[1])}}
-    known = {"identities": truth[0], "clips": [*chain(*truth[1])]}
+    named = {"identities": {*result[0]}, "clips": {*chain.from_iterable(result[1])}}
+    known = {"identities": truth[0], "clips": [*chain.from_iterable(truth[1])]}
     return {kind: (len(names), len(names.difference(known[kind]))) for kind, names in named.items()}
 
 
@@ -101,14 +154,53 @@ def _is_clip(word: str) -> bool:
     return word.endswith(".mp4") and word != ".mp4"
 
 
-def _read_lines(path: Path, needed: bool) -> list[list[str]]:
+def _read_bytes(path: str | Path) -> bytes:
+    """Read a file, all lines ended by a newline alone."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        content = Path(path).read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{path}: missing") from None
+    return content.replace(b"\r\n", b"\n") if b"\r" in content else content
+
+
+def _split(path: str | Path, content: bytes, needed: bool) -> list[list[str]]:
+    """Split the lines of a file into words; needed: refuse an empty one."""
+    try:
+        text = content.decode("utf-8-sig").rstrip()
     except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ValueError(f"{path}: not text, byte {error.start} is {byte:#04x}") from None
-    if needed and not text.strip():
+        raise _no_text(path, error) from None
+    if needed and not text:
         raise ValueError(f"{path}: empty")
-    return [line.split() for line in text.rstrip().split("\n")] if text.strip() else []
+    return [line.split() for line in text.split("\n")] if text else []
+
+
+def _no_text(path: str | Path, error: UnicodeDecodeError) -> ValueError:
+    return ValueError(f"{path}: not text, byte {error.start} is {error.object[error.start]:#04x}")
+
+
+def _read_plain(content: bytes) -> tuple[list[str], ClipLists] | None:
+    """Read lines of an identity and names of clips, of ASCII, with one blank between them; None if there is a fault.
+
+    All words are checked at once; where this fails they are looked at one by one.
+    """
+    if len(content) < len(".mp4") or not content.isascii():
+        return None
+    byte = np.frombuffer(content, np.uint8)
+    blocks = range(0, len(byte), 2**20)  # that stay in the processor's cache
+    end = np.concatenate([np.flatnonzero(byte[at : at + 2**20] <= ord(" ")) + at for at in blocks])  # of each word
+    mark = byte[end]
+    if content[-1:] != b"\n":
+        end, mark = np.append(end, len(byte)), np.append(mark, np.uint8(ord("\n")))
+    size, last = np.diff(end, prepend=-1) - 1, mark == ord("\n")
+    first = np.append(True, last[:-1])  # of its line
+    clip = size > 4
+    for back, letter in enumerate(b"4pm.", 1):
+        clip &= byte[end - back] == letter
+    right = np.where(first, (size > 0) & ~clip, clip | (last & (size == 0)))
+    if not (right & (last | (mark == ord(" ")))).all():
+        return None
+    head, tail = np.flatnonzero(first), np.flatnonzero(last)
+    start, stop = end[head], end[tail]
+    names = [content[at:to].decode() for at, to in zip((start - size[head]).tolist(), start.tolist())]
+    start = np.minimum(start + 1, stop)  # a line may have no more than its identity
+    return names, ClipLists(content, start.tolist(), stop.tolist(), tail - head - (size[tail] == 0))
