@@ -99,8 +99,7 @@ def official_score(truth: Lines, result: Lines, *, k: int = 100) -> Score:
         distinct, relevant = set(clips), set(wanted[row[name]])
         if len(distinct) > k:
             raise ValueError(f"result line of identity {name} has {len(distinct)} clips, more than {k}")
-        if len(distinct) < len(clips):
-            clips = list(dict.fromkeys(clips))
+        clips = list(dict.fromkeys(clips) if len(distinct) < len(clips) else clips)
         for clip in relevant & distinct:  # a few, of a hundred
             hits[row[name], clips.index(clip)] = True
     ap = average_precision(hits, np.array([len(clips) for clips in wanted]))
