@@ -13,6 +13,7 @@ from mmlib.rank import Fallback
 
 SEARCH_SEEDS = TUNING_SEEDS = (100, 101)  # worlds that no comparison uses
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES_FROM_RANDOM = (1e-3, 3e-3, 1e-2, 3e-2)  # as many; vectors that start at random have further to go
 EPOCHS = (8, 16)
 
 
@@ -104,9 +105,14 @@ def arms(group: dict[str, Experiment]) -> dict[str, Experiment]:
 
 def search(group: dict[str, Experiment], profile: str = "quick", seeds: tuple = SEARCH_SEEDS) -> list[Experiment]:
     """List the experiments of the search: two lengths times four rates on each world, for every arm."""
-    grid = [{"lr": rate, "epochs": epochs} for epochs in EPOCHS for rate in RATES]
-    worlds = [(arm, trial, seed) for arm in group.values() for trial in grid for seed in seeds]
-    return [_arm(arm, trial, profile=profile, seed=seed) for arm, trial, seed in worlds]
+    tried = {True: RATES, False: RATES_FROM_RANDOM}
+    return [
+        _arm(arm, {"lr": rate, "epochs": epochs}, profile=profile, seed=seed)
+        for arm in group.values()
+        for epochs in EPOCHS
+        for rate in tried[arm.start == "class means"]
+        for seed in seeds
+    ]
 
 
 BUDGET = Training(lr=1e-3, aggregator_lr=1e-3)  # of every rung, but for the rates that its search chose
