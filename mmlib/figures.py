@@ -239,6 +239,15 @@ def frame_weights(frame: pd.DataFrame, axes: Sequence[Axes]) -> Sequence[Axes]:
     return axes
 
 
+def attention_maps(maps: Mapping[str, np.ndarray], axes: Sequence[Axes]) -> None:
+    """Draw a map (n, n) a panel, on one scale from 0 to 1; below it, its name."""
+    for ax, (name, entries) in zip(axes, maps.items(), strict=True):
+        drawn = ax.imshow(entries, cmap="magma_r", vmin=0, vmax=1)
+        ax.set(xlabel=name, xticks=[], yticks=[])
+        ax.grid(visible=False)
+    axes[0].figure.colorbar(drawn, ax=list(axes), label="share of attention", shrink=0.8)
+
+
 def verdict_grids(frame: pd.DataFrame) -> Figure:
     """Draw the differences (points) of a sensitivity grid, a panel a learned arm (rows) and a reliability (columns).
 

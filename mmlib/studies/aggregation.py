@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
+from mmlib.aggregate import CodedAttention, channel_map, frame_scores
 from mmlib.compare import COMPARED, compare_arms, counts
 from mmlib.data.simulate import Settings
 from mmlib.data.store import ClipStore
 from mmlib.experiment import FEWEST
-from mmlib.models import IdentityModel
+from mmlib.models import IdentityModel, seeded
 from mmlib.records import Record
+from mmlib.systems import ONE_NAME_AS_CODED
 
 STEPS = {  # one change each: the arm with it, and the arm without
     "norm weights in place of the plain mean": ("norm", "mean"),
     "showing NAN the scores": ("NAN + scores", "NAN"),
     "mixing frames before NAN": ("attention", "NAN"),
     "mixing frames before NAN, with scores": ("attention + scores", "NAN + scores"),
+    "the released network for NAN with scores": ("as coded", "NAN + scores"),
+    "bringing its map to life": ("as coded, alive", "as coded"),
 }
+MAPS = ("as coded", "as coded, alive", "attention + scores")  # arms with a map from frame to frame
 
 
 def mixed_clips(store: ClipStore, n: int) -> np.ndarray:
@@ -59,6 +66,58 @@ def weight_on_wrong(models: dict[str, IdentityModel], store: ClipStore) -> pd.Da
             rows.append((name, mixed.sum(), share[mixed].mean(), (weight * wrong).sum(1).mean()))
     frame = pd.DataFrame(rows, columns=["arm", "clips", "share of frames", "share of weight"])
     return frame.sort_values("share of weight", ignore_index=True)
+
+
+def forty(store: ClipStore, clips: np.ndarray, *, frames: int = 40, seed: int = 0) -> tuple[Tensor, ...]:
+    """Draw forty frames of clips as the released code does: features (B, 40, D), mask, quality and det (B, 40)."""
+    batch = store.batch(clips, sample="draw", frames=frames, generator=torch.Generator().manual_seed(seed))
+    return batch.feature, batch.mask, batch.quality, batch.det
+
+
+@torch.no_grad()
+def attention_map(model: IdentityModel, inputs: tuple[Tensor, ...]) -> np.ndarray:
+    """Return the map of each clip, rows that sum to 1: (B, 20, 20) of the coded arms, else (B, 40, 40)."""
+    module: Any = model.eval().aggregator
+    x, mask, *scores = (part.to(model.prototype.device) for part in inputs)
+    if isinstance(module, CodedAttention):
+        return module.attention(x, mask, *scores).cpu().numpy()
+    known = frame_scores(*scores) if module.scores else None
+    return channel_map(x, mask, module.log_temperature.exp(), known, module.invert).cpu().numpy()
+
+
+def sharpness(maps: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Return the mean largest entry of a row of each map, and what it would be if all were equal: arm, largest, equal.
+
+    maps: (B, n, n) by arm.
+    """
+    rows = [(arm, found.max(axis=2).mean(), 1 / found.shape[2]) for arm, found in maps.items()]
+    return pd.DataFrame(rows, columns=["arm", "largest", "equal"])
+
+
+def from_released_start(store: ClipStore, clips: np.ndarray, *, steps: int = 20) -> dict[str, float]:
+    """Train the living map from the released start, by the released optimiser, on the sum of squares of its features.
+
+    Returns the largest gradient, and the largest weight afterwards, of theta and phi with their batch norms' shifts
+    (``gradient``, ``weight``) and of all else (``other-gradient``), and how far the map comes from equal entries.
+    """
+    inputs = forty(store, clips)
+    with seeded(0):
+        module = CodedAttention(inputs[0].shape[2], alive=True)
+    factors = [module.theta.weight, module.phi.weight, module.theta_norm.bias, module.phi_norm.bias]
+    for value in factors:
+        torch.nn.init.zeros_(value)
+    asked = ONE_NAME_AS_CODED.training
+    optimiser = torch.optim.SGD(module.parameters(), lr=asked.lr, momentum=0.9, weight_decay=asked.weight_decay)
+    said = {"gradient": 0.0, "other-gradient": 0.0}
+    for _ in range(steps):
+        optimiser.zero_grad()
+        module.train()(*inputs).square().mean().backward()
+        for value in module.parameters():
+            name = "gradient" if any(value is factor for factor in factors) else "other-gradient"
+            said[name] = max(said[name], float(value.grad.abs().max()))
+        optimiser.step()
+    away = float((module.eval().attention(*inputs) - 2 / module.frames).abs().max())
+    return said | {"weight": float(max(value.abs().max() for value in factors)), "away": away, "steps": steps}
 
 
 @torch.no_grad()
