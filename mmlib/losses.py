@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Logits that are held at a time: few megabytes, yet few operations, as threads wait for each other in each.
-_PIECE = {"cpu": 2**20, "cuda": 2**24}
+from mmlib.threads import one_thread
+
+# Logits that are held at a time: what the cache of a core has room for; a GPU wants them many.
+_PIECE = {"cpu": 2**18, "cuda": 2**24}
 
 
 def _full(value: Tensor) -> Tensor:
@@ -41,10 +43,10 @@ def margin_logits(cosine: Tensor, label: Tensor, margin: float, scale: float) ->
 
 def _moved(target: Tensor, margin: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return the logit of the true identity and its derivative with respect to the cosine."""
-    if not (((margin >= 0) & (margin <= math.pi / 2)).all() and scale > 0):
-        raise ValueError(
-            f"margin must be in [0, pi/2] radians and scale positive, got {margin.tolist()!r} and {scale!r}"
-        )
+    wrong = ~((margin >= 0) & (margin <= math.pi / 2))
+    if wrong.any() or not scale > 0:
+        first = (margin[wrong].tolist() or margin.flatten().tolist())[0]
+        raise ValueError(f"margin must be in [0, pi/2] radians and scale positive, got {first!r} and {scale!r}")
     square, eps = 1.0 - target.square(), torch.finfo(target.dtype).eps
     cos, sin, margin = (value.to(target.dtype) for value in (margin.cos(), margin.sin(), margin))
     sine = square.clamp_min(eps).sqrt()
@@ -115,10 +117,11 @@ class _MarginCrossEntropy(torch.autograd.Function):
         step = max(1, _PIECE[cosine.device.type] // cosine.shape[-1])
         held = logit.new_empty(min(step, label.numel()), cosine.shape[-1])
         parts = [part.flatten(0, -2).split(step) for part in (cosine, scales, label, logit, most, total)]
-        for row, by, at, true, top, mass in zip(*parts):
-            piece = torch.mul(row, by, out=held[: len(row)])  # as tensors, half times full precision is full
-            torch.amax(piece.scatter_(1, at, true), 1, keepdim=True, out=top)
-            torch.sum(piece.sub_(top).exp_(), 1, keepdim=True, out=mass)
+        with one_thread(cosine.device):
+            for row, by, at, true, top, mass in zip(*parts):
+                piece = torch.mul(row, by, out=held[: len(row)])  # as tensors, half times full precision is full
+                torch.amax(piece.scatter_(1, at, true), 1, keepdim=True, out=top)
+                torch.sum(piece.sub_(top).exp_(), 1, keepdim=True, out=mass)
         loss = total.log() + (most - logit)  # so it is never negative: the bracket is 0 where the label is the top
         return loss[..., 0], total.log() + most, slope * torch.expm1(-loss)
 
@@ -134,8 +137,9 @@ class _MarginCrossEntropy(torch.autograd.Function):
         cosine, label, partition, pull = ctx.saved_tensors
         grad = grad[..., None]
         # Product and difference round one after the other, so that no logit exceeds its log partition.
-        out = (cosine * torch.full_like(partition, ctx.scale)).sub_(partition).exp_().mul_(grad * ctx.scale)
-        return out.scatter_(-1, label, grad * pull).to(cosine.dtype), None, None, None
+        with one_thread(cosine.device):
+            out = (cosine * torch.full_like(partition, ctx.scale)).sub_(partition).exp_().mul_(grad * ctx.scale)
+            return out.scatter_(-1, label, grad * pull).to(cosine.dtype), None, None, None
 
     @staticmethod
     def vmap(info, in_dims: tuple, cosine: Tensor, label: Tensor, margin: Tensor, scale: float) -> tuple:

@@ -1,8 +1,7 @@
 """Rank the gallery for every identity, block by block: clips x identities are never held at once."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
 from numbers import Integral, Real
@@ -14,22 +13,13 @@ from pandas import Interval
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmlib.threads import one_thread
+
 COMBINE = ("log softmax", "softmax", "cosine", "ranks")
 _PIECE = 1_000_000  # scores looked at in one go
 _THREADS = 4  # more would wait for each other's Python
 _LOW = 2**32 - 1  # the half of a key that holds the row
 _NOTHING = torch.iinfo(torch.int64).min  # the key of an empty place: below that of every score, -inf included
-
-
-@contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
-    """Compute in one thread on a CPU, so that no number depends on how many there are; processes use them better."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if device.type == "cpu" else threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Ranking(NamedTuple):

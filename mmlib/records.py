@@ -34,7 +34,18 @@ from mmlib.experiment import Experiment, torch_device
 PACKAGE = Path(__file__).parent
 RESULTS = PACKAGE.parent / "book" / "results"  # committed records
 _DATA = ("clips_per_identity_joint.csv", "calibration.py", "content.py", "simulate.py", "store.py", "writer.py")
-_MODULES = ("aggregate", "losses", "models", "ensemble", "train", "rank", "metrics", "experiment", "retrieve")
+_MODULES = (
+    "aggregate",
+    "losses",
+    "models",
+    "ensemble",
+    "train",
+    "rank",
+    "metrics",
+    "experiment",
+    "retrieve",
+    "threads",
+)
 DECIDING = (*(f"data/{name}" for name in _DATA), *(f"{name}.py" for name in _MODULES))
 Tasks = dict[str, dict[str, Experiment]]  # experiments by the name of their claim, then by the key of their record
 

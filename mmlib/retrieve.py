@@ -15,6 +15,7 @@ from mmlib.data.calibration import QUALITY_EDGES
 from mmlib.data.store import ClipStore
 from mmlib.experiment import TRAINED, TRAINED_ON, Experiment, torch_device
 from mmlib.models import IdentityModel, kept_width, seeded, within_class_whitening
+from mmlib.threads import one_thread
 from mmlib.train import classes_of, pooled_features, train_together
 
 Key = tuple[Experiment, int]  # a branch, and the number of a member
@@ -161,7 +162,7 @@ def train_members(wanted: Iterable[Key], store: ClipStore, *, device: str = "aut
     """Train members; those of one size, of experiments that differ in their seeds alone, in one batched pass."""
     trained: Trained = {}
     at = torch_device(device)
-    with rank.one_thread(at):
+    with one_thread(at):
         for group in _started(wanted, store, at):
             began, members = time.perf_counter(), list(group.values())
             e, models, clips = members[0].experiment, [m.model for m in members], [m.clips for m in members]
@@ -288,7 +289,7 @@ def rank_clips(e: Experiment, store: ClipStore, trained: Trained, part: slice = 
                 predicted[rows] = scores.argmax(1).cpu()
             yield torch.from_numpy(rows).to(device), scores
 
-    with rank.one_thread(device):
+    with one_thread(device):
         if e.combine == "ranks":
             for _ in scored(members, "log softmax"):  # for the predictions
                 pass

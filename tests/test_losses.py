@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import pytest
 import torch
@@ -188,3 +189,170 @@ def test_degrees_and_other_meaningless_settings_are_refused(setting, message):
 def test_focal_loss_refuses_a_negative_gamma():
     with pytest.raises(ValueError, match="gamma must not be negative, got -1"):
         losses.focal_loss(*focal_case(), gamma=-1)
+
+
+# Both as one operation
+
+
+CLIPS, IDENTITIES = 12, 7
+
+
+def fused_case(dtype=torch.float64, seed=0):
+    """Cosines all over [-1, 1], of which some true ones lie beyond pi - m, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    cosine = (torch.rand(CLIPS, IDENTITIES, generator=generator, dtype=torch.float64) * 2 - 1).to(dtype)
+    label = torch.randint(IDENTITIES, (CLIPS,), generator=generator)
+    cosine[0, label[0]], cosine[1, label[1]] = -0.97, 0.99
+    return cosine.requires_grad_(), label
+
+
+def defined(cosine, label, *, margin, scale, gamma, batch=False):
+    term = losses.batch_focal_loss if batch else losses.focal_loss
+    return term(losses.margin_logits(cosine, label, margin, scale), label, gamma=gamma)
+
+
+@pytest.mark.parametrize("piece", [1, 2 * IDENTITIES, 10**6])
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("margin", [0.0, 0.5, math.pi / 2])
+def test_one_operation_is_the_focal_term_of_the_margin_logits(margin, gamma, batch, piece, monkeypatch):
+    monkeypatch.setitem(losses._PIECE, "cpu", piece)
+    cosine, label = fused_case()
+    options = {"margin": margin, "scale": 5.0, "gamma": gamma, "batch": batch}
+    found, expected = (loss(cosine, label, **options) for loss in (losses.margin_focal_loss, defined))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(loss, cosine)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda value: losses.margin_focal_loss(value, label, **options), cosine)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.5])
+def test_margins_of_each_clip_are_those_of_its_own(margin):
+    cosine, label = fused_case()
+    margins = torch.linspace(0, 1.5, CLIPS, dtype=torch.float64)
+    found = losses.margin_focal_loss(cosine, label, margin=margins, scale=5.0, gamma=2.0)
+    options = {"scale": 5.0, "gamma": 2.0}
+    alone = [defined(cosine[i : i + 1], label[i : i + 1], margin=m, **options) for i, m in enumerate(margins.tolist())]
+    torch.testing.assert_close(found, torch.stack(alone).mean(), rtol=1e-12, atol=1e-12)
+    same = losses.margin_focal_loss(cosine, label, margin=torch.full((CLIPS,), margin), **options)
+    torch.testing.assert_close(same, defined(cosine, label, margin=margin, **options), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_weights_are_those_of_repeated_clips(batch):
+    cosine, label = fused_case()
+    weight = torch.arange(CLIPS) % 3
+    options = {"margin": 0.5, "scale": 5.0, "gamma": 2.0, "batch": batch}
+    found = losses.margin_focal_loss(cosine, label, weight=weight, **options)
+    many = defined(cosine.repeat_interleave(weight, 0), label.repeat_interleave(weight), **options)
+    torch.testing.assert_close(found, many, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_members_at_once_have_the_losses_and_gradients_of_one_by_one(batch, device):
+    cases = [fused_case(torch.float32, seed) for seed in range(3)]
+    cosine = torch.stack([one.detach() for one, _ in cases]).to(device).requires_grad_()
+    label = torch.stack([one for _, one in cases]).to(device)
+
+    def loss(cosine, label):
+        return losses.margin_focal_loss(cosine, label, margin=0.5, scale=30.0, gamma=2.0, batch=batch)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a fallback that loops
+        together = torch.func.vmap(loss)(cosine, label)
+    apart = torch.stack([loss(*one) for one in zip(cosine, label)])
+    torch.testing.assert_close(together, apart, rtol=1e-6, atol=0)
+    gradients = [torch.autograd.grad(found.sum(), cosine)[0] for found in (together, apart)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
+    shared = torch.func.vmap(loss, in_dims=(None, 0))(cosine[0], label[:1])
+    torch.testing.assert_close(shared[0], apart[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_read_and_the_loss_is_float32(dtype, device):
+    cosine, label = fused_case(dtype)
+    options = {"margin": 0.5, "scale": 30.0, "gamma": 2.0}
+    cosine, label = cosine.detach().to(device).requires_grad_(), label.to(device)
+    with torch.autocast(device, dtype=dtype):
+        found = losses.margin_focal_loss(cosine, label, **options)
+    exact = cosine.detach().double().requires_grad_()
+    expected = defined(exact, label, **options)
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(expected.item(), rel=1e-5)
+    (gradient,), (true,) = (torch.autograd.grad(*pair) for pair in ((found, cosine), (expected, exact)))
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient.double(), true, rtol=2**-7, atol=1e-6)  # bfloat16 has 8 bits
+
+
+def test_double_precision_stays():
+    cosine, label = fused_case()
+    assert losses.margin_focal_loss(cosine, label, margin=0.5, scale=30.0, gamma=2.0).dtype == torch.float64
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("value", [1.0, -1.0, 1.0 + 1e-6, -1.0 - 1e-6])
+def test_extreme_cosines_have_finite_gradients_in_one_operation(value, gamma):
+    cosine = torch.tensor([[value, 0.0], [0.0, value]], requires_grad=True)
+    label = torch.tensor([0, 0])
+    options = {"margin": math.pi / 2, "scale": 64.0, "gamma": gamma}
+    found, expected = (loss(cosine, label, **options) for loss in (losses.margin_focal_loss, defined))
+    gradient, true = (torch.autograd.grad(loss, cosine)[0] for loss in (found, expected))
+    assert torch.isfinite(found) and torch.isfinite(gradient).all()
+    torch.testing.assert_close(gradient, true, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e9, 1e30])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_inner_products_of_any_size_have_a_loss_and_finite_gradients(size, scale):
+    generator = torch.Generator().manual_seed(0)
+    product = (size * torch.randn(64, 9, generator=generator)).requires_grad_()
+    label = torch.arange(64) % 9
+    found = losses.margin_focal_loss(product, label, margin=0.0, scale=scale, gamma=0.0)
+    assert found.item() == pytest.approx(F.cross_entropy(scale * product, label).item(), rel=1e-5)
+    (gradient,) = torch.autograd.grad(found, product)
+    assert torch.isfinite(gradient).all() and gradient.abs().max() <= scale * 1.01 / 64
+
+
+def test_loss_of_certain_clips_is_not_negative():
+    cosine = torch.rand(50, 9, generator=torch.Generator().manual_seed(0)) * 0.1
+    cosine[:, 0] = 0.9
+    for clip in cosine:
+        assert losses.margin_focal_loss(clip[None], torch.tensor([0]), margin=0.0, scale=29.7, gamma=0.0) >= 0
+
+
+def test_nothing_of_the_size_of_the_logits_is_kept_for_the_gradient():
+    cosine, label = fused_case()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
+        losses.margin_focal_loss(cosine, label, margin=0.5, scale=5.0, gamma=2.0)
+    large = [value for value in kept if value.numel() >= cosine.numel()]
+    assert [value.data_ptr() for value in large] == [cosine.data_ptr()]
+
+
+def test_one_operation_leaves_its_input_and_the_threads_alone():
+    cosine, label = fused_case()
+    before, threads = cosine.detach().clone(), torch.get_num_threads()
+    losses.margin_focal_loss(cosine, label, margin=0.5, scale=5.0, gamma=2.0).backward()
+    assert torch.equal(cosine, before) and torch.get_num_threads() == threads
+
+
+def test_a_second_derivative_is_refused():
+    cosine, label = fused_case()
+    loss = losses.margin_focal_loss(cosine, label, margin=0.5, scale=5.0, gamma=0.0)
+    (gradient,) = torch.autograd.grad(loss, cosine, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"margin": 28.6}, "radians and scale positive, got 28.6"),
+        ({"margin": torch.tensor([0.5, 1.75] * 6)}, "radians .* 1.75"),
+        ({"margin": torch.tensor([0.5, float("nan")] * 6)}, "radians"),
+        ({"scale": 0.0}, "scale positive, got 0.5 and 0.0"),
+        ({"gamma": -1}, "gamma must not be negative, got -1"),
+    ],
+)
+def test_one_operation_refuses_the_same_settings(setting, message):
+    with pytest.raises(ValueError, match=message):
+        losses.margin_focal_loss(*fused_case(), **{"margin": 0.5, "scale": 30.0, "gamma": 0.0} | setting)

@@ -1,3 +1,4 @@
+import threading
 from fractions import Fraction
 
 import numpy as np
@@ -52,6 +53,36 @@ def test_top_k_agrees_with_a_full_sort_also_with_many_ties(seed, clips, identiti
     np.testing.assert_array_equal(found.clip.numpy(), expected)
     picked = np.take_along_axis(scores.T.numpy(), np.maximum(expected, 0), 1)
     np.testing.assert_array_equal(found.score.numpy(), np.where(expected < 0, -np.inf, picked))
+
+
+def test_parts_are_ranked_in_threads_of_one_each_and_blocks_are_made_in_those_of_the_caller(monkeypatch):
+    plain, seen, made = rank._candidates, [], []
+
+    def spy(*arguments, **options):
+        seen.append((threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()))
+        return plain(*arguments, **options)
+
+    def counted(parts):
+        for part in parts:
+            made.append(torch.get_num_threads())
+            yield part
+
+    monkeypatch.setattr(rank, "_candidates", spy)
+    monkeypatch.setattr(rank, "_PIECE", 40)
+    before, scores = torch.get_num_threads(), torch.randn(40, 9, generator=torch.Generator().manual_seed(0))
+    try:
+        torch.set_num_threads(2)
+        found = rank.top_k(counted(blocks(scores, 10)), k=7)
+        assert torch.get_num_threads() == 2 and set(made) == {2}
+        assert {threads for _, threads, _ in seen} == {1} and not any(grad for *_, grad in seen)
+        assert threading.get_ident() not in {ident for ident, *_ in seen}
+        seen.clear()
+        torch.set_num_threads(1)
+        assert torch.equal(rank.top_k(blocks(scores, 10), k=7).clip, found.clip)
+        assert {ident for ident, *_ in seen} == {threading.get_ident()}
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(found.clip.numpy(), slow_top_k(scores, 7))
 
 
 def test_order_of_blocks_does_not_change_the_ranking(device):
