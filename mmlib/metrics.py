@@ -99,9 +99,9 @@ def official_score(truth: Lines, result: Lines, *, k: int = 100) -> Score:
         distinct, relevant = set(clips), set(wanted[row[name]])
         if len(distinct) > k:
             raise ValueError(f"result line of identity {name} has {len(distinct)} clips, more than {k}")
-        clips = list(dict.fromkeys(clips) if len(distinct) < len(clips) else clips)
+        ranking = list(clips if len(distinct) == len(clips) else dict.fromkeys(clips))
         for clip in relevant & distinct:  # a few, of a hundred
-            hits[row[name], clips.index(clip)] = True
+            hits[row[name], ranking.index(clip)] = True
     ap = average_precision(hits, np.array([len(clips) for clips in wanted]))
     return Score(np.asarray(names), ap, float(hits[:, 0].mean()))
 

@@ -236,6 +236,23 @@ def test_clip_names_may_carry_mp4(folder):
     assert ClipStore.open(folder.parent / "store").clips["clip"].tolist()[:2] == ["TRAIN_1", "TRAIN_2"]
 
 
+@pytest.mark.parametrize("where", ["faces", "scenes", "truth", "nowhere", "everywhere"])
+def test_mp4_means_the_same_in_faces_scenes_and_truth(folder, where):
+    ends = {place: ".mp4" * (where in (place, "everywhere")) for place in ("faces", "scenes", "truth")}
+    for split, clips in (("train", 3), ("val", 4)):
+        names = [f"{split.upper()}_{number}" for number in range(1, clips + 1)]
+        faces = {(name + ends["faces"]).encode(): [face(2)] for name in names}
+        scene = {name + ends["scenes"]: [(3, feature(0.1, 2048, np.float32))] for name in names}
+        dump(pickle_path(folder, "face", split), faces)
+        dump(folder / f"scene_infos_{split}.pickle", scene, 4)
+    (folder / "train_gt.txt").write_text(TRAIN_TRUTH.replace(".mp4", ends["truth"]))
+    (folder / "val_gt.txt").write_text(VAL_TRUTH.replace(".mp4", ends["truth"]))
+    store = run(folder).store
+    assert store.clips["clip"].tolist() == ["TRAIN_1", "TRAIN_2", "TRAIN_3", "VAL_1", "VAL_2", "VAL_3", "VAL_4"]
+    assert store.clips["identity"].tolist() == [2, 3, -1, 0, 2, 0, -1]
+    assert {name for name, of in store.modalities.items() if (of.count == 1).all()} == {"face", "scene"}
+
+
 def rewrap(kind, clips):
     """Give clips of faces another outside, which holds the same."""
     if kind in (collections.OrderedDict, dict):
@@ -422,7 +439,15 @@ class Attack:
         return os.mkdir, (str(self.folder),)
 
 
+class Method:
+    """Is made by a method."""
+
+    def __reduce__(self):
+        return collections.Counter.fromkeys, ("ab",)
+
+
 FOREIGN = {
+    "method": Method(),
     "date": datetime.date(2019, 1, 1),
     "Decimal": decimal.Decimal("0.5"),
     "deque": collections.deque([1.0, 2.0, 3.0, 4.0]),
@@ -444,7 +469,7 @@ def test_something_else_in_a_record_is_not_made_and_its_record_is_named(folder, 
         b"VAL_2": [face(2), [b"3", value, *face()[2:]], face(99)]
     }
     dump(pickle_path(folder, "face", "val"), clips, protocol)
-    shown = {"type": "(long|int)", "datetime64": "numpy.<M8"}.get(name, name)
+    shown = {"method": "(getattr|Counter.fromkeys)", "type": "(long|int)", "datetime64": "numpy.<M8"}.get(name, name)
     assert_refused(folder, rf"clip VAL_2, record 2 \(frame b'3'\): box .*{shown}.*--skip-bad-records")
     assert frames(run(folder, skip_bad_records=True)) == {"face": 5 + 6}
     assert not canary.exists()
@@ -790,6 +815,10 @@ def test_a_clip_in_two_splits_is_refused(folder):
         ("val_gt.txt", "1 VAL_1.mp4\n2 VAL_9.mp4\n", "val_gt.txt, line 2: clip VAL_9 has no features"),
         ("val_gt.txt", "1 TRAIN_1.mp4\n", "line 1: clip TRAIN_1 has no features in any pickle of val"),
         ("val_gt.txt", "1 VAL_1.mp4\n2 VAL_1.mp4\n", "line 2: clip VAL_1 is named twice, first on line 1"),
+        ("val_gt.txt", "1 VAL_1\n2 VAL_1.mp4\n", "line 2: clip VAL_1 is named twice, first on line 1"),
+        ("train_gt.txt", "TRAIN_1 3\nTRAIN_1.mp4 3\n", "line 2: clip TRAIN_1 is named twice, first on line 1"),
+        ("train_gt.txt", "3 TRAIN_1\n", "line 1: clip 3 has no features in any pickle of train"),
+        ("train_gt.txt", "3 TRAIN_1.mp4\n", "line 1: expected 'CLIP.mp4 IDENTITY'"),
         ("val_gt.txt", "1 VAL_1.mp4 VAL_1.mp4\n", "line 1: clip VAL_1 is named twice, first on line 1"),
         ("val_gt.txt", "1 VAL_1.mp4\n1 VAL_2.mp4\n", "line 2: identity 1 is named twice, first on line 1"),
     ],

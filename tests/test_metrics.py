@@ -141,6 +141,12 @@ def test_a_result_line_has_a_hundred_clips_unless_told():
         metrics.official_score(truth, (["1"], [clips]))
 
 
+def test_clips_may_be_arrays():
+    truth, clips = (["1"], [np.array(["a", "b"])]), np.array(["x", "a", "a", "b"])
+    assert metrics.official_score(truth, (["1"], [clips])).ap[0] == (1 / 2 + 2 / 3) / 2
+    assert metrics.official_score(truth, (["1"], [clips[:2]])).ap[0] == 1 / 2 / 2
+
+
 def test_same_clip_may_serve_several_identities():
     assert official({"1": ["a"], "2": ["a"]}, {"1": ["a"], "2": ["a"]}).ap.tolist() == [1, 1]
 

@@ -63,8 +63,8 @@ def import_iqiyi(
     """Import the challenge's own files.
 
     They become a clip store. Nothing in a pickle is executed: what is not an array or a plain container is
-    refused. A bad record stops the import unless told otherwise. Scene features of the released code of 2019,
-    scene_infos_*.pickle, are found in FOLDER, its feat/ and its scene_feat/.
+    refused. A bad record stops the import unless told otherwise; a score that is NaN is stored as 0. Scene
+    features of the released code of 2019, scene_infos_*.pickle, are found in FOLDER, its feat/ and scene_feat/.
     """
     import rich
 

@@ -2,7 +2,8 @@
 
 A folder holds `feat/<modality>_<split>.pickle`, `train_gt.txt` and `val_gt.txt`. The pickles are dicts from clip to
 records, written by Python 2; `LAYOUTS` gives the records of each modality. Scene features are no official ones:
-those that the released code of 2019 has written are found under its name, see `find_pickle`.
+those that the released code of 2019 has written are found under its name, see `find_pickle`. Clips may be named with
+`.mp4` or without in any of these files; a store has the names without.
 """
 
 import json
@@ -151,8 +152,8 @@ def _official_items(store: ClipStore, modality: Modality, clips: np.ndarray) -> 
 
 def _read_truth(folder: Path) -> tuple[dict[tuple[str, str], tuple[int, int]], list[str]]:
     """Read both ground truths: for each clip and split that is named its line and identity, and the identities."""
-    train = read_train_truth(folder / "train_gt.txt")
-    identities, clips = read_val_truth(folder / "val_gt.txt")
+    train = read_train_truth(folder / "train_gt.txt", bare=True)
+    identities, clips = read_val_truth(folder / "val_gt.txt", bare=True)
     code = {name: place for place, name in enumerate(dict.fromkeys([*identities, *train["identity"]]))}
     truth = {(clip, "train"): (row + 1, code[identity]) for row, clip, identity in train.itertuples()}
     seen: dict[str, int] = {}

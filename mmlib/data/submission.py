@@ -46,11 +46,14 @@ class ClipLists(Sequence[list[str]]):
         return repr([*self])
 
 
-def read_train_truth(path: str | Path) -> pd.DataFrame:
-    """Read `train_gt.txt`, a clip and its identity a line: columns clip and identity, row i is line i + 1."""
+def read_train_truth(path: str | Path, *, bare: bool = False) -> pd.DataFrame:
+    """Read `train_gt.txt`, a clip and its identity a line: columns clip and identity, row i is line i + 1.
+
+    bare: clips may stand without `.mp4`, as keys of pickles may.
+    """
     found: dict[str, tuple[int, str]] = {}
     for number, words in enumerate(_split(path, _read_bytes(path), needed=True), 1):
-        if len(words) != 2 or not _is_clip(words[0]) or _is_clip(words[1]):
+        if len(words) != 2 or not (bare or _is_clip(words[0])) or _is_clip(words[1]):
             raise ValueError(f"{path}, line {number}: expected 'CLIP.mp4 IDENTITY', got {' '.join(words)!r}")
         clip = words[0].removesuffix(".mp4")
         if clip in found:
@@ -59,21 +62,22 @@ def read_train_truth(path: str | Path) -> pd.DataFrame:
     return pd.DataFrame({"clip": [*found], "identity": [identity for _, identity in found.values()]})
 
 
-def read_val_truth(path: str | Path, *, needed: bool = True) -> tuple[list[str], ClipLists]:
+def read_val_truth(path: str | Path, *, needed: bool = True, bare: bool = False) -> tuple[list[str], ClipLists]:
     """Read `val_gt.txt`, one identity and its clips a line: identities and their clips, item i is line i + 1.
 
-    Repeats are kept: the official score gives them a meaning. needed: refuse an empty file.
+    Repeats are kept: the official score gives them a meaning. needed: refuse an empty file. bare: clips may
+    stand without `.mp4`, as keys of pickles may; not in files to be scored, which the challenge would score 0.
     """
     content = _read_bytes(path)
     if (plain := _read_plain(content)) is not None:
         return plain
     names, texts, sizes = [], [b""], []
     for number, words in enumerate(_split(path, content, needed), 1):
-        if not words or _is_clip(words[0]) or not all(map(_is_clip, words[1:])):
+        if not words or _is_clip(words[0]) or not (bare or all(map(_is_clip, words[1:]))):
             got = shorten(" ".join(words), 80, placeholder=" ...")
             raise ValueError(f"{path}, line {number}: expected 'IDENTITY CLIP.mp4 CLIP.mp4 ...', got {got!r}")
         names.append(words[0])
-        texts.append(" ".join(words[1:]).encode())
+        texts.append(" ".join(word if _is_clip(word) else f"{word}.mp4" for word in words[1:]).encode())
         sizes.append(len(words) - 1)
     ends = [*accumulate(map(len, texts))]
     return names, ClipLists(b"".join(texts), ends[:-1], ends[1:], np.array(sizes, np.int64))

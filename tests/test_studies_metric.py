@@ -1,0 +1,41 @@
+"""The scores of files that depart from the format, by hand; the script's were also compared with it itself."""
+
+import numpy as np
+import pytest
+
+from mmlib.studies import metric
+
+BY_HAND = {  # ours and the script's, None where refused
+    "nothing": (1, 1),
+    "Windows line ends, blanks at the ends of lines": (1, 1),
+    "two blanks between names": (1, ((1 + 2 / 3) / 2 + 1) / 2),  # the second name is empty
+    "a tab between names": (1, 1 / 2),  # a name with a tab in it, and one with a form feed
+    "a form feed between names": (1, 1 / 2),
+    "a byte-order mark before the submission": (1, 1 / 2),  # identity 1 is called otherwise
+    "an empty line at the end of the submission": (1, None),  # a line too many
+    "an empty line at the end of the ground truth": (1, 2 / 3),  # a third identity
+    "an empty line within the ground truth": (None, 2 / 3),
+    "names without .mp4 in both files": (None, 1),
+    "an identity on two lines of the submission": (None, 1 / 2 / 2 / 2),  # a at the second rank, of two; of two
+    "an identity on two lines of the ground truth": (1 / 2, 1 / 2),
+    "a clip twice on a line of the submission": (1, 1),
+    "a clip twice on a line of the ground truth": ((1 / 2 + 1) / 2, (1 / 2 + 1) / 2),
+    "an identity without a clip in the ground truth, submitted": (1 / 2, None),  # a division by 0
+    "an identity that the ground truth lacks": (1 / 2, 1 / 2),
+    "the same, with more than a hundred clips": (1 / 2, 1 / 2),
+    "more than a hundred clips of an identity": (None, None),
+    "more lines than the ground truth has": (None, None),
+}
+
+
+def test_every_case_is_scored_as_by_hand():
+    found = metric.edge_cases().set_index("case")
+    assert found.index.tolist() == list(BY_HAND)
+    for case, expected in BY_HAND.items():
+        wanted = [np.nan if value is None else value for value in expected]
+        assert found.loc[case, ["ours", "script"]].tolist() == pytest.approx(wanted, nan_ok=True), case
+
+
+def test_what_is_refused_here_is_said_so():
+    found = metric.edge_cases()
+    assert (found["ours"].isna() == (found["here"] == "refused")).all()
