@@ -13,6 +13,7 @@ import numpy as np
 from benchmarks import reference as released
 from benchmarks.lines import Bar, Line, chosen
 from benchmarks.meter import StepFailed, isolated
+from benchmarks.parity import BOUND
 from mmlib.records import write_whole
 
 SCHEMA = 1
@@ -27,13 +28,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--scale", choices=("tiny", "full"), default="full", help="tiny tries the command itself")
     parser.add_argument(
-        "--reference", metavar="PATH", help="a checkout of the released code of 2019, measured beside ours"
+        "--reference",
+        metavar="PATH",
+        help="a checkout of the released code of 2019, measured beside ours and held against it part by part (parity)",
     )
     parser.add_argument("--save", metavar="FILE.json")
     parser.add_argument("--folder", help="where temporary files go; at full scale some 10 GB")
     asked = parser.parse_args(arguments)
     try:
-        lines, growth, scene = chosen(asked.only)
+        lines, growth, scene, parity = chosen(asked.only)
         path = str(released.check(asked.reference)) if asked.reference else ""
     except ValueError as error:
         parser.error(str(error))
@@ -41,9 +44,25 @@ def main(arguments: list[str] | None = None) -> int:
         found = measure_all(
             lines, growth, scene, scale=asked.scale, reference=path, folder=str(Path(folder).resolve())
         )  # every step has a working folder of its own
+    if parity and path:
+        found["parity"] = hold(path)
     if asked.save:
         write_whole(Path(asked.save), (json.dumps(found, indent=1) + "\n").encode())
-    return int(any(row.get("failed") for row in found["lines"] + found["growth"]))
+    rows = found["lines"] + found["growth"] + found.get("parity", [])
+    return int(any(row.get("failed") for row in rows))
+
+
+def hold(reference: str) -> list[dict]:
+    """Print and return how far every part is from the released code; what is beyond the bound has failed."""
+    try:
+        rows = isolated("parity:check", reference=reference)["rows"]
+    except StepFailed as error:
+        rows = [{"part": "parity", "of": "all", "difference": float("nan"), "failed": str(error)}]
+    for row in rows:
+        if row["difference"] > BOUND:
+            row["failed"] = f"more than {BOUND:g}"
+        print(f"parity, {row['part']:24s} {row['of']:44s} {row['difference']:8.1e}  {row.get('failed', '')}".rstrip())
+    return rows
 
 
 def measure_all(lines: list[Line], growth: list[Line], scene: bool, *, scale: str, reference: str, folder: str) -> dict:

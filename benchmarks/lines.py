@@ -132,12 +132,12 @@ GROWTH = [
 ]
 
 
-def chosen(names: list[str]) -> tuple[list[Line], list[Line], bool]:
-    """Return the lines, the growth series and whether the scene lines are wanted; no names are all of them.
+def chosen(names: list[str]) -> tuple[list[Line], list[Line], bool, bool]:
+    """Return the lines, the growth series, whether the scene lines and the parity are wanted; no names are all of them.
 
     A name stands for every line that begins with it: ``epoch``, ``growth, rank``.
     """
-    known = [line.name for line in LINES + GROWTH] + ["scene"]
+    known = [line.name for line in LINES + GROWTH] + ["scene", "parity"]
     for name in names:
         if not any(line.startswith(name) for line in known):
             raise ValueError(f"--only {name}: no line begins so; there are {', '.join(known)}")
@@ -149,4 +149,5 @@ def chosen(names: list[str]) -> tuple[list[Line], list[Line], bool]:
         [line for line in LINES if wanted(line.name)],
         [line for line in GROWTH if wanted(line.name)],
         wanted("scene"),
+        wanted("parity"),
     )

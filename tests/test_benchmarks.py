@@ -108,10 +108,10 @@ def test_bytes_of_an_epoch_are_frames_and_parameters(bare, optimiser, numbers):
 
 
 def test_names_choose_every_line_that_begins_so():
-    found, series, scene = lines.chosen(["epoch, NAN", "growth, rank"])
+    found, series, scene, parity = lines.chosen(["epoch, NAN", "growth, rank"])
     assert [line.name for line in found] == ["epoch, NAN", "epoch, NAN, two blocks", "epoch, NAN + scores"]
-    assert [line.name for line in series] == ["growth, rank, clips", "growth, rank, identities"] and not scene
-    assert lines.chosen([]) == (lines.LINES, lines.GROWTH, True)
+    assert [line.name for line in series] == ["growth, rank, clips", "growth, rank, identities"] and not scene and not parity
+    assert lines.chosen([]) == (lines.LINES, lines.GROWTH, True, True)
 
 
 def test_a_name_of_no_line_is_refused():
@@ -176,7 +176,7 @@ def test_epochs_of_the_released_script_are_timed_from_step_to_step(stand_in, tmp
 
 def test_the_command_saves_a_line_beside_the_other_code_with_ceilings(stand_in, tmp_path, monkeypatch, capsys):
     saved = tmp_path / "benchmark_new.json"
-    monkeypatch.setattr(command, "chosen", lambda names: (lines.chosen(names)[0][:1], [], False))
+    monkeypatch.setattr(command, "chosen", lambda names: (lines.chosen(names)[0][:1], [], False, False))
     asked = ["--scale", "tiny", "--only", "metric", "--reference", str(stand_in), "--save", str(saved)]
     assert command.main(asked) == 0
     found = json.loads(saved.read_text())
@@ -192,7 +192,7 @@ def test_the_command_saves_a_line_beside_the_other_code_with_ceilings(stand_in, 
 def test_a_line_that_fails_is_said_and_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     saved = tmp_path / "benchmark_new.json"
     broken = [lines.Line("broken", "ranking:nothing"), lines.Line("metric, bootstrap", "ranking:bootstrap")]
-    monkeypatch.setattr(command, "chosen", lambda names: (broken, [], False))
+    monkeypatch.setattr(command, "chosen", lambda names: (broken, [], False, False))
     roof = dict.fromkeys(("fp32", "bf16", "copy"), 1.0)  # measuring it takes seconds, and is no matter here
     monkeypatch.setattr(
         command, "isolated", lambda step, **o: roof if step == "machine:ceilings" else meter.isolated(step, **o)

@@ -8,8 +8,6 @@ from mmlib.aggregate import AGGREGATORS
 from mmlib.systems import ONE_NAME_AS_CODED
 from mmlib.train import _optimiser
 
-BOUND = 1e-9
-
 
 def twin(*, alone=False, alive=False):
     torch.manual_seed(0)
@@ -25,7 +23,7 @@ def test_network_with_the_released_weights_is_the_released_network(kind):
     given = (arguments[1:], {"contexts": inputs["contexts"]}) if alone else (arguments, inputs)
     found = parity.compare_networks(twin(**kind), parity.network(**kind), *given, released_network.loss, label)
     assert {*found} >= {"outputs, eval", "outputs, training", "loss", "gradients", "weights after steps"}
-    assert max(found.values()) <= BOUND, found
+    assert max(found.values()) <= parity.BOUND == 1e-9, found
 
 
 def test_a_bias_before_a_batch_norm_moves_into_its_mean():
@@ -39,7 +37,7 @@ def test_a_bias_before_a_batch_norm_moves_into_its_mean():
     ours.load_state_dict(parity.converted(made.state_dict()), strict=False)
     with torch.no_grad():
         found, expected = ours.eval()(contexts=inputs["contexts"]), made.eval()(arguments[1])
-    assert parity.difference(found, expected) <= BOUND
+    assert parity.difference(found, expected) <= parity.BOUND
 
 
 def test_a_wrong_weight_is_a_difference():
