@@ -31,7 +31,7 @@ PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#777777"
 _METHODS = {
     BLACK: "learned scores | published | seeds | margin + focal, raw scores | margin 0.7 | show and set",
     BLUE: "quality | mlp | one identity | labelled person | paired | described | lowest 1% | views | as stored | margin"
-    " | margin 0.5 | gamma 0 | cross-entropy | face | fine-tuned network | val | this store | within",
+    " | margin 0.5 | gamma 0 | cross-entropy | face | faces alone | fine-tuned network | val | this store | within",
     ORANGE: "NAN | NAN, two blocks | NAN + scores | linear | two identities | unpaired | coded, scale 30 | lowest 5%"
     " | stratified | principal axes | margin + focal | margin 0.5, gamma 2 | gamma 2 | focal, clip by clip"
     " | score fusion | simulated vectors | own vectors | as coded, alive",
@@ -41,7 +41,7 @@ _METHODS = {
     " | missed",
     PURPLE: "best half | whitened means | margin + focal, scores | scene 128, gated",
     SKY: "norm | class means | clips without a face | cosine softmax | margin 0 | gamma 0.5 | head | body | audio"
-    " | thumbnail | train | described, random start",
+    " | thumbnail | train | described, random start | faces with scenes",
     GREY: "mean | nearest | no fallback | softmax | scene | untrained network",
 }
 COLOURS = {name: colour for colour, names in _METHODS.items() for name in names.split(" | ")}

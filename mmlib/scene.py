@@ -112,7 +112,7 @@ def _make_backbone(architecture: str, weights: str) -> nn.Module:
         backbone = ResNet(Bottleneck, NARROW[architecture], num_classes=0, zero_init_last=False, **shape)
     else:
         try:
-            backbone = timm.create_model(architecture, pretrained=pretrained, num_classes=0)
+            backbone = timm.create_model(architecture, pretrained=pretrained, num_classes=0, drop_rate=0.0)
         except Exception as error:  # whatever a download may raise: connection, hub, checksum, disk
             reason = f"weights: cannot download those of {architecture} ({first_line(error)})"
             raise ValueError(f"{reason}; give the path of a file instead, or none to start from scratch") from None

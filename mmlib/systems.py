@@ -214,7 +214,7 @@ def rung_arms() -> dict[str, Experiment]:
 
     An ensemble has its first ``SEARCHED_MEMBERS`` members there, a fallback's model one.
     """
-    arms = {}
+    arms: dict[str, Experiment] = {}
     for ladder in LADDERS:
         rungs = climb(ladder, members=SEARCHED_MEMBERS)
         if "fallback" in rungs:

@@ -68,14 +68,14 @@ def weight_on_wrong(models: dict[str, IdentityModel], store: ClipStore) -> pd.Da
     return frame.sort_values("share of weight", ignore_index=True)
 
 
-def forty(store: ClipStore, clips: np.ndarray, *, frames: int = 40, seed: int = 0) -> tuple[Tensor, ...]:
+def forty(store: ClipStore, clips: np.ndarray, *, frames: int = 40, seed: int = 0) -> tuple:
     """Draw forty frames of clips as the released code does: features (B, 40, D), mask, quality and det (B, 40)."""
     batch = store.batch(clips, sample="draw", frames=frames, generator=torch.Generator().manual_seed(seed))
     return batch.feature, batch.mask, batch.quality, batch.det
 
 
 @torch.no_grad()
-def attention_map(model: IdentityModel, inputs: tuple[Tensor, ...]) -> np.ndarray:
+def attention_map(model: IdentityModel, inputs: tuple) -> np.ndarray:
     """Return the map of each clip, rows that sum to 1: (B, 20, 20) of the coded arms, else (B, 40, 40)."""
     module: Any = model.eval().aggregator
     x, mask, *scores = (part.to(model.prototype.device) for part in inputs)
@@ -98,11 +98,13 @@ def from_released_start(store: ClipStore, clips: np.ndarray, *, steps: int = 20)
     """Train the living map from the released start, by the released optimiser, on the sum of squares of its features.
 
     Returns the largest gradient, and the largest weight afterwards, of theta and phi with their batch norms' shifts
-    (``gradient``, ``weight``) and of all else (``other-gradient``), and how far the map comes from equal entries.
+    (``gradient``, ``weight``) and of all else (``other-gradient``), how far the map comes from equal entries (``away``)
+    and the steps.  Clips without scores have ones.
     """
-    inputs = forty(store, clips)
+    x, mask, *scores = forty(store, clips)
+    inputs = (x, mask, *(torch.ones(mask.shape) if score is None else score for score in scores))
     with seeded(0):
-        module = CodedAttention(inputs[0].shape[2], alive=True)
+        module = CodedAttention(x.shape[2], alive=True)
     factors = [module.theta.weight, module.phi.weight, module.theta_norm.bias, module.phi_norm.bias]
     for value in factors:
         torch.nn.init.zeros_(value)
@@ -114,7 +116,7 @@ def from_released_start(store: ClipStore, clips: np.ndarray, *, steps: int = 20)
         module.train()(*inputs).square().mean().backward()
         for value in module.parameters():
             name = "gradient" if any(value is factor for factor in factors) else "other-gradient"
-            said[name] = max(said[name], float(value.grad.abs().max()))
+            said[name] = max(said[name], float(torch.as_tensor(value.grad).abs().max()))
         optimiser.step()
     away = float((module.eval().attention(*inputs) - 2 / module.frames).abs().max())
     return said | {"weight": float(max(value.abs().max() for value in factors)), "away": away, "steps": steps}

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 
@@ -14,8 +14,9 @@ import pandas as pd
 
 from mmlib.compare import as_frame, breakdown_frame, compare_arms
 from mmlib.data.store import ClipStore
-from mmlib.experiment import Experiment
+from mmlib.experiment import Experiment, arm_key
 from mmlib.rank import Fallback
+from mmlib.records import Record
 from mmlib.retrieve import missing_scores
 from mmlib.systems import CHOSEN
 
@@ -54,6 +55,16 @@ def weighted(face: Experiment, store: ClipStore) -> dict[str, Experiment]:
     rule = Fallback(by=by, share=0.0, absent=None, lr=CHOSEN["scene"])
     shares = WEIGHTS.items() if "scene" in store.modalities else ()
     return {name: replace(face, combine="softmax", fallback=replace(rule, weight=share)) for name, share in shares}
+
+
+def named(records: Iterable[Record], plan: Mapping[str, Experiment]) -> pd.Series:
+    """Index records by the names of their arms, whatever their world."""
+    known = {arm_key(arm): name for name, arm in plan.items()}
+    records = list(records)
+    names = [known.get(arm_key(record.experiment), "") for record in records]
+    if "" in names:
+        raise ValueError(f"record {records[names.index('')].key} is of no arm of this page")
+    return pd.Series(records, index=names, dtype=object)
 
 
 def against(found: pd.Series, chosen: Iterable[str], baseline: str) -> pd.DataFrame:

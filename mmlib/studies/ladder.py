@@ -57,7 +57,7 @@ def plan(
 
     members: at most so many of an ensemble.  scene, scores, distractors: what the clips have.
     """
-    have = {"members": members, "scene": scene, "scores": scores}
+    have: dict = {"members": members, "scene": scene, "scores": scores}
     out: dict[str, Experiment] = {}
     for ladder in LADDERS if scores else [name for name in LADDERS if name not in FIRST]:  # whose map needs scores
         rungs = climb(ladder, **have)
