@@ -28,7 +28,7 @@ class Rates(NamedTuple):
 # which all arms have in the comparisons. Chapters 04, 05 and 07 show the searches.
 _ARMS = {
     Rates(3e-4): ("softmax",),
-    Rates(1e-3): ("mean", "norm", "quality", "best half", "attention + scores", "as coded", "as coded, alive")
+    Rates(1e-3): ("mean", "norm", "quality", "best half", "attention + scores")
     + ("cosine softmax", "margin", "margin + focal", "margin + batch focal", "margin + focal, raw scores"),
     Rates(1e-2): ("margin, scores", "margin + focal, scores"),
     Rates(1e-3, 3e-4): ("NAN, two blocks",),
@@ -43,15 +43,29 @@ _ARMS = {
 }
 # Of the rungs and the training on distractors by the search of chapter 10; of their aggregators by that of chapter 04.
 _ARMS |= {
+    Rates(1e-3, 1e-2): (
+        *_ARMS[Rates(1e-3, 1e-2)],
+        "as coded",
+        "as coded: aggregation and loss",
+        "as coded: scene",
+        "as coded: ensemble",
+    ),
+    Rates(1e-3, 3e-4): (
+        *_ARMS[Rates(1e-3, 3e-4)],
+        "as coded, alive",
+        "as coded, alive: aggregation and loss",
+        "as coded, alive: scene",
+    ),
     Rates(1e-3, 1e-3): _ARMS[Rates(1e-3, 1e-3)]
     + ("described: baseline", "described, random start: baseline", "as coded: baseline", "as coded, alive: baseline")
     + ("described: fallback", "described, random start: fallback", "as coded: fallback")
-    + tuple(f"{side}, {form}" for side in ("faces alone", "faces with scenes") for form in TRAINED_ON),
+    + tuple(f"faces alone, {form}" for form in TRAINED_ON),
     Rates(1e-3): _ARMS[Rates(1e-3)]
+    + tuple(f"faces with scenes, {form}" for form in TRAINED_ON)
     + tuple(
         f"{ladder}: {rung}"
-        for ladder in ("described", "described, random start", "as coded", "as coded, alive")
-        for rung in ("aggregation and loss", "scene", "ensemble")[: 2 if "alive" in ladder else 3]
+        for ladder in ("described", "described, random start")
+        for rung in ("aggregation and loss", "scene", "ensemble")
     ),
 }
 CHOSEN_RATES = {arm: rates for rates, arms in _ARMS.items() for arm in arms}

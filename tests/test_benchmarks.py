@@ -110,7 +110,8 @@ def test_bytes_of_an_epoch_are_frames_and_parameters(bare, optimiser, numbers):
 def test_names_choose_every_line_that_begins_so():
     found, series, scene, parity = lines.chosen(["epoch, NAN", "growth, rank"])
     assert [line.name for line in found] == ["epoch, NAN", "epoch, NAN, two blocks", "epoch, NAN + scores"]
-    assert [line.name for line in series] == ["growth, rank, clips", "growth, rank, identities"] and not (scene or parity)
+    assert [line.name for line in series] == ["growth, rank, clips", "growth, rank, identities"]
+    assert not (scene or parity)
     assert lines.chosen([]) == (lines.LINES, lines.GROWTH, True, True)
 
 

@@ -300,3 +300,12 @@ def test_provenance_of_a_stale_record_is_not_that_of_a_fresh_one(current):
 
 def test_provenance_of_no_records_names_none():
     assert "no such records" in provenance([])
+
+
+def test_smallest_difference_told_is_told_four_times_in_five():
+    """Of many draws of ten worlds with that mean, four in five have an interval above zero."""
+    n, sd = 10, 2.0
+    (told,) = compare.smallest_told(pd.Series([sd]), pd.Series([n]))
+    draws = np.random.default_rng(0).normal(told, sd, (20_000, n))
+    half = stats.t.ppf(0.975, n - 1) * draws.std(axis=1, ddof=1) / n**0.5
+    assert np.mean(draws.mean(axis=1) > half) == pytest.approx(0.8, abs=0.02)

@@ -518,3 +518,47 @@ def test_frames_concatenation_leaves_the_aggregators_output_raw():
     torch.nn.init.normal_(made.aggregator.query, std=0.1)
     pooled = made.pool(*clips())
     assert torch.equal(pooled, made.aggregator(*clips())) and pooled.shape == (4, DIM + 2)
+
+
+# -- as released -----------------------------------------------------------------------------------------------
+
+
+def test_layers_as_released_start_away_from_the_identity_map_and_end_in_a_prelu():
+    torch.manual_seed(0)
+    mlp = ResidualMLP(300, 600, dropout=0.5, released=True)
+    assert [type(layer).__name__ for layer in mlp.layers][4:] == ["Linear", "BatchNorm1d", "PReLU"]
+    assert (mlp.layers[5].weight == 1).all()
+    for layer, fan in ((mlp.layers[0], 300), (mlp.layers[4], 600)):  # Kaiming-normal: variance 2 / fan in
+        assert layer.weight.std().item() == pytest.approx((2 / fan) ** 0.5, rel=0.02) and layer.bias is None
+
+
+def test_branch_as_released_starts_kaiming_normal():
+    torch.manual_seed(0)
+    branch = ContextBranch(800, 50, dropout=0.5, released=True)
+    for layer, fan in ((branch.layers[0], 800), (branch.layers[4], 200)):
+        assert layer.weight.std().item() == pytest.approx((2 / fan) ** 0.5, rel=0.02)
+
+
+def test_branch_without_reduction_is_the_feature_or_a_learned_vector():
+    branch = ContextBranch(3, 0, dropout=0.5)
+    with torch.no_grad():
+        branch.absent += 7
+    feature, present = torch.arange(6.0).view(2, 3), torch.tensor([True, False])
+    assert branch.out_dim == 3 and [*branch.layers] == []
+    for mode in (True, False):  # one clip that has it is enough, as there are no batch statistics
+        assert branch.train(mode)(feature, present).tolist() == [[0, 1, 2], [7, 7, 7]]
+
+
+def test_vectors_of_identities_start_as_released():
+    torch.manual_seed(0)
+    made = IdentityModel(AGGREGATORS["norm"](602), 10_035, hidden=0, start="xavier")
+    bound = (6 / (602 + 10_035)) ** 0.5
+    assert made.prototype.abs().max().item() == pytest.approx(bound, rel=1e-3)
+    assert made.prototype.norm(dim=1).mean().item() == pytest.approx(0.336, abs=0.002)
+
+
+def test_class_means_leave_out_clips_of_nobody_where_they_have_no_vector():
+    made = IdentityModel(AGGREGATORS["norm"](2), 2, hidden=0)
+    pooled, label = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, -1.0]]), torch.tensor([0, 1, 2])
+    made.start_from_class_means(pooled, label)
+    assert made.prototype.tolist() == [[1, 0], [0, 1]]

@@ -502,3 +502,9 @@ def test_memory_that_runs_out_is_one_line_that_says_what_to_lower(
     assert done.exit_code == 1 and done.stderr.count("\n") == 1
     assert "out of memory" in done.stderr and "lower batch" in done.stderr
     assert not (tmp_path / "out").exists() and not list((cache / "decoded").iterdir())
+
+
+@pytest.mark.parametrize("architecture", ["seresnext50_32x4d", "legacy_seresnext50_32x4d"])
+def test_pooled_features_are_not_dropped_in_training(architecture):
+    """The network of the 2019 weights has, in timm, a drop rate of its own, and the released code has none."""
+    assert make_backbone(architecture).drop_rate == 0

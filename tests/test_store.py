@@ -152,6 +152,26 @@ def test_mean_norm_is_that_of_every_clips_raw_embeddings(store, monkeypatch, pie
     np.testing.assert_allclose(found, slow, rtol=1e-6)
 
 
+def test_mean_norm_in_float16_is_what_numpy_makes_of_half_precision(tmp_path):
+    """As the released code has it: norms of float16 rows, their mean, and the comparison, in float16."""
+    rng = np.random.default_rng(0)
+    count = rng.integers(1, 9, 300)
+    x = rng.normal(size=(count.sum(), 512))
+    x *= 8.863 * (1 + 1e-3 * rng.normal(size=(len(x), 1))) / np.linalg.norm(x, axis=1, keepdims=True)
+    clips = pd.DataFrame({"clip": [f"c{i}" for i in range(300)], "split": "val", "identity": 0})
+    with ClipStore.create(tmp_path / "s", simulated=True, provenance={}) as writer:
+        writer.append("face", x.astype(np.float16))
+        writer.finish(clips, ["1"], {"face": (count.cumsum() - count, count)})
+    store = ClipStore.open(tmp_path / "s")
+    face = store.modalities["face"]
+    rows = [np.array(face.feature[start : start + n]) for start, n in zip(face.start, face.count)]
+    expected = [np.mean(np.linalg.norm(part, axis=1)) for part in rows]
+    found, exact = store.clip_means("face", "norm, float16"), store.clip_means("face", "norm")
+    assert found.tolist() == [float(value) for value in expected]
+    assert {8.859375, 8.8671875} <= {*found}
+    assert ((found < 8.867) == (exact < 8.8632815)).mean() > 0.9 and ((found < 8.867) != (exact < 8.867)).sum() > 50
+
+
 def test_a_score_that_is_not_there_has_no_mean(store):
     with pytest.raises(ValueError, match="face has no det"):
         store.clip_means("face", "det")

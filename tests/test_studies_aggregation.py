@@ -182,3 +182,44 @@ def test_axes_that_vary_are_told_by_the_means_at_their_ends():
 def test_a_grid_that_cannot_be_run_is_refused(name, identities, message):
     with pytest.raises(ValueError, match=message):
         aggregation.grid_points(name, identities)
+
+
+# -- the map of the released code ----------------------------------------------------------------------------
+
+
+def test_released_start_never_moves_while_the_rest_learns(store):
+    said = aggregation.from_released_start(store, mixed_clips(store, 3), steps=5)
+    assert (said["gradient"], said["weight"], said["away"], said["steps"]) == (0, 0, 0, 5)
+    assert said["other-gradient"] > 0
+
+
+def test_maps_have_a_row_that_sums_to_one_for_every_frame_or_mixture(store):
+    inputs = aggregation.forty(store, mixed_clips(store, 3))
+    assert inputs[0].shape == (3, 40, 512)
+    found = {name: aggregation.attention_map(model, inputs) for name, model in models(*aggregation.MAPS).items()}
+    assert [maps.shape for maps in found.values()] == [(3, 20, 20), (3, 20, 20), (3, 40, 40)]
+    for maps in found.values():
+        np.testing.assert_allclose(maps.sum(2), 1, rtol=1e-5)
+    assert (found["as coded"] == np.float32(1 / 20)).all()
+
+
+def test_map_of_the_description_is_that_of_its_frames(store):
+    (name, model), *_ = models("attention + scores").items()
+    x, mask, quality, det = inputs = aggregation.forty(store, mixed_clips(store, 1))
+    frames = torch.cat([x, quality[..., None] / 100, det[..., None]], -1)[0].double()
+    with torch.no_grad():
+        expected = torch.softmax(frames @ frames.T / model.aggregator.log_temperature.exp(), 1)
+    np.testing.assert_allclose(aggregation.attention_map(model, inputs)[0], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_sharpness_is_the_mean_largest_share():
+    maps = {"even": np.full((2, 4, 4), 0.25), "sharp": np.stack([np.eye(4)] * 2)}
+    assert aggregation.sharpness(maps).values.tolist() == [["even", 0.25, 0.25], ["sharp", 1.0, 0.25]]
+
+
+def test_frames_are_drawn_with_replacement_from_short_clips_alone(store):
+    face = store.modalities["face"]
+    long = np.flatnonzero(face.count >= 40)[:1]
+    short = np.flatnonzero((face.count > 0) & (face.count < 40))[:1]
+    distinct = [len(np.unique(aggregation.forty(store, clips)[0][0].numpy(), axis=0)) for clips in (long, short)]
+    assert distinct[0] == 40 > face.count[short[0]] >= distinct[1]

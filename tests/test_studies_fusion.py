@@ -266,3 +266,17 @@ def test_plan_of_the_chapter_has_distinct_experiments(store):
     keys = [replace(arm, profile="tiny").key() for arm in plan.values()]
     assert len(keys) == len(set(keys)) == len(systems.FUSIONS) + len(fusion.WEIGHTS)
     assert all(isinstance(arm, Experiment) for arm in plan.values())
+
+
+# -- kept records --------------------------------------------------------------------------------------------
+
+
+def test_kept_records_are_named_by_their_arms_whatever_their_world():
+    plan = {"face": FACE, "scene 128": systems.FUSIONS["scene 128"]}
+    records = [record(replace(arm, settings=(("identities", 60),)), seed) for arm in plan.values() for seed in (3, 4)]
+    assert fusion.named(records, plan).index.tolist() == ["face", "face", "scene 128", "scene 128"]
+
+
+def test_a_kept_record_of_no_arm_is_refused():
+    with pytest.raises(ValueError, match="is of no arm of this page"):
+        fusion.named([record(replace(FACE, hidden=7))], {"face": FACE})

@@ -11,7 +11,7 @@ from mmlib.data.store import ClipStore, Resident
 from mmlib.experiment import Training
 from mmlib.losses import batch_focal_loss, focal_loss, margin_logits
 from mmlib.models import IdentityModel
-from mmlib.train import classes_of, contexts, pooled_features, train_together
+from mmlib.train import _optimiser, classes_of, contexts, pooled_features, train_together
 
 DIM, CONTEXT, IDENTITIES = 12, 32, 4
 SHORT = Training(epochs=4, batch=8, frames=6, lr=1e-2)
@@ -444,3 +444,47 @@ def test_members_see_clips_in_another_order_and_other_frames(store, read):
         trained(store, seed=seed, training=replace(SHORT, epochs=1, batch=len(store)))
         seen.append(dict(zip(read[0][0], map(frozenset, read[0][2]), strict=True)))
     assert list(seen[0]) != list(seen[1]) and seen[0] != seen[1] and seen[0].keys() == seen[1].keys()
+
+
+# -- as released -----------------------------------------------------------------------------------------------
+
+
+def test_rates_fall_by_epoch_as_released(store, monkeypatch):
+    """A cosine over the epochs: every step of the first has the whole rate, of the second of two half of it."""
+    rates = {}
+    for schedule in ("epoch", "step"):
+        seen, step = [], torch.optim.SGD.step
+
+        def spy(self, *arguments, seen=seen, step=step, **options):
+            seen.append(self.param_groups[-1]["lr"])
+            return step(self, *arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim.SGD, "step", spy)
+            trained(store, training=replace(SHORT, epochs=2, batch=8, lr=0.1, optimiser="sgd", schedule=schedule))
+        rates[schedule] = seen
+    half = len(rates["epoch"]) // 2
+    assert half > 1 and rates["epoch"] == pytest.approx([0.1] * half + [0.05] * half)
+    assert len({*rates["step"]}) == len(rates["step"]) == 2 * half
+
+
+@pytest.mark.parametrize("decay, expected", [("network", 0.0), ("all", 0.3)])
+def test_decay_is_on_the_aggregator_only_if_asked(decay, expected):
+    made = model("NAN")
+    found = _optimiser(dict(made.named_parameters()), replace(SHORT, weight_decay=0.3, decay=decay))
+    assert [group["weight_decay"] for group in found.param_groups] == [expected, 0.3]
+
+
+def test_raw_context_is_the_mean_of_the_embeddings_as_they_are(patchy):
+    clips, source = patchy.select("train"), patchy.modalities["scene"]
+    feature, present = contexts(patchy, "scene", clips, torch.device("cpu"), raw=True)
+    for clip, found, has in zip(clips, feature, present):
+        rows = source.feature[source.start[clip] : source.start[clip] + source.count[clip]].astype(np.float64)
+        assert has == (len(rows) > 0)
+        np.testing.assert_allclose(found, rows.mean(0) if len(rows) else 0 * found, rtol=1e-3, atol=1e-5)
+
+
+def test_loss_may_be_another_than_that_of_the_training(store):
+    made = model()
+    options = {"seeds": [0], "loss": lambda cosine, label: 0 * cosine.sum() + 3}
+    assert train_together([made], store, [store.select()], SHORT, **options)[0] == pytest.approx([3.0] * SHORT.epochs)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from mmlib.aggregate import CodedAttention, channel_map, frame_scores
 from mmlib.compare import COMPARED, compare_arms, counts
@@ -119,7 +118,8 @@ def from_released_start(store: ClipStore, clips: np.ndarray, *, steps: int = 20)
             said[name] = max(said[name], float(torch.as_tensor(value.grad).abs().max()))
         optimiser.step()
     away = float((module.eval().attention(*inputs) - 2 / module.frames).abs().max())
-    return said | {"weight": float(max(value.abs().max() for value in factors)), "away": away, "steps": steps}
+    weight = max(float(value.detach().abs().max()) for value in factors)
+    return said | {"weight": weight, "away": away, "steps": steps}
 
 
 @torch.no_grad()
