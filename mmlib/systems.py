@@ -28,7 +28,8 @@ class Rates(NamedTuple):
 # which all arms have in the comparisons. Chapters 04, 05 and 07 show the searches.
 _ARMS = {
     Rates(3e-4): ("softmax",),
-    Rates(1e-3): ("mean", "norm", "quality", "best half", "attention + scores")
+    Rates(5e-4): ("best half",),
+    Rates(1e-3): ("mean", "norm", "quality", "attention + scores")
     + ("cosine softmax", "margin", "margin + focal", "margin + batch focal", "margin + focal, raw scores"),
     Rates(1e-2): ("margin, scores", "margin + focal, scores"),
     Rates(1e-3, 3e-4): ("NAN, two blocks",),
