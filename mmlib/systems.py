@@ -25,7 +25,7 @@ class Rates(NamedTuple):
 
 
 # Of each arm the rates with the best mean MAP@100 in its search on the worlds of SEARCH_SEEDS, at the shorter length,
-# which all arms have in the comparisons. Chapters 04, 05 and 07 show the searches.
+# which all arms have in the comparisons. Chapters 04, 05, 07, 08 and 10 show the searches.
 _ARMS = {
     Rates(3e-4): ("softmax",),
     Rates(5e-4): ("best half",),
@@ -58,6 +58,7 @@ _ARMS |= {
         "as coded, alive: scene",
     ),
     Rates(1e-3, 1e-3): _ARMS[Rates(1e-3, 1e-3)]
+    + ("face and scene", "random start", "scene alone")
     + ("described: baseline", "described, random start: baseline", "as coded: baseline", "as coded, alive: baseline")
     + ("described: fallback", "described, random start: fallback", "as coded: fallback")
     + tuple(f"faces alone, {form}" for form in TRAINED_ON),
@@ -110,6 +111,14 @@ FUSIONS = {
     "scene 128, gated": replace(FUSED, context=("scene",), fusion="gated"),
     **{name: replace(FUSED, context=(name,)) for name in ("head", "body", "audio")},
     "all": replace(FUSED, context=("scene", "head", "body", "audio")),
+}
+
+
+_MEMBER = replace(BASE, context=("scene",))
+ENSEMBLES = {  # a member of each system of chapter 08, by what the chapter calls it
+    "face and scene": _MEMBER,
+    "random start": replace(_MEMBER, start="random"),
+    "scene alone": replace(_MEMBER, modality=None, regions=32),
 }
 
 

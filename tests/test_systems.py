@@ -224,7 +224,8 @@ def test_committed_records_of_the_ladder_are_of_its_rungs():
 # -- arms ------------------------------------------------------------------------------------------------------
 
 RUNGS = systems.rung_arms()
-GROUPS = pytest.mark.parametrize("group", [LOSSES, FUSIONS, RUNGS], ids=["losses", "fusions", "rungs"])
+EVERY = {"losses": LOSSES, "fusions": FUSIONS, "ensembles": systems.ENSEMBLES, "rungs": RUNGS}
+GROUPS = pytest.mark.parametrize("group", EVERY.values(), ids=EVERY)
 
 
 def changes(arm, base):
@@ -345,8 +346,8 @@ def test_record_of_no_arm_is_refused():
 
 @pytest.mark.parametrize(
     "group, name",
-    [(LOSSES, "05_search.jsonl.gz"), (FUSIONS, "07_search.jsonl.gz"), (RUNGS, "10_search.jsonl.gz")],
-    ids=["losses", "fusions", "rungs"],
+    [(group, f"{number}_search.jsonl.gz") for group, number in zip(EVERY.values(), ("05", "07", "08", "10"))],
+    ids=EVERY,
 )
 def test_rates_are_the_best_short_ones_of_the_committed_searches(group, name):
     best = rates.search_frame(group, read_results(name)).set_index("arm")["lr"].to_dict()
