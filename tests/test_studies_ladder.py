@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import made
 from scipy import stats
 
@@ -414,6 +415,27 @@ def test_views_come_from_the_records_of_ensembles():
     records = [*ensemble_records("views", 2, [0.5, 0.6]), *ensemble_records("bagging", 2, [0.6, 0.7])]
     row = ladder.claims([], [], [], records).set_index("claim").loc["views beat bagging"]
     assert (row["verdict"], row["difference"]) == ("contradicted", pytest.approx(-10))
+
+
+# -- where nobody's vector lies ------------------------------------------------------------------------------
+
+
+def test_clips_nearest_to_nobody_are_counted_among_identities_and_strangers(store, monkeypatch):
+    arm = plan()["faces alone, class, no margin"]
+    gallery = ladder.retrieve.gallery_of(arm, store)
+    identity = store.identity_of(gallery)
+    cosines = np.zeros((len(gallery), len(store.identities) + 1))
+    known = np.flatnonzero(identity >= 0)
+    cosines[known, identity[known]] = 0.5
+    cosines[known[:3], -1] = 0.9  # three labelled clips and every stranger but one
+    cosines[identity < 0, -1] = 0.2
+    cosines[np.flatnonzero(identity < 0)[0], 0] = 0.3
+    member = type("Member", (), {"cosines": lambda self, clips: torch.from_numpy(cosines)})()
+    monkeypatch.setattr(ladder.retrieve, "fit", lambda *_, **__: member)
+    (row,) = ladder.taken_for_nobody({"form": arm}, store).to_dict("records")
+    assert row["of identities"] == pytest.approx(3 / len(known))
+    assert row["of strangers"] == pytest.approx(1 - 1 / (identity < 0).sum())
+    assert (row["own"], row["nobody"]) == pytest.approx((0.5, 2.7 / len(known)))
 
 
 # -- the released code ---------------------------------------------------------------------------------------

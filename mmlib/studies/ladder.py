@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from mmlib import compare, metrics
+from mmlib import compare, metrics, retrieve
 from mmlib.data.store import ClipStore
 from mmlib.experiment import TRAINED_ON, Experiment, arm_key
 from mmlib.records import Record
@@ -105,6 +105,24 @@ def differences(pairs: Pairs, records: Iterable[Record], names: Iterable[str]) -
         within.append((100 * found.low, 100 * found.high))
     frame[["within_low", "within_high"]] = np.reshape(within, (-1, 2))
     return frame
+
+
+def taken_for_nobody(arms: Mapping[str, Experiment], store: ClipStore, **options) -> pd.DataFrame:
+    """Train the arms with a class of distractors and say how it lies among the identities, by the gallery of one world.
+
+    Returns arm, of identities and of strangers (the shares of labelled clips, and of distractors that were not trained
+    on, whose highest cosine is that of nobody), own and nobody (mean cosines of labelled clips with their identity and
+    with nobody).  options: as for ``retrieve.fit``.
+    """
+    rows = []
+    for name, arm in arms.items():
+        gallery = retrieve.gallery_of(arm, store)
+        identity = store.identity_of(gallery)
+        cosines = retrieve.fit(arm, store, **options).cosines(gallery).cpu().numpy()
+        nobody, known = cosines.argmax(1) == len(store.identities), identity >= 0
+        own = cosines[known, identity[known]]
+        rows.append((name, nobody[known].mean(), nobody[~known].mean(), own.mean(), cosines[known, -1].mean()))
+    return pd.DataFrame(rows, columns=["arm", "of identities", "of strangers", "own", "nobody"])
 
 
 def steps_of(names: Iterable[str]) -> Pairs:
