@@ -101,7 +101,10 @@ def loss(scale: str, **_) -> dict:
 
 def loss_elsewhere(scale: str, **_) -> dict:
     """Pass the same loss of pytorch-metric-learning, whose cross-entropy is made focal, from the same cosines."""
-    from pytorch_metric_learning.losses import ArcFaceLoss
+    try:
+        from pytorch_metric_learning.losses import ArcFaceLoss
+    except ImportError:
+        raise RuntimeError("not installed here: pip install pytorch-metric-learning") from None
 
     def focal(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         entropy = F.cross_entropy(logits, label, reduction="none")

@@ -206,8 +206,11 @@ def test_a_line_that_fails_is_said_and_does_not_stop_the_others(tmp_path, monkey
 
 def test_another_library_that_is_not_installed_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pytrec_eval", None)
+    monkeypatch.setitem(sys.modules, "pytorch_metric_learning.losses", None)
     with pytest.raises(RuntimeError, match="not installed here: pip install pytrec-eval-terrier"):
         ranking.metric_trec(str(tmp_path))
+    with pytest.raises(RuntimeError, match="not installed here: pip install pytorch-metric-learning"):
+        training.loss_elsewhere("tiny")
 
 
 def test_another_library_scores_the_same_files_alike(tmp_path):
