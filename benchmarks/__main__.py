@@ -59,8 +59,8 @@ def hold(reference: str) -> list[dict]:
     except StepFailed as error:
         rows = [{"part": "parity", "of": "all", "difference": float("nan"), "failed": str(error)}]
     for row in rows:
-        if row["difference"] > BOUND:
-            row["failed"] = f"more than {BOUND:g}"
+        if not row["difference"] <= BOUND:  # or NaN
+            row.setdefault("failed", f"more than {BOUND:g}")
         print(f"parity, {row['part']:24s} {row['of']:44s} {row['difference']:8.1e}  {row.get('failed', '')}".rstrip())
     return rows
 

@@ -1,4 +1,4 @@
-"""Hold every part against the released code of 2019: its weights copied into the networks of this study, in float64.
+"""Hold every part against the released code of 2019: one set of weights in its networks and in ours, in float64.
 
 A part's figure is the largest difference of any number, over the larger of 1 and the largest number that it is of.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,17 +61,6 @@ def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in out.items() if alive or name not in affinity}
 
 
-class Masked(nn.Module):
-    """Dropout with a given mask."""
-
-    def __init__(self, keep: Tensor):
-        super().__init__()
-        self.keep = keep
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.keep if self.training else x
-
-
 @torch.no_grad()
 def difference(found: Tensor, expected: Tensor) -> float:
     """Return the largest difference of two tensors, over the larger of 1 and the largest number expected."""
@@ -92,7 +82,7 @@ def compare_networks(theirs: nn.Module, ours: IdentityModel, arguments: tuple, i
     drops = [(part, name) for part, name, layer in drops if isinstance(layer, nn.Dropout)]
     for (part, name), layer in zip(drops, (m for m in ours.modules() if isinstance(m, Dropout)), strict=True):
         layer.keep = layer.draw(len(label), draw).double()
-        setattr(part, name, Masked(layer.keep))
+        setattr(part, name, layer)  # with its mask
     found = {"outputs, eval": difference(ours.eval()(**inputs), theirs.eval()(*arguments))}
     training = SYSTEM.training
     mine = _optimiser(dict(ours.named_parameters()), training)
@@ -110,14 +100,19 @@ def compare_networks(theirs: nn.Module, ours: IdentityModel, arguments: tuple, i
         for part, value in (
             ("outputs, training", difference(*cosines)),
             ("loss", difference(*losses)),
-            ("gradients", max(slopes)),
+            ("gradients", np.max(slopes)),
         ):
-            found[part] = max(found[part], value)
+            found[part] = float(np.maximum(found[part], value))  # which keeps NaN, as max does not
         mine.step()
         other.step()
     state, named = ours.state_dict(), converted(theirs.state_dict())
-    found["weights after steps"] = max(difference(state[name], value) for name, value in named.items())
+    found["weights after steps"] = _largest((state[name], value) for name, value in named.items())
     return found | {"outputs, eval, after steps": difference(ours.eval()(**inputs), theirs.eval()(*arguments))}
+
+
+def _largest(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Return the largest difference of pairs, NaN where one is."""
+    return float(np.max([difference(*pair) for pair in pairs]))
 
 
 def _zero_if_none(parameter: Tensor) -> Tensor:
@@ -216,8 +211,8 @@ def attention(reference: str) -> dict:
     for value in (pooled, expected):
         value.square().sum().backward()
     named = converted({name: _zero_if_none(value) for name, value in theirs.named_parameters()} | _means(theirs))
-    slopes = ((value, named[f"aggregator.{name}"]) for name, value in ours.named_parameters())
-    return found | {"gradients": max(difference(_zero_if_none(value), other) for value, other in slopes)}
+    slopes = ((_zero_if_none(value), named[f"aggregator.{name}"]) for name, value in ours.named_parameters())
+    return found | {"gradients": _largest(slopes)}
 
 
 def nan_block(reference: str) -> dict:
@@ -251,7 +246,7 @@ def towers(reference: str, name: str) -> dict:
         value.square().sum().backward()
     named = converted({key: _zero_if_none(value) for key, value in theirs.named_parameters()} | _means(theirs))
     slopes = [(value.grad, named.get(key)) for key, value in ours.named_parameters() if value.grad is not None]
-    return found | {"gradients": max(difference(*pair) for pair in slopes if pair[1] is not None)}
+    return found | {"gradients": _largest(pair for pair in slopes if pair[1] is not None)}
 
 
 def loss(reference: str) -> dict:
@@ -330,7 +325,7 @@ def faces(reference: str) -> dict:
         for name, value in known.items():
             ours = face.feature[span] if name == "feature" else face.columns[name][span]
             # Scores are kept in float32.
-            worst = max(worst, float(np.abs(ours - value.astype(ours.dtype)).max())) if len(ours) else worst
+            worst = float(np.maximum(worst, np.abs(ours - value.astype(ours.dtype)).max(initial=0)))
     return {f"{len(theirs)} clips": worst}
 
 
@@ -349,7 +344,7 @@ def evaluation(reference: str) -> dict:
         ranking[rng.random(len(ranking)) < 0.2, rng.integers(1, 100) :] = -1
         write_result(result, list(answered), ranking, names)
         found = metrics.official_score(read_val_truth(truth), read_result(result)).map_at_k
-        worst = max(worst, abs(found - score(str(truth), str(result))))
+        worst = float(np.maximum(worst, abs(found - score(str(truth), str(result)))))
     return {"MAP@100 of 200 files": worst}
 
 

@@ -154,8 +154,8 @@ class IdentityModel(nn.Module):
     contexts: width by name of the context features that join through a ``ContextBranch`` of ``context_dim`` outputs
     each, 0 for as many as inputs.  raw_contexts: whether they come as they are, or scaled to entries of order 1.
     layers: ``"study"``, or ``"released"`` as in ``ResidualMLP`` and ``ContextBranch``.  start: of the identities'
-    vectors, ``"xavier"`` as released (their length is about .34 at the size of the challenge, so that one rate turns
-    them some nine times as fast), else random ones of length 1.  gated: multiply each context by a gate in (0, 1) that
+    vectors, ``"xavier"`` as released (of length about .34 at the size of the challenge, which one rate of SGD turns
+    some nine times as fast), else random ones of length 1.  gated: multiply each context by a gate in (0, 1) that
     sees it and the clip feature.  head: ``"cosine"``, or ``"dot"`` for inner products.  discard: the block of the
     embeddings and of every context that the model does not see.
     """

@@ -342,6 +342,21 @@ def test_loss_of_distractors_is_that_of_its_form(form):
     torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("gamma, focal", [(2.0, "clip"), (2.0, "batch")])
+@pytest.mark.parametrize("form", TRAINED_ON)
+def test_loss_of_distractors_is_the_same_for_models_together(form, gamma, focal):
+    """As on a GPU, where members train in one pass: under vmap, values and gradients of each."""
+    torch.manual_seed(0)
+    asked = Experiment(distractors=form, training=Training(gamma=gamma, focal=focal))
+    cosine = 0.8 * torch.rand(3, 5, 4 + asked.has_class_of_nobody, dtype=torch.float64)
+    cosine, label = cosine.requires_grad_(), torch.tensor([[0, 2, 1, 4, 4], [4, 1, 1, 0, 3], [4, 4, 4, 4, 4]])
+    together = torch.func.vmap(asked.loss)(cosine, label)
+    alone = torch.stack([asked.loss(*pair) for pair in zip(cosine, label)])
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-7)
+    slopes = [torch.autograd.grad(value.sum(), cosine, retain_graph=True)[0] for value in (together, alone)]
+    torch.testing.assert_close(*slopes, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("form", TRAINED_ON)
 def test_loss_of_distractors_alone_is_finite(form):
     asked = Experiment(distractors=form)

@@ -3,6 +3,7 @@ import pytest
 import released_network
 import torch
 
+from benchmarks import __main__ as command
 from benchmarks import parity
 from mmlib.aggregate import AGGREGATORS
 from mmlib.systems import ONE_NAME_AS_CODED
@@ -38,6 +39,14 @@ def test_a_bias_before_a_batch_norm_moves_into_its_mean():
     with torch.no_grad():
         found, expected = ours.eval()(contexts=inputs["contexts"]), made.eval()(arguments[1])
     assert parity.difference(found, expected) <= parity.BOUND
+
+
+def test_what_is_no_number_is_a_difference(monkeypatch, capsys):
+    rows = [{"part": "one", "of": "outputs", "difference": value} for value in (1e-12, float("nan"), 1e-6)]
+    monkeypatch.setattr(command, "isolated", lambda *_, **__: {"rows": rows})
+    assert ["failed" in row for row in command.hold("")] == [False, True, True]
+    nan, one = torch.tensor([float("nan")]), torch.ones(1)
+    assert np.isnan(parity._largest([(one, one), (nan, one), (one, one)]))
 
 
 def test_a_wrong_weight_is_a_difference():

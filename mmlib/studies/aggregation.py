@@ -84,6 +84,13 @@ def attention_map(model: IdentityModel, inputs: tuple) -> np.ndarray:
     return channel_map(x, mask, module.log_temperature.exp(), known, module.invert).cpu().numpy()
 
 
+def untrained_map(inputs: tuple) -> np.ndarray:
+    """Return the living map of each clip, (B, 20, 20), as it starts, with the statistics of these clips."""
+    with seeded(0):
+        module = CodedAttention(inputs[0].shape[2], alive=True)
+    return module.train().attention(*inputs).numpy()
+
+
 def sharpness(maps: dict[str, np.ndarray]) -> pd.DataFrame:
     """Return the mean largest entry of a row of each map, and what it would be if all were equal: arm, largest, equal.
 
@@ -94,7 +101,7 @@ def sharpness(maps: dict[str, np.ndarray]) -> pd.DataFrame:
 
 
 def from_released_start(store: ClipStore, clips: np.ndarray, *, steps: int = 20) -> dict[str, float]:
-    """Train the living map from the released start, by the released optimiser, on the sum of squares of its features.
+    """Train the living map from the released start, by the released optimiser, on the mean of squares of its features.
 
     Returns the largest gradient, and the largest weight afterwards, of theta and phi with their batch norms' shifts
     (``gradient``, ``weight``) and of all else (``other-gradient``), how far the map comes from equal entries (``away``)

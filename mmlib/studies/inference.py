@@ -115,7 +115,7 @@ def ceiling(store: ClipStore, threshold: float = THRESHOLD) -> dict[str, float]:
     identity, has = store.identity_of(clips), store.modalities["face"].count > 0
     relevant, found = np.bincount(identity), np.bincount(identity, weights=has[clips])
     best = np.minimum(found, 100)[relevant > 0] / relevant[relevant > 0]
-    below = store.clip_means("face", "norm")[val][has[val]] < threshold
+    below = store.clip_means("face", CODED.by)[val][has[val]] < threshold
     counts = {"relevant": len(clips), "without": int((~has[clips]).sum()), "map_at_100": float(best.mean())}
     return counts | {"gallery_without": int((~has[val]).sum()), "below": float(below.mean())}
 

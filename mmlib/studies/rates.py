@@ -1,4 +1,4 @@
-"""What chapters 04, 05 and 07 read of their searches: the training of each arm, and what a better one may be missed."""
+"""What chapters read of their searches for learning rates: the training of each arm, and what may be missed."""
 
 from __future__ import annotations
 
