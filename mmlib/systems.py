@@ -44,31 +44,25 @@ _ARMS = {
 }
 # Of the rungs and the training on distractors by the search of chapter 10; of their aggregators by that of chapter 04.
 _ARMS |= {
-    Rates(1e-3, 1e-2): (
-        *_ARMS[Rates(1e-3, 1e-2)],
-        "as coded",
-        "as coded: aggregation and loss",
-        "as coded: scene",
-        "as coded: ensemble",
-    ),
-    Rates(1e-3, 3e-4): (
-        *_ARMS[Rates(1e-3, 3e-4)],
-        "as coded, alive",
-        "as coded, alive: aggregation and loss",
-        "as coded, alive: scene",
-    ),
     Rates(1e-3, 1e-3): _ARMS[Rates(1e-3, 1e-3)]
     + ("face and scene", "random start", "scene alone")
-    + ("described: baseline", "described, random start: baseline", "as coded: baseline", "as coded, alive: baseline")
-    + ("described: fallback", "described, random start: fallback", "as coded: fallback")
+    + ("described: baseline", "described: fallback", "as coded: fallback")
     + tuple(f"faces alone, {form}" for form in TRAINED_ON),
-    Rates(1e-3): _ARMS[Rates(1e-3)]
-    + tuple(f"faces with scenes, {form}" for form in TRAINED_ON)
-    + tuple(
-        f"{ladder}: {rung}"
-        for ladder in ("described", "described, random start")
-        for rung in ("aggregation and loss", "scene", "ensemble")
-    ),
+    Rates(1e-2): _ARMS[Rates(1e-2)]
+    + ("described: aggregation and loss", "described: scene", "described: ensemble")
+    + tuple(f"described, random start: {rung}" for rung in ("aggregation and loss", "scene", "ensemble"))
+    + ("faces with scenes, class, no margin", "faces with scenes, negatives"),
+    Rates(1e-2, 1e-3): _ARMS[Rates(1e-2, 1e-3)]
+    + ("described, random start: baseline", "described, random start: fallback")
+    + ("as coded: baseline", "as coded, alive: baseline"),
+    Rates(3e-4, 3e-3): ("faces with scenes, class",),
+    Rates(3e-3, 3e-3): ("faces with scenes, class, down-weighted",),
+    Rates(1e-3, 1e-2): (*_ARMS[Rates(1e-3, 1e-2)], "as coded"),
+    Rates(1e-2, 1e-2): ("as coded: scene", "as coded: ensemble"),
+    Rates(3e-2, 1e-2): ("as coded: aggregation and loss",),
+    Rates(1e-3, 3e-4): (*_ARMS[Rates(1e-3, 3e-4)], "as coded, alive"),
+    Rates(1e-2, 3e-4): ("as coded, alive: scene",),
+    Rates(3e-2, 3e-4): ("as coded, alive: aggregation and loss",),
 }
 CHOSEN_RATES = {arm: rates for rates, arms in _ARMS.items() for arm in arms}
 CHOSEN = {arm: rates.lr for arm, rates in CHOSEN_RATES.items()}
