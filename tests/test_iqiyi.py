@@ -294,6 +294,10 @@ def of_objects(frame, box, det, quality, feat):
     return [frame, np.array(box, object), det, quality, feat]
 
 
+def of_deques(frame, box, det, quality, feat):
+    return [frame, collections.deque(box), det, quality, feat]
+
+
 def read_only(frame, box, det, quality, feat):
     feat.flags.writeable = False
     return [int(frame), box, det, quality, feat]
@@ -314,6 +318,7 @@ def read_only(frame, box, det, quality, feat):
         boxed,
         as_column,
         of_objects,
+        of_deques,
         read_only,
     ],
 )
@@ -450,7 +455,7 @@ FOREIGN = {
     "method": Method(),
     "date": datetime.date(2019, 1, 1),
     "Decimal": decimal.Decimal("0.5"),
-    "deque": collections.deque([1.0, 2.0, 3.0, 4.0]),
+    "UserList": collections.UserList([1.0, 2.0, 3.0, 4.0]),
     "SimpleNamespace": types.SimpleNamespace(x=1.0),
     "PurePosixPath": pathlib.PurePosixPath("a/b"),
     "matrix": np.matrix([1.0, 2.0, 3.0, 4.0]),
@@ -617,11 +622,7 @@ def test_bytes_after_the_pickle_are_refused(folder):
 def test_a_clip_named_twice_in_one_pickle_is_refused(folder, between):
     clips = [("X", 1), ("A", 2), *between, ("A", 1), ("Z", 1)]
     write_faces(pickle_path(folder, "face", "val"), [(clip, [face(12)] * frames) for clip, frames in clips])
-    assert_refused(
-        folder,
-        "val_v2.pickle: 2 features of no clip, because one is named twice: A "
-        ".--skip-bad-records keeps what is named last.$",
-    )
+    assert_refused(folder, "val_v2.pickle: clip A is named twice .--skip-bad-records keeps what is named last.$")
 
 
 @pytest.mark.parametrize("between", [[], [("B", 3)]])
@@ -630,7 +631,7 @@ def test_of_a_clip_named_twice_the_last_can_be_kept(folder, between):
     write_faces(pickle_path(folder, "face", "val"), [(clip, [face(12)] * frames) for clip, frames in clips])
     report = run(folder, skip_bad_records=True)
     [(number, first)] = report.refused.values()
-    assert number == 2 and first.endswith("named twice: VAL_2")
+    assert number == 2 and first.endswith("clip VAL_2 is named twice")
     assert report.store.modalities["face"].count[-len(clips) + 1 :].sum() == 3 + sum(frames for _, frames in between)
 
 
@@ -770,7 +771,7 @@ def test_two_files_of_one_kind_of_scenes_are_refused(folder):
 
 def test_a_clip_that_is_no_list_is_refused(folder):
     put_val(folder, b"VAL_2", None)
-    assert_refused(folder, "clip VAL_2, record 1: record without its 5 fields: None")
+    assert_refused(folder, "clip VAL_2 is no list of records: None")
 
 
 @pytest.mark.parametrize("chunk, block", [(1, 100), (100, 1), (2, 3)])

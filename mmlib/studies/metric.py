@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pandas as pd
 
-from mmlib.data.submission import RESULT_LIMIT, read_as_script, read_result, read_val_truth
+from mmlib.data.submission import RESULT_LIMIT, answered, check_as_script, read_as_script, read_result, read_val_truth
 from mmlib.metrics import official_score, script_score
 
 _MANY = " ".join(f"x{number}.mp4" for number in range(RESULT_LIMIT + 1))
@@ -60,8 +60,10 @@ def scores(folder: Path, truth: str, result: str) -> tuple[float, float]:
 
 def _ours(truth: Path, result: Path) -> float:
     wanted = read_val_truth(truth)
-    return official_score(wanted, read_result(result, known={*wanted[0]})).map_at_k
+    return official_score(wanted, answered(result, wanted, read_result(result, known={*wanted[0]}))).map_at_k
 
 
 def _script(truth: Path, result: Path) -> float:
-    return script_score(read_as_script(truth), read_as_script(result))
+    lines = read_as_script(truth), read_as_script(result)
+    check_as_script((truth, result), *lines)
+    return script_score(*lines)
