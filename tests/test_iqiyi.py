@@ -635,6 +635,77 @@ def test_of_a_clip_named_twice_the_last_can_be_kept(folder, between):
     assert report.store.modalities["face"].count[-len(clips) + 1 :].sum() == 3 + sum(frames for _, frames in between)
 
 
+def named_twice(path, form, first, value):
+    """Write val faces in which VAL_2 has `first` and then `value`, named anew or by another key."""
+    other = {"text": "VAL_2", "mp4": b"VAL_2.mp4"}.get(form, b"VAL_2")
+    items = [(b"VAL_1", [face(1)]), (b"VAL_2", first), (other, value), (b"VAL_3", [face(3)]), (b"VAL_4", [])]
+    protocol = 0 if form == "protocol 0" else 2
+    parts = [pickle.dumps(part, protocol)[2 if protocol else 0 : -1] for item in items for part in item]
+    body = b"".join(key + value + b"s" for key, value in zip(parts[::2], parts[1::2])) + b"."
+    begin = {"protocol 0": b"(dp9\n", "ordered": b"\x80\2ccollections\nOrderedDict\n)R"}.get(form, b"\x80\2}")
+    if form == "framed":
+        begin = b"\x80\4\x95" + (len(body) + 1).to_bytes(8, "little") + b"}"
+    path.write_bytes(begin + body)
+
+
+FORMS = ["protocol 0", "protocol 2", "framed", "ordered", "text", "mp4"]
+FIRST = {  # what a clip has before it is named again, and how many records are lost with it
+    "faces": ([face(7), face(8), face(9)], 3),
+    "no features": ([face(7, feat=[1.0]), face(8)[:3]], 2),
+    "another dtype": ([face(feat=feature(dtype=np.float64))] * 3, 3),
+    "a dict": ({10: face(10), 11: face(11)}, 2),
+    "something else": (Method(), 1),
+    "nothing": ([], 0),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bad", [False, True])
+@pytest.mark.parametrize("first", FIRST)
+def test_what_a_clip_had_that_is_named_again_is_counted_and_goes_to_no_other(folder, form, bad, first):
+    value, lost = FIRST[first]
+    last = [face(21), [*face(22)[:3], None, feature(22)], face(23)] if bad else [face(21), face(23)]
+    named_twice(pickle_path(folder, "face", "val"), form, value, last)
+    (folder / "val_gt.txt").write_text("1 VAL_1.mp4 VAL_3.mp4 \n")
+    assert_refused(
+        folder, "face_val_v2.pickle: clip VAL_2 is named twice.* .--skip-bad-records keeps what is named last"
+    )
+    report = run(folder, skip_bad_records=True)
+    assert sum(n for n, _ in report.refused.values()) == lost + bad
+    found = {clip: stored(report, clip, "frame")[0] for clip in ("VAL_1", "VAL_2", "VAL_3", "VAL_4")}
+    assert found == {"VAL_1": [1], "VAL_2": [21, 23], "VAL_3": [3], "VAL_4": []}
+    assert stored(report, "VAL_2", "frame") == [[21, 23]] * 2 and stored(report, "VAL_3", "frame") == [[3]] * 2
+
+
+def test_two_keys_of_one_clip_are_both_shown(folder):
+    dump(pickle_path(folder, "face", "val"), {b"VAL_1": [face(1)], "VAL_1": [], b"VAL_2": []}, 4)
+    assert_refused(folder, "clip VAL_1 is named twice, as b'VAL_1' and 'VAL_1' ")
+
+
+@pytest.mark.parametrize("name", ["feat/head_train.pickle", "feat/face_test.pickle", "scene_infos_test.pickle"])
+def test_a_pickle_without_clips_counts_as_absent(folder, name):
+    dump(folder / name, {})
+    report = run(folder)
+    assert frames(report) == {"face": 13} and f"{name} (no clips)" in report.absent
+
+
+def test_faces_without_clips_are_refused(folder):
+    for split in ("train", "val"):
+        dump(pickle_path(folder, "face", split), {})
+    assert_refused(folder, "official/feat: no clip in the face pickles of train and val")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
+def test_an_interrupt_within_c_code_is_no_fault_of_the_file(folder, monkeypatch, error):
+    def fail(*_):  # all that C code says
+        raise SystemError("a call returned a result with an exception set") from error
+
+    monkeypatch.setattr(Spool, "add", fail)
+    with pytest.raises(type(error)):
+        run(folder)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
 # What is refused: records
 
 NAN, INF = float("nan"), float("inf")
@@ -723,6 +794,8 @@ def test_a_bad_record_among_frames_out_of_order_keeps_its_number(folder):
     assert stored(report, "VAL_2", "frame") == [[10, 30]] * 2
     det, frame = report.refused["det is not a finite float"], report.refused["frame is not a number from 0"]
     assert "VAL_2, record 2 (frame b'20')" in det[1] and "VAL_2, record 3 (frame b'x')" in frame[1]
+    [(_, moved)] = report.mended.values()
+    assert moved.endswith("frames 30, 20, b'x', 10")
 
 
 def test_scenes_out_of_order_are_sorted_as_the_released_code_reads_them(folder):
@@ -767,6 +840,85 @@ def test_two_files_of_one_kind_of_scenes_are_refused(folder):
     for path in (pickle_path(folder, "scene", "val"), folder / "scene_infos_val.pickle"):
         dump(path, scenes(1))
     assert_refused(folder, "scene_infos_val.pickle: feat/scene_val.pickle has scene features of val too; keep one")
+
+
+ODD = {  # values of a clip, how many records are lost with it, and what is said of it
+    "nothing": (None, 1, "is no list of records: None"),
+    "a dict": ({10 * i: face(10 * i) for i in range(8)}, 8, r"is no list of records: {0: \[b'0'"),
+    "an array": (np.ones((9, 512), np.float16), 1, r"is no list of records: <f2 \(9, 512\) of 9216 bytes"),
+    "a record": (face(), 1, r"is no list of records: \[b'10', "),
+    "a list in a list": ([[face(i) for i in range(8)]], 8, r", record 1: record without its 5 fields: \[\[b'0'"),
+    "five in a list": ([[face(i) for i in range(5)]], 5, r", record 1: frame is not .*: \[b'0'"),
+    "features": ([feature(i) for i in range(9)], 9, ", record 1: record without its 5 fields: a feature"),
+    "one of objects": (np.array([[feature()[:2]] * 5] * 3 + [[1] * 5], object)[:, :1], 4, "record 1: .* 5 fields"),
+    "something else": (Method(), 1, "is no list of records: <"),
+    "many": (
+        collections.UserList([face(i) for i in range(8)]),
+        8,
+        "is no list of records: <(collections|UserList).UserList>",
+    ),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("kind", ODD)
+def test_what_is_no_list_of_records_is_named_and_counted_once(folder, kind, protocol):
+    value, lost, said = ODD[kind]
+    path = pickle_path(folder, "face", "val")
+    dump(path, pickle.loads(path.read_bytes()) | {b"VAL_2": value}, protocol)
+    assert_refused(folder, rf"face_val_v2.pickle: clip VAL_2.*{said}")
+    report = run(folder, skip_bad_records=True)
+    [(number, first)] = report.refused.values()
+    assert number == lost and "clip VAL_2" in first and len(first) < len(str(folder)) + 400
+    assert frames(report) == {"face": 11} and stored(report, "VAL_3", "frame") == [[3, 13]] * 2
+
+
+def rows(records):
+    table = np.empty((len(records), 5), object)
+    for row, record in enumerate(records):
+        table[row] = record
+    return table
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("wrap", [rows, lambda of: [*rows(of)], collections.deque, tuple], ids=str)
+def test_what_the_released_loader_reads_as_records_is_read(folder, wrap, protocol):
+    path = pickle_path(folder, "face", "val")
+    clips = pickle.loads(path.read_bytes()) | {b"VAL_2": wrap([face(i) for i in range(60)])}
+    dump(path, clips, protocol)
+    report = run(folder)
+    assert stored(report, "VAL_2", "frame") == [[*range(60)]] * 2 and stored(report, "VAL_3", "frame") == [[3, 13]] * 2
+
+
+@pytest.mark.parametrize("value, lost", [(None, 1), ([feature(), feature()], 2), (feature()[None], 1)])
+def test_an_audio_clip_of_something_else_is_counted_once(folder, value, lost):
+    dump(pickle_path(folder, "audio", "val"), {b"VAL_1": value, b"VAL_2": feature(3)})
+    report = run(folder, skip_bad_records=True)
+    [(number, first)] = report.refused.values()
+    assert number == lost and "clip VAL_1, record 1: feature is not" in first
+    assert report.store.modalities["audio"].feature[:, 0].tolist() == [3]
+
+
+@pytest.mark.parametrize("name", [b".mp4", ".mp4"])
+def test_a_clip_without_a_name_is_refused_with_its_pickle(folder, name):
+    dump(pickle_path(folder, "face", "val"), {name: []}, 4)
+    assert_refused(folder, rf"face_val_v2.pickle: clip name {name!r} is not")
+
+
+def test_values_are_shown_alike_in_every_run_and_cut(folder):
+    put_val(folder, b"VAL_2", [[10**5000, *face()[1:]]])
+    assert_refused(folder, r"record 1 \(frame an integer of 16610 bits\): frame is not .*: an integer of 16610 bits ")
+    put_val(folder, b"VAL_2", [[*face()[:3], datetime.date(2019, 1, 1), feature()]])
+    assert_refused(folder, "quality is not a finite float: <datetime.date> ")
+    put_val(folder, b"VAL_2", [[face()] * 9] * 9)
+    with pytest.raises(ValueError) as caught:
+        run(folder)
+    assert len(str(caught.value)) < len(str(folder)) + 400
+
+
+def test_a_clip_in_two_splits_is_found_where_it_is(folder):
+    dump(folder / "scene_infos_val.pickle", {"TRAIN_2.mp4": [(3, feature(2, 2048, np.float32))]})
+    assert_refused(folder, "TRAIN_2 is named twice, .*val: feat/face_train_v2.pickle, scene_infos_val.pickle")
 
 
 def test_a_clip_that_is_no_list_is_refused(folder):

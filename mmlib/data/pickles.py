@@ -46,6 +46,9 @@ class _Short(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
         return repr(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"  # too long for repr
 
+    def repr_bytearray(self, x: bytearray, level: int) -> str:
+        return self.repr1(bytes(x), level)
+
     def repr_Clips(self, x: dict, level: int) -> str:
         return self.repr_dict(x, level)
 
@@ -291,7 +294,7 @@ def read_pickle(path: Path, raw: Any, spool: Spool) -> tuple[Clips, set[str]]:
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
 
 
 def write_pickle(path: Path, items: Iterable[tuple[bytes, object]]) -> None:

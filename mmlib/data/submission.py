@@ -74,10 +74,10 @@ def read_val_truth(path: str | Path, *, needed: bool = True, bare: bool = False)
     names, texts, sizes = [], [b""], []
     for number, words in enumerate(_split(path, content, needed), 1):
         if not words or _is_clip(words[0]) or not (bare or all(map(_is_clip, words[1:]))):
-            got = repr(short(line := " ".join(words)))
-            if words and short(line) != line:  # then say which word it is
+            got = repr(short(" ".join(words)))
+            if words:
                 at = 0 if _is_clip(words[0]) else next(at for at, word in enumerate(words[1:], 1) if not _is_clip(word))
-                got = f"{short(words[at])!r} as word {at + 1}"
+                got = f"{got}, of which word {at + 1} is {short(words[at])!r}"
             raise ValueError(f"{path}, line {number}: expected 'IDENTITY CLIP.mp4 CLIP.mp4 ...', got {got}")
         names.append(words[0])
         texts.append(" ".join(word if _is_clip(word) else f"{word}.mp4" for word in words[1:]).encode())
@@ -121,7 +121,8 @@ def answered(path: str | Path, truth: Lines, result: Lines) -> Lines:
     as nothing says which line is meant.
     """
     _check_length(path, truth, result)
-    known, first = {*truth[0]}, {}
+    known = {*truth[0]}
+    first: dict[str, int] = {}
     for line, name in enumerate(result[0], 1):
         if name in known and first.setdefault(name, line) != line:
             where = f"{path}, line {line}: identity {short(name)}"
@@ -143,7 +144,7 @@ def check_as_script(paths: Sequence[str | Path], truth: Lines, result: Lines) ->
         if len(result[1][line]) > RESULT_LIMIT and (distinct := len({*result[1][line]})) > RESULT_LIMIT:
             raise ValueError(f"{paths[1]}, line {line + 1}: {distinct} clips, at most {RESULT_LIMIT} are allowed")
         if not truth[1][wanted[name]]:
-            where = f"{paths[0]}, line {wanted[name] + 1}: identity {short(name)}"
+            where = f"{paths[0]}, line {wanted[name] + 1}: identity {short(name) or repr(name)}"
             raise ValueError(f"{where} has no clip and is submitted, so that the script would divide by 0")
 
 
