@@ -194,7 +194,7 @@ def _read_origin(folder: Path) -> dict:
         origin = json.loads((folder / ORIGIN).read_text())
         return {"simulated": bool(origin["simulated"]), "provenance": dict(origin["provenance"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / ORIGIN}: not an origin ({error!r})") from None
+        raise ValueError(f"{folder / ORIGIN}: not an origin ({type(error).__name__}: {error})") from None
 
 
 def _check_clips(
@@ -260,7 +260,7 @@ class _Reader:
                 if n := sum(map(self._lose, [value] if records is None else records)):
                     self._refuse("of a clip that is named again", "keeps what is named last", message, n)
         if foreign and not self._bad:
-            what = f"names {min(foreign)!a}, outside of all records; nothing was run"
+            what = f"names {ascii(short(min(foreign)))}, outside of all records; nothing was run"
             raise ValueError(f"{self._path}: {what}; write the clips as a dict of lists and arrays, without it")
         if n := int((self._owner == UNSEEN).sum()):
             self._refuse("of no clip", "leaves them out", f"{self._path}: {n} features are of no clip", n)

@@ -278,7 +278,7 @@ def read_pickle(path: Path, raw: Any, spool: Spool) -> tuple[Clips, set[str]]:
                 raise cause from None
             if isinstance(cause, MemoryError):
                 raise MemoryError(f"while {path} was read") from None
-        message = " ".join(str(error).split())
+        message = " ".join(str(error).split())[:SHOWN]
         if isinstance(error, EOFError) or message == "pickle data was truncated":
             raise ValueError(f"{path}: cut short at byte {size}") from None
         raise ValueError(f"{path}: not a pickle of features, after {spool.rows} of them: {message}") from None
