@@ -689,6 +689,15 @@ def test_a_pickle_without_clips_counts_as_absent(folder, name):
     assert frames(report) == {"face": 13} and f"{name} (no clips)" in report.absent
 
 
+def test_features_of_no_clip_are_counted(folder):
+    one = pickle.dumps(feature(), 2)[2:-1] + pickle.POP
+    dump(folder / "feat/body_val.pickle", {})
+    (folder / "feat/body_val.pickle").write_bytes(b"\x80\2" + one + b"}.")
+    assert_refused(folder, "body_val.pickle: 1 features are of no clip .--skip-bad-records leaves them out")
+    report = run(folder, skip_bad_records=True)
+    assert [n for n, _ in report.refused.values()] == [1] and frames(report) == {"face": 13}
+
+
 def test_faces_without_clips_are_refused(folder):
     for split in ("train", "val"):
         dump(pickle_path(folder, "face", split), {})
@@ -715,6 +724,7 @@ BAD_RECORDS = {
     "matrix": (face(feat=feature().reshape(1, 512)), r"<f2 \(1, 512\)"),
     "objects": (face(feat=np.array([None])), r".O8 \(1,\)"),
     "no array": (face(feat=[1.0]), r"feature is not .*: \[1.0\]"),
+    "no feature": ([*face()[:4], None], "feature is not .*: None"),
     "nan": (face(feat=np.array([0] * 7 + [NAN] + [0] * 504, np.float16)), "nan at position 7"),
     "infinite": (face(feat=feature(-INF)), "-inf at position 0"),
     "negative box": (face(box=(-1.5, 2.0, 3.0, 4.0)), r"box is not 0 <= x1 .*\[-1.5, 2.0, 3.0, 4.0\]"),
@@ -744,7 +754,8 @@ BAD_RECORDS = {
 def test_a_bad_record_is_refused_with_file_clip_and_value(folder, kind):
     record, value = BAD_RECORDS[kind]
     put_val(folder, b"VAL_2", [face(2), record, face(99)])
-    assert_refused(folder, rf"face_val_v2.pickle: clip VAL_2, record 2.*: .*{value}")
+    frame = r" \(frame .+\)" if isinstance(record, list) and len(record) == 5 else ""
+    assert_refused(folder, rf"face_val_v2.pickle: clip VAL_2, record 2{frame}: .*{value}")
 
 
 @pytest.mark.parametrize("kind", BAD_RECORDS)
@@ -1121,6 +1132,14 @@ def test_export_interrupted_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         export_folder(store, tmp_path / "official")
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff" * 10**4])
+def test_an_origin_that_is_none_is_refused_in_short(folder, content):
+    (folder / "origin.json").write_bytes(content)
+    with pytest.raises(ValueError, match="origin.json: not an origin") as caught:
+        run(folder)
+    assert len(str(caught.value)) < len(str(folder)) + 200
 
 
 def test_exported_simulation_says_so_when_imported(tmp_path):

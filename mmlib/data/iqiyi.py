@@ -242,12 +242,10 @@ class _Reader:
             if repeated and self._refused is None:
                 raise ValueError(f"{repeated[0][1]} (--skip-bad-records keeps what is named last)")
             self._clips, keys = [*named], [*named.values()]
-            if not keys and not foreign:
-                return pd.DataFrame({"clip": [], "start": [], "count": []})
             self._count, self._bad = np.zeros(len(keys), np.int64), 0
             self._owner = np.full(self._spool.rows, UNSEEN, np.int32)  # of each feature
             none = np.zeros(0, np.int64)
-            first = self._writer.append(self._modality, **self._parse([], none, none))
+            first = self._writer.append(self._modality, **self._parse([], none, none)) if keys else 0
             for at in bar.track(range(0, len(keys), CHUNK), description=f"store {self._path.name}"):
                 values = [loaded.pop(key) for key in keys[at : at + CHUNK]]  # so that memory falls
                 values = [self._records_of(clip, value) for clip, value in enumerate(values, at)]
@@ -370,7 +368,8 @@ class _Reader:
 
     def _where(self, record: object, clip: int, number: int) -> str:
         """Name a record."""
-        frame = f" (frame {SHORT.repr(record[0])})" if self._is_record(record) and len(self._layout.fields) > 1 else ""
+        whole = type(record) in (list, tuple) and len(record) == len(self._layout.fields) > 1
+        frame = f" (frame {SHORT.repr(record[0])})" if whole and type(record[0]) not in (list, tuple) else ""
         return f"{self._path}: clip {short(self._clips[clip])}, record {number}{frame}"
 
 
