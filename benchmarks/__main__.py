@@ -40,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
         path = str(released.check(asked.reference)) if asked.reference else ""
     except ValueError as error:
         parser.error(str(error))
+    if asked.only and parity and not path:
+        parser.error("parity needs the released code: --reference PATH")
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         found = measure_all(
             lines, growth, scene, scale=asked.scale, reference=path, folder=str(Path(folder).resolve())

@@ -324,7 +324,6 @@ def faces(reference: str) -> dict:
         assert len(known["frame"]) == face.count[at], clip["video_name"]
         for name, value in known.items():
             ours = face.feature[span] if name == "feature" else face.columns[name][span]
-            # Scores are kept in float32.
             worst = float(np.maximum(worst, np.abs(ours - value.astype(ours.dtype)).max(initial=0)))
     return {f"{len(theirs)} clips": worst}
 

@@ -218,3 +218,9 @@ def test_another_library_scores_the_same_files_alike(tmp_path):
     ranking.make_ranking(str(tmp_path), "tiny")
     score = official_score(read_val_truth(tmp_path / "val_gt.txt"), read_result(tmp_path / "result.txt"))
     assert ranking.metric_trec(str(tmp_path))["work"].endswith(f", {score.map_at_k:.6f}") and score.map_at_k > 0
+
+
+def test_parity_alone_needs_the_released_code(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--only", "parity"])
+    assert stopped.value.code == 2 and "parity needs the released code: --reference" in capsys.readouterr().err

@@ -383,8 +383,8 @@ LONG = "1 a.mp4\n2 " + " ".join(f"{i}.mp4" for i in range(101))
     "truth, result, message",
     [
         ("1 a.mp4\n2 b.mp4\n", LONG, "result.txt, line 2: 101 clips"),
-        ("1 a.mp4\n", "1 a.mp4\n2 a.mp4\n", "result.txt: .*2 lines"),
-        ("1 a.mp4\n2 b.mp4\n", "1 a.mp4\n1 b.mp4\n", "result.txt: .*identity 1 more than once"),
+        ("1 a.mp4\n", "1 a.mp4\n2 a.mp4\n", "result.txt, line 2: 2 lines, more than the 1 of"),
+        ("1 a.mp4\n2 b.mp4\n", "1 a.mp4\n1 b.mp4\n", "result.txt, line 2: identity 1 is named twice, first on line 1"),
         ("1 a.mp4\n2 b\n", "1 a.mp4\n", "val_gt.txt, line 2: .*'2 b'"),
         ("", "1 a.mp4\n", "val_gt.txt: empty"),
     ],
@@ -404,9 +404,10 @@ def test_evaluate_strict_is_the_arithmetic_of_the_script(tmp_path, truth, result
 @pytest.mark.parametrize(
     "truth, result, message",
     [
-        ("1 a.mp4\n", "1 a.mp4\n\n", "result.txt, --strict: result has 2 lines, more than the 1 of"),
-        ("1 a.mp4\n2\n", "2 a.mp4\n", "identity 2 is submitted and has no clip in truth: .*divide by 0"),
-        (LONG, LONG, "result line of identity 2 has 101 clips, more than 100"),
+        ("", "1 a.mp4\n", "val_gt.txt: empty, .*divide by 0"),
+        ("1 a.mp4\n", "1 a.mp4\n\n", "result.txt, line 2: 2 lines, more than the 1 of"),
+        ("1 a.mp4\n2\n", "2 a.mp4\n", "val_gt.txt, line 2: identity 2 has no clip and is submitted, .*divide by 0"),
+        (LONG, LONG, "result.txt, line 2: 101 clips, at most 100"),
     ],
 )
 def test_evaluate_strict_says_what_the_script_would_stop_at(tmp_path, truth, result, message):
@@ -416,6 +417,24 @@ def test_evaluate_strict_says_what_the_script_would_stop_at(tmp_path, truth, res
 def test_evaluate_ignores_a_long_line_of_an_identity_that_the_truth_lacks(tmp_path):
     files = write_lines(tmp_path, "1 a.mp4\n3 b.mp4\n", LONG)
     assert succeed("evaluate", *files)[0] == succeed("evaluate", *files, "--strict")[0] == "MAP@100 0.500000"
+
+
+def test_evaluate_ignores_an_identity_that_the_truth_lacks_on_two_lines(tmp_path):
+    files = write_lines(tmp_path, "1 a.mp4\n2 b.mp4\n3 c.mp4\n4 d.mp4\n", "9 a.mp4\n1 a.mp4\n9 b.mp4\n2 b.mp4\n")
+    assert succeed("evaluate", *files)[0] == succeed("evaluate", *files, "--strict")[0] == "MAP@100 0.500000"
+
+
+@pytest.mark.parametrize(
+    "truth, result, why",
+    [
+        ("1 a.mp4\n", "1\n", "it names no clip"),
+        ("1\n2\n", "1 a.mp4\n", "val_gt.txt names no clip"),
+        ("1 a.mp4\n", "", "it is empty"),
+        ("1 a.mp4\n", "1 b.mp4\n", "val_gt.txt names none of its 1 clips; are names written alike?"),
+    ],
+)
+def test_evaluate_says_why_nothing_was_found(tmp_path, truth, result, why):
+    assert run("evaluate", *write_lines(tmp_path, truth, result)).stderr.endswith(f"{why}\n")
 
 
 def test_evaluate_names_a_missing_file(tmp_path):

@@ -392,3 +392,12 @@ def test_the_number_of_a_clip_tells_nothing_of_its_identity():
     table = group_photographs(np.repeat([f"{person:03d}" for person in range(300)], 4), 0)
     number = table["clip"].str[-5:].astype(int)
     assert abs(np.corrcoef(number, table["identity"].astype(int))[0, 1]) < 0.15  # sd 0.04 over 600 clips
+
+
+@pytest.mark.parametrize(
+    "columns", [{"split": ["z" * 10**4] * 5}, {"split": ["val"] * 5, "identity": [*"abcd", "e" * 10**4]}]
+)
+def test_a_long_value_is_cut_in_a_message(tmp_path, columns):
+    with pytest.raises(ValueError, match=r"table.csv, row \d: .* \.\.\.") as caught:
+        run(tmp_path, table_of(**columns))
+    assert len(str(caught.value)) < len(str(tmp_path)) + 300

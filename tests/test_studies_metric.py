@@ -16,13 +16,14 @@ BY_HAND = {  # ours and the script's, None where refused
     "an empty line at the end of the ground truth": (1, 2 / 3),  # a third identity
     "an empty line within the ground truth": (None, 2 / 3),
     "names without .mp4 in both files": (None, 1),
-    "an identity on two lines of the submission": (None, 1 / 2 / 2 / 2),  # a at the second rank, of two; of two
-    "an identity on two lines of the ground truth": (1 / 2, 1 / 2),
+    "the first identity on both lines of the submission": (None, 1 / 2 / 2 / 2),  # a at the second rank, of two; of two
+    "one identity on both lines of the ground truth": (1 / 2, 1 / 2),
     "a clip twice on a line of the submission": (1, 1),
     "a clip twice on a line of the ground truth": ((1 / 2 + 1) / 2, (1 / 2 + 1) / 2),
     "an identity without a clip in the ground truth, submitted": (1 / 2, None),  # a division by 0
-    "an identity that the ground truth lacks": (1 / 2, 1 / 2),
+    "in place of the second, an identity that the ground truth lacks": (1 / 2, 1 / 2),
     "the same, with more than a hundred clips": (1 / 2, 1 / 2),
+    "in place of both, one that the ground truth lacks, twice": (0, 0),
     "more than a hundred clips of an identity": (None, None),
     "more lines than the ground truth has": (None, None),
 }

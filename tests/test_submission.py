@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmlib.data.submission import (
+    answered,
+    check_as_script,
     count_unknown,
     read_as_script,
     read_result,
@@ -52,7 +54,12 @@ def test_line_ends_spaces_and_empty_lines_at_the_end_are_read(tmp_path, text):
         (read_val_truth, "", "empty"),
         (read_val_truth, "1 A.mp4\n\n2 B.mp4\n", "line 2: expected 'IDENTITY CLIP.mp4"),
         (read_val_truth, "1 A.mp4\nB.mp4 C.mp4\n", "line 2: .* got 'B.mp4 C.mp4'"),
-        (read_result, "1 A.mp4 B\n", "line 1: .* got '1 A.mp4 B'"),
+        (read_result, "1 A.mp4 B\n", "line 1: .* got '1 A.mp4 B', of which word 3 is 'B'$"),
+        (read_result, f"1 {'A.mp4 ' * 99}B C.mp4\n", r"line 1: .* got '1 A.mp4 .* \.\.\.', of which word 101 is 'B'$"),
+        (read_result, "1 A.mp4\r2 B.mp4", "line 1: .* of which word 3 is '2'$"),
+        (read_result, f"1 {'z' * 10**5}", r"line 1: expected .{99,220} word 2 is 'z{76} \.\.\.'$"),
+        (read_train_truth, f"A.mp4 1 {'z' * 10**5}", r"line 1: .{,40} got 'A.mp4 1 z{68} \.\.\.'$"),
+        (read_train_truth, f"{'z' * 10**5}.mp4 1\n" * 2, r"line 2: clip z{76} \.\.\. is named twice, first on line 1$"),
     ],
 )
 def test_a_malformed_line_is_refused_with_its_number_and_text(tmp_path, read, text, named):
@@ -140,6 +147,49 @@ def test_the_script_takes_every_blank_at_its_word(tmp_path):
     (tmp_path / "file.txt").write_bytes(b"1 \xff.mp4")
     with pytest.raises(ValueError, match="byte 2 is 0xff"):
         read_as_script(tmp_path / "file.txt")
+
+
+TRUTH = ["1", "2", "3"], [["a"], ["b"], []]
+
+
+def test_lines_of_identities_that_the_truth_lacks_are_left_out_however_often_one_stands(tmp_path):
+    assert answered("r", TRUTH, (["2", "9", "9"], [["b"], ["a"], ["x"]])) == (["2"], [["b"]])
+    assert answered("r", TRUTH, (["2", "1"], [["b"], ["a"]])) == (["2", "1"], [["b"], ["a"]])
+    assert answered("r", TRUTH, (["9"], [["b"]])) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "identities, message",
+    [
+        (["1", "2", "3", "9"], "r, line 4: 4 lines, more than the 3 of the ground truth"),
+        (["2", "9", "2"], "r, line 3: identity 2 is named twice, first on line 1"),
+    ],
+)
+def test_lines_that_cannot_be_scored_are_refused_by_number(identities, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        answered("r", TRUTH, (identities, [["a"]] * len(identities)))
+
+
+@pytest.mark.parametrize(
+    "truth, result, message",
+    [
+        (([], []), (["1"], [["a"]]), "t: empty, so that the script would divide by 0"),
+        (TRUTH, (["1"] * 4, [["a"]] * 4), "r, line 4: 4 lines, more than the 3 of the ground truth"),
+        (TRUTH, (["1", "2"], [["a"], [*map(str, range(101))]]), "r, line 2: 101 clips, at most 100 are allowed"),
+        (TRUTH, (["1", "3"], [["a"], []]), "t, line 3: identity 3 has no clip and is submitted, .*divide by 0"),
+        (([""], [[]]), ([""], [[]]), "t, line 1: identity '' has no clip and is submitted, .*divide by 0"),
+        ((["q" * 999], [[]]), (["q" * 999], [[]]), r"t, line 1: identity q{76} \.\.\. has no clip .*"),
+    ],
+)
+def test_what_the_script_would_stop_at_is_refused_in_its_file_and_line(truth, result, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        check_as_script(("t", "r"), truth, result)
+
+
+def test_what_the_script_does_not_look_at_is_let_through():
+    many = [*map(str, range(101))]
+    check_as_script(("t", "r"), TRUTH, (["9", "1", "1"], [many, many, ["a"]]))
+    check_as_script(("t", "r"), (["1", "1"], [[], ["a"]]), (["1"], [["a"] * 101]))
 
 
 def test_repeats_do_not_count_towards_the_hundred(tmp_path):

@@ -84,29 +84,35 @@ def evaluate(
     divided by any white space; with --strict by every single blank, as in the script of the challenge, for which two
     blanks have a clip without a name between them. Chapter 02 of the book has a table of where the two differ.
     """
-    from mmlib.data.submission import count_unknown, read_as_script, read_result, read_val_truth
+    from mmlib.data.submission import (
+        answered,
+        check_as_script,
+        count_unknown,
+        read_as_script,
+        read_result,
+        read_val_truth,
+    )
     from mmlib.metrics import bootstrap_interval, official_score, script_score
 
     if strict:
         lines = read_as_script(truth), read_as_script(result)
-        try:
-            value = script_score(*lines)
-        except ValueError as error:
-            raise ValueError(f"{result}, --strict: {error}") from None
+        check_as_script((truth, result), *lines)
+        value = script_score(*lines)
         print(json.dumps({"map_at_100": value}) if as_json else f"MAP@100 {value:.6f}")
         return
     wanted = read_val_truth(truth)
     ranked = read_result(result, known={*wanted[0]})
-    try:
-        score = official_score(wanted, ranked)
-    except ValueError as error:
-        raise ValueError(f"{result}: {error}") from None
+    score = official_score(wanted, answered(result, wanted, ranked))
     low, high = bootstrap_interval(score.ap) if len(score.ap) > 1 else (None, None)
     unknown = count_unknown(wanted, ranked)
     if not score.ap.any():
         alien = [f"{n} {kind}" for kind, (n, lacking) in unknown.items() if n == lacking]
         why = f"{truth} names none of its {' and '.join(alien)}" if alien else "no line names a clip of its identity"
-        why = f"{why}; are names written alike?" if ranked[0] else "it is empty"
+        why = f"{why}; are names written alike?"
+        if not any(map(len, ranked[1])):
+            why = "it names no clip" if ranked[0] else "it is empty"
+        elif not any(map(len, wanted[1])):
+            why = f"{truth} names no clip"
         print(f"mmlib: warning: {result}: nothing was found: {why}", file=sys.stderr)
     if as_json:
         said = {"map_at_100": score.map_at_k, "top1": score.top1, "low": low, "high": high, "queries": len(score.ap)}

@@ -12,7 +12,7 @@ import pandas as pd
 
 from mmlib.data.content import read_table
 from mmlib.data.store import ClipStore
-from mmlib.data.submission import NAME_RULE, bad_names
+from mmlib.data.submission import NAME_RULE, bad_names, short
 from mmlib.data.writer import SPLITS, map_array
 
 TEXT, SCORES = ("clip", "identity", "split"), ("quality", "det")
@@ -61,7 +61,7 @@ class ImportReport:
                 lines.append(f"{split}: {clips} clips, {nameless} without an identity, {clips - faces} without a face")
         for name, modality in store.modalities.items():
             lines.append("{}: {} frames of {} dimensions".format(name, *modality.feature.shape))
-        some = f": {', '.join(untrained[:5])}{', ...' * (len(untrained) > 5)}" if untrained else ""
+        some = f": {', '.join(map(short, untrained[:5]))}{', ...' * (len(untrained) > 5)}" if untrained else ""
         lines.append(f"{len(store.identities)} identities, {len(untrained)} without a train clip{some}")
         if self.damaged:
             lines.append(f"too small for float16: {self.damaged} frames, {self.vanished} of them stored as zeros")
@@ -89,7 +89,9 @@ def read_rows(path: Path) -> pd.DataFrame:
         except (ValueError, OSError) as error:  # of which the errors of pandas are kinds
             raise ValueError(f"{path}: not a readable table ({error})") from None
     if missing := [name for name in REQUIRED if name not in table]:
-        raise ValueError(f"{path}: no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
+        raise ValueError(
+            f"{path}: no column {', '.join(missing)}; it has {short(', '.join(map(str, table.columns)), 400)}"
+        )
     if not len(table):
         raise ValueError(f"{path}: no rows")
     table = table[[*REQUIRED, *(name for name in SCORES if name in table)]].reset_index(drop=True)
@@ -97,8 +99,8 @@ def read_rows(path: Path) -> pd.DataFrame:
     def refuse(wrong: pd.Series, name: str, why: str = "") -> None:
         for row in np.flatnonzero(wrong):
             value = table[name][row]
-            whose = "" if name == "clip" else f"clip {table['clip'][row]}: "
-            shown = repr(value) if isinstance(value, str) else value
+            whose = "" if name == "clip" else f"clip {short(str(table['clip'][row]))}: "
+            shown = repr(short(value)) if isinstance(value, str) else value
             raise ValueError(f"{path}, row {row + 1}: {whose}{name} is {shown}{why}")
 
     for name in TEXT:
@@ -139,8 +141,8 @@ def _check_clips(rows: pd.DataFrame, path: Path) -> None:
     for name in ("identity", "split", "frame"):
         values = (rows[name].fillna("") if name == "identity" else rows[name]).to_numpy()
         for at in np.flatnonzero((clip[1:] == clip[:-1]) & ((values[1:] == values[:-1]) == (name == "frame"))):
-            found = " and ".join(str(rows[name].iloc[row]) for row in (at, at + 1))
-            raise ValueError(f"{path}, row {rows.index[at + 1] + 1}: clip {clip[at]} has {name} {found}")
+            found = " and ".join(short(str(rows[name].iloc[row])) for row in (at, at + 1))
+            raise ValueError(f"{path}, row {rows.index[at + 1] + 1}: clip {short(clip[at])} has {name} {found}")
 
 
 def open_array(path: Path, width: int | None = None) -> np.ndarray:

@@ -9,7 +9,7 @@ those that the released code of 2019 has written are found under its name, see `
 import json
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
 from pathlib import Path
@@ -19,13 +19,21 @@ import pandas as pd
 from rich.progress import Progress
 
 from mmlib.data.foreign import ImportReport, count_lost, to_half
-from mmlib.data.pickles import SHORT, Spool, collection_paused, read_pickle, write_pickle
+from mmlib.data.pickles import SHORT, Array, Clips, Spool, collection_paused, read_pickle, write_pickle
 from mmlib.data.store import SPLITS, ClipStore, Modality
-from mmlib.data.submission import check_names, read_train_truth, read_val_truth, write_train_truth, write_val_truth
+from mmlib.data.submission import (
+    check_names,
+    read_train_truth,
+    read_val_truth,
+    short,
+    write_train_truth,
+    write_val_truth,
+)
 from mmlib.data.writer import StoreWriter, nonfinite_rows, partial_folder
 
 ORIGIN = "origin.json"  # beside exported files: whether they are simulated, and where they come from
 DISORDER = "frames out of order"
+UNSEEN, LOST = -1, -2  # for the clip of a feature: it was in no record so far; in one that was refused
 CHUNK, BLOCK = 2**8, 2**14  # clips, and of their records how many, that are checked and stored at once
 
 
@@ -77,16 +85,18 @@ def import_folder(
     """Turn the challenge's files into a store.
 
     Faces of train and val and both ground truths must be there; all else is taken where present. Clips of a split are
-    those of any of its pickles. Identities are the lines of `val_gt.txt` in order, then those that only `train_gt.txt`
-    names. A bad record raises ValueError, or with `skip_bad_records` is counted and left out; frames out of order are
-    then sorted, and of a clip that is named twice the last is kept. A score that is NaN, which published loaders let
-    pass and which would make all of its clip NaN, is unknown: it is stored as 0, so that the frame has no weight beside
-    others, comes last among them, and lowers the mean of its clip; it is counted.
+    those of any of its pickles; a pickle without a clip counts as absent. Identities are the lines of `val_gt.txt` in
+    order, then those that only `train_gt.txt` names. A bad record raises ValueError, or with `skip_bad_records` is
+    counted and left out; frames out of order are then sorted, and of a clip that is named twice the last is kept. A
+    score that is NaN, which published loaders let pass and which would make all of its clip NaN, is unknown: it is
+    stored as 0, so that the frame has no weight beside others, comes last among them, and lowers the mean of its clip;
+    it is counted.
     """
     began = time.perf_counter()
     truth, identities = _read_truth(folder)
     absent = [] if (folder / "img").is_dir() else ["img/"]
-    found, lost, refused, mended = [], np.zeros(2, int), {}, {}
+    lost, refused, mended = np.zeros(2, int), {}, {}
+    found: dict[Path, pd.DataFrame] = {}
     with (
         ClipStore.create(store, overwrite=overwrite, **_read_origin(folder)) as writer,
         Progress(disable=not progress, transient=True) as bar,
@@ -96,16 +106,22 @@ def import_folder(
             path = find_pickle(folder, modality, split)
             if path.exists():
                 reader = _Reader(path, modality, writer, mended, refused if skip_bad_records else None)
-                found.append(reader.stream(bar).assign(modality=modality, split=split))
+                spans = reader.stream(bar).assign(modality=modality, split=split)
                 lost += count_lost(np.concatenate(reader.losses), path)
+                if len(spans):
+                    found[path] = spans
+                else:
+                    absent.append(f"{path.relative_to(folder).as_posix()} (no clips)")
             elif modality == "face" and split != "test":
                 raise ValueError(f"{path}: missing")
             else:
                 absent.append(path.relative_to(folder).as_posix())
-        spans = pd.concat(found).pivot(index=["clip", "split"], columns="modality", values=["start", "count"])
+        if not any(pickle_path(folder, "face", split) in found for split in ("train", "val")):
+            raise ValueError(f"{folder / 'feat'}: no clip in the face pickles of train and val")
+        spans = pd.concat(found.values()).pivot(index=["clip", "split"], columns="modality", values=["start", "count"])
         start, count = (spans[part].fillna(0).astype(np.int64) for part in ("start", "count"))
         clips = count.index.to_frame(index=False)
-        _check_clips(folder, clips, truth)
+        _check_clips(folder, clips, truth, found)
         clips["identity"] = [truth.get(clip, (0, -1))[1] for clip in count.index]
         writer.finish(clips, identities, {name: (start[name], count[name]) for name in count})
     return ImportReport(ClipStore.open(store), time.perf_counter() - began, absent, *lost.tolist(), refused, mended)
@@ -161,7 +177,7 @@ def _read_truth(folder: Path) -> tuple[dict[tuple[str, str], tuple[int, int]], l
         for what in (f"identity {identity}", *(f"clip {clip}" for clip in of)):
             if what in seen:
                 where = f"{folder / 'val_gt.txt'}, line {line}"
-                raise ValueError(f"{where}: {what} is named twice, first on line {seen[what]}")
+                raise ValueError(f"{where}: {short(what)} is named twice, first on line {seen[what]}")
             seen[what] = line
         truth.update({(clip, "val"): (line, code[identity]) for clip in of})
     check_names((), code)
@@ -178,16 +194,19 @@ def _read_origin(folder: Path) -> dict:
         origin = json.loads((folder / ORIGIN).read_text())
         return {"simulated": bool(origin["simulated"]), "provenance": dict(origin["provenance"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / ORIGIN}: not an origin ({error!r})") from None
+        raise ValueError(f"{folder / ORIGIN}: not an origin ({type(error).__name__}: {error})") from None
 
 
-def _check_clips(folder: Path, clips: pd.DataFrame, truth: dict[tuple[str, str], tuple[int, int]]) -> None:
+def _check_clips(
+    folder: Path, clips: pd.DataFrame, truth: dict[tuple[str, str], tuple[int, int]], found: dict[Path, pd.DataFrame]
+) -> None:
     for clip, of in clips[clips["clip"].duplicated(keep=False)].groupby("clip", sort=False):
         splits = " and ".join(of["split"])
-        raise ValueError(f"{folder / 'feat'}: clip {clip} is named twice, in the pickles of {splits}")
+        paths = ", ".join(str(path.relative_to(folder)) for path, spans in found.items() if clip in {*spans["clip"]})
+        raise ValueError(f"{folder}: clip {short(clip)} is named twice, in the pickles of {splits}: {paths}")
     for clip, split in sorted(truth.keys() - zip(clips["clip"], clips["split"]), key=truth.__getitem__):
         where = f"{folder / f'{split}_gt.txt'}, line {truth[clip, split][0]}"
-        raise ValueError(f"{where}: clip {clip} has no features in any pickle of {split}")
+        raise ValueError(f"{where}: clip {short(clip)} has no features in any pickle of {split}")
 
 
 class _Reader:
@@ -219,35 +238,70 @@ class _Reader:
         ):
             self._spool = Spool(spooled, self._layout.dtype, self._layout.width)
             loaded, foreign = read_pickle(self._path, file, self._spool)
-            self._clips = _clip_names(self._path, loaded)
-            self._count, self._bad = np.zeros((2, len(self._clips)), np.int64)
-            self._owner = np.full(self._spool.rows, -1, np.int32)  # of each feature
+            named, repeated = _by_clip(self._path, loaded)
+            if repeated and self._refused is None:
+                raise ValueError(f"{repeated[0][1]} (--skip-bad-records keeps what is named last)")
+            self._clips, keys = [*named], [*named.values()]
+            self._count, self._bad = np.zeros(len(keys), np.int64), 0
+            self._owner = np.full(self._spool.rows, UNSEEN, np.int32)  # of each feature
             none = np.zeros(0, np.int64)
-            first = self._writer.append(self._modality, **self._parse([], none, none))
-            keys = list(loaded)
+            first = self._writer.append(self._modality, **self._parse([], none, none)) if keys else 0
             for at in bar.track(range(0, len(keys), CHUNK), description=f"store {self._path.name}"):
                 values = [loaded.pop(key) for key in keys[at : at + CHUNK]]  # so that memory falls
-                if self._modality == "audio":
-                    values = [[(value,)] for value in values]
-                values = [value if type(value) in (list, tuple) else [value] for value in values]
+                values = [self._records_of(clip, value) for clip, value in enumerate(values, at)]
                 sizes = np.array(list(map(len, values)))
                 owner = np.repeat(np.arange(at, at + len(values)), sizes)
                 number = 1 + np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
                 self._append(list(chain.from_iterable(values)), owner, number, self._sorts)
-        bad, lost = self._bad.sum(), np.flatnonzero(self._owner < 0)
-        if foreign and not bad:
-            what = f"names {min(foreign)!a}, outside of all records; nothing was run"
+            for value, message in repeated:
+                records = self._records(value)
+                if n := sum(map(self._lose, [value] if records is None else records)):
+                    self._refuse("of a clip that is named again", "keeps what is named last", message, n)
+        if foreign and not self._bad:
+            what = f"names {ascii(short(min(foreign)))}, outside of all records; nothing was run"
             raise ValueError(f"{self._path}: {what}; write the clips as a dict of lists and arrays, without it")
-        if len(lost) > bad * len(self._layout.fields) and not foreign:  # no bad record has more features than that
-            later = sorted({*self._owner[lost[0] :]} - {-1})
-            clip = self._clips[later[0]] if later else "one of the last"
-            rule = "features of no clip, because one is named twice"
-            message = f"{self._path}: {len(lost)} {rule}: {clip}"
-            if self._refused is None:
-                raise ValueError(f"{message} (--skip-bad-records keeps what is named last)")
-            _tally(self._refused, rule, len(lost), message)
+        if n := int((self._owner == UNSEEN).sum()):
+            self._refuse("of no clip", "leaves them out", f"{self._path}: {n} features are of no clip", n)
         start = first + np.cumsum(self._count) - self._count
         return pd.DataFrame({"clip": self._clips, "start": start, "count": self._count})
+
+    def _records(self, value: object) -> Sequence | None:
+        """Return the records of a clip, None if its value is no list of them."""
+        if self._modality == "audio":
+            return [(value,)]
+        records = self._spool.unpacked(value)
+        if type(records) not in (list, tuple) or self._is_record(records):
+            return None
+        if set(map(type, records)) - {list, tuple}:
+            return list(map(self._spool.unpacked, records))
+        return records
+
+    def _is_record(self, value: object) -> bool:
+        """Say whether a value has the form of a record, whatever its fields are worth."""
+        if type(value) not in (list, tuple) or len(value) != len(self._layout.fields):
+            return False
+        return isinstance(value[-1], Array) and not isinstance(value[0], (list, tuple, Array))
+
+    def _records_of(self, clip: int, value: object) -> Sequence:
+        """Return the records of a clip, none after the refusal of a value that is no list of them."""
+        if (records := self._records(value)) is None:
+            what = f"{self._path}: clip {short(self._clips[clip])} is no list of records: {self._spool.show(value)}"
+            self._refuse("of a clip that is no list of them", "leaves such clips empty", what, self._lose(value))
+        return records or []
+
+    def _lose(self, value: object) -> int:
+        """Take the features within a value for lost, and return for how many records it counts."""
+        rows = np.array([*self._spool.rows_in(value)], np.int64)
+        rows = rows[self._owner[rows] == UNSEEN]
+        self._owner[rows] = LOST
+        return 1 if self._is_record(value) else max(1, len(rows))
+
+    def _refuse(self, rule: str, does: str, message: str, n: int = 1) -> None:
+        """Count `n` bad records, or raise where none may be skipped."""
+        self._bad += n
+        if self._refused is None:
+            raise ValueError(f"{message} (--skip-bad-records {does})") from None
+        _tally(self._refused, rule, n, message)
 
     def _append(self, records: list, owner: np.ndarray, number: np.ndarray, sorts: bool = False) -> None:
         """Store records (n) of the clips `owner` (n,), all at once or, if one is bad, by halves, down to that one.
@@ -264,13 +318,9 @@ class _Reader:
                 for part in (slice(half), slice(half, None)):
                     self._append(records[part], owner[part], number[part])
                 return
-            self._bad[owner[0]] += 1
             rule, where = error.args[0], self._where(records[0], owner[0], number[0])
-            message = f"{where}: {': '.join(error.args)}"
-            if self._refused is None:
-                does = "sorts them" if rule == DISORDER else "leaves such records out"
-                raise ValueError(f"{message} (--skip-bad-records {does})") from None
-            _tally(self._refused, rule, 1, message)
+            does = "sorts them" if rule == DISORDER else "leaves such records out"
+            self._refuse(rule, does, f"{where}: {': '.join(error.args)}", self._lose(records[0]))
 
     def _sorted(self, records: list, owner: np.ndarray, number: np.ndarray) -> tuple[list, np.ndarray]:
         """Sort records within each clip by their frames; those whose frame cannot be read stay where they are."""
@@ -280,8 +330,9 @@ class _Reader:
         order = np.argsort(owner[rows] << 32 | frame[rows], kind="stable")
         moved = np.unique(owner[rows[order != np.arange(len(order))]])
         if len(moved):
-            first = ", ".join(map(str, frame[owner == moved[0]][:8]))
-            where = f"{self._path}: clip {self._clips[moved[0]]}, frames {first}"
+            rows_of = np.flatnonzero(owner == moved[0])[:8]
+            first = ", ".join(str(frame[row]) if frame[row] >= 0 else self._spool.show(frames[row]) for row in rows_of)
+            where = f"{self._path}: clip {short(self._clips[moved[0]])}, frames {first}"
             _tally(self._mended, "clips had frames out of order, which were sorted", len(moved), where)
         place = np.arange(len(records))
         place[rows] = rows[order]
@@ -291,7 +342,7 @@ class _Reader:
         """Turn records (n) into columns (n, ...), or raise BadRecord for one of them."""
         fields, width = self._layout.fields, self._layout.width
         if len(records) > BLOCK or set(map(type, records)) - {list, tuple} or set(map(len, records)) - {len(fields)}:
-            raise BadRecord(f"record without its {len(fields)} fields", SHORT.repr(records[0]))
+            raise BadRecord(f"record without its {len(fields)} fields", self._spool.show(records[0]))
         *values, features = zip(*records) if records else [()] * len(fields)
         columns, rows = (
             {name: _column(name, of, self._spool) for name, of in zip(fields, values)},
@@ -317,9 +368,9 @@ class _Reader:
 
     def _where(self, record: object, clip: int, number: int) -> str:
         """Name a record."""
-        has_frame = "frame" in self._layout.fields and type(record) in (list, tuple) and record
-        frame = f" (frame {SHORT.repr(record[0])})" if has_frame else ""
-        return f"{self._path}: clip {self._clips[clip]}, record {number}{frame}"
+        whole = type(record) in (list, tuple) and len(record) == len(self._layout.fields) > 1
+        frame = f" (frame {SHORT.repr(record[0])})" if whole and type(record[0]) not in (list, tuple) else ""
+        return f"{self._path}: clip {short(self._clips[clip])}, record {number}{frame}"
 
 
 def _tally(counts: dict[str, tuple[int, str]], what: str, n: int, first: str) -> None:
@@ -336,15 +387,29 @@ def _frame_number(value: object) -> int:
     return number if 0 <= number < 2**31 else -1
 
 
-def _clip_names(path: Path, keys: Iterable) -> list[str]:
-    names: dict[str, str] = {}
-    for key in keys:
-        name = key.decode(errors="surrogateescape") if type(key) is bytes else key
-        if type(name) is not str or name.split() != [name] or not name.isprintable():
-            raise ValueError(f"{path}: clip name {SHORT.repr(key)} is not printable text without spaces")
-        if names.setdefault(name.removesuffix(".mp4"), name) != name:
-            raise ValueError(f"{path}: clip {name.removesuffix('.mp4')} is named twice, with and without .mp4")
-    return list(names)
+def _by_clip(path: Path, loaded: Clips) -> tuple[dict[str, object], list[tuple[object, str]]]:
+    """Find the last key of each clip, and what it had under former ones, each value with a message.
+
+    Keys may be bytes or text, with `.mp4` or without. What was under former ones is taken out of `loaded`.
+    """
+    last: dict[str, object] = {}
+    repeated = [
+        (value, f"{path}: clip {short(_clip_name(path, key))} is named twice") for key, value in loaded.repeated
+    ]
+    for key in list(loaded):
+        name = _clip_name(path, key)
+        if name in last:
+            what = f"clip {short(name)} is named twice, as {SHORT.repr(last[name])} and {SHORT.repr(key)}"
+            repeated.append((loaded.pop(last[name]), f"{path}: {what}"))
+        last[name] = key
+    return last, repeated
+
+
+def _clip_name(path: Path, key: object) -> str:
+    name = key.decode(errors="surrogateescape") if type(key) is bytes else key
+    if type(name) is not str or name.split() != [name] or not name.isprintable() or name == ".mp4":
+        raise ValueError(f"{path}: clip name {SHORT.repr(key)} is not printable text without spaces")
+    return name.removesuffix(".mp4")
 
 
 def _column(name: str, values: Sequence, spool: Spool) -> np.ndarray:

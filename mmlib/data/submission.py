@@ -9,7 +9,6 @@ from collections.abc import Container, Iterable, Sequence
 from itertools import accumulate, chain
 from operator import eq
 from pathlib import Path
-from textwrap import shorten
 
 import numpy as np
 import pandas as pd
@@ -54,10 +53,11 @@ def read_train_truth(path: str | Path, *, bare: bool = False) -> pd.DataFrame:
     found: dict[str, tuple[int, str]] = {}
     for number, words in enumerate(_split(path, _read_bytes(path), needed=True), 1):
         if len(words) != 2 or not (bare or _is_clip(words[0])) or _is_clip(words[1]):
-            raise ValueError(f"{path}, line {number}: expected 'CLIP.mp4 IDENTITY', got {' '.join(words)!r}")
+            raise ValueError(f"{path}, line {number}: expected 'CLIP.mp4 IDENTITY', got {short(' '.join(words))!r}")
         clip = words[0].removesuffix(".mp4")
         if clip in found:
-            raise ValueError(f"{path}, line {number}: clip {clip} is named twice, first on line {found[clip][0]}")
+            first = found[clip][0]
+            raise ValueError(f"{path}, line {number}: clip {short(clip)} is named twice, first on line {first}")
         found[clip] = number, words[1]
     return pd.DataFrame({"clip": [*found], "identity": [identity for _, identity in found.values()]})
 
@@ -74,8 +74,11 @@ def read_val_truth(path: str | Path, *, needed: bool = True, bare: bool = False)
     names, texts, sizes = [], [b""], []
     for number, words in enumerate(_split(path, content, needed), 1):
         if not words or _is_clip(words[0]) or not (bare or all(map(_is_clip, words[1:]))):
-            got = shorten(" ".join(words), 80, placeholder=" ...")
-            raise ValueError(f"{path}, line {number}: expected 'IDENTITY CLIP.mp4 CLIP.mp4 ...', got {got!r}")
+            got = repr(short(" ".join(words)))
+            if words:
+                at = 0 if _is_clip(words[0]) else next(at for at, word in enumerate(words[1:], 1) if not _is_clip(word))
+                got = f"{got}, of which word {at + 1} is {short(words[at])!r}"
+            raise ValueError(f"{path}, line {number}: expected 'IDENTITY CLIP.mp4 CLIP.mp4 ...', got {got}")
         names.append(words[0])
         texts.append(" ".join(word if _is_clip(word) else f"{word}.mp4" for word in words[1:]).encode())
         sizes.append(len(words) - 1)
@@ -111,6 +114,45 @@ def read_as_script(path: str | Path) -> Lines:
     return [words[0] for words in lines], [words[1:] for words in lines]
 
 
+def answered(path: str | Path, truth: Lines, result: Lines) -> Lines:
+    """Return the lines of the submission `result`, read from `path`, whose identities `truth` has: what is scored.
+
+    All lines count in the limit: ValueError for more than the ground truth has, and for one of these identities twice,
+    as nothing says which line is meant.
+    """
+    _check_length(path, truth, result)
+    known = {*truth[0]}
+    first: dict[str, int] = {}
+    for line, name in enumerate(result[0], 1):
+        if name in known and first.setdefault(name, line) != line:
+            where = f"{path}, line {line}: identity {short(name)}"
+            raise ValueError(f"{where} is named twice, first on line {first[name]}")
+    if len(first) == len(result[0]):
+        return result
+    return [*first], [result[1][line - 1] for line in first.values()]
+
+
+def check_as_script(paths: Sequence[str | Path], truth: Lines, result: Lines) -> None:
+    """Raise for what the script of the challenge would stop at: the files and lines of `read_as_script`."""
+    if not truth[0]:
+        raise ValueError(f"{paths[0]}: empty, so that the script would divide by 0")
+    _check_length(paths[1], truth, result)
+    last, wanted = ({name: line for line, name in enumerate(of[0])} for of in (result, truth))
+    for name, line in last.items():
+        if name not in wanted:
+            continue
+        if len(result[1][line]) > RESULT_LIMIT and (distinct := len({*result[1][line]})) > RESULT_LIMIT:
+            raise ValueError(f"{paths[1]}, line {line + 1}: {distinct} clips, at most {RESULT_LIMIT} are allowed")
+        if not truth[1][wanted[name]]:
+            where = f"{paths[0]}, line {wanted[name] + 1}: identity {short(name) or repr(name)}"
+            raise ValueError(f"{where} has no clip and is submitted, so that the script would divide by 0")
+
+
+def _check_length(path: str | Path, truth: Lines, result: Lines) -> None:
+    if (lines := len(result[0])) > (most := len(truth[0])):
+        raise ValueError(f"{path}, line {most + 1}: {lines} lines, more than the {most} of the ground truth")
+
+
 def count_unknown(truth: Lines, result: Lines) -> dict[str, tuple[int, int]]:
     """Count the identities and the clips that a result names, and those of them that the ground truth does not."""
     named = {"identities": {*result[0]}, "clips": {*chain.from_iterable(result[1])}}
@@ -144,7 +186,7 @@ def check_names(clips: Iterable[str], identities: Iterable[str]) -> None:
     """Raise for the first name that these files cannot hold."""
     for kind, names in (("clip", clips), ("identity", identities)):
         if bad := bad_names(kind, names):
-            raise ValueError(f"{kind} {bad[0]!r}: {NAME_RULE}")
+            raise ValueError(f"{kind} {short(bad[0])!r}: {NAME_RULE}")
 
 
 def bad_names(kind: str, names: Iterable[str]) -> list[str]:
@@ -152,6 +194,11 @@ def bad_names(kind: str, names: Iterable[str]) -> list[str]:
     # a byte-order mark in front would be lost
     read = {name: name.encode(errors="ignore").decode("utf-8-sig").split() for name in names}
     return [name for name, words in read.items() if words != [name] or (kind == "identity" and _is_clip(name))]
+
+
+def short(text: str, most: int = 80) -> str:
+    """Cut a text for a message: a file may name anything."""
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 
 def _is_clip(word: str) -> bool:

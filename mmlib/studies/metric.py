@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pandas as pd
 
-from mmlib.data.submission import RESULT_LIMIT, read_as_script, read_result, read_val_truth
+from mmlib.data.submission import RESULT_LIMIT, answered, check_as_script, read_as_script, read_result, read_val_truth
 from mmlib.metrics import official_score, script_score
 
 _MANY = " ".join(f"x{number}.mp4" for number in range(RESULT_LIMIT + 1))
@@ -25,13 +25,14 @@ CASES = [
     ("an empty line at the end of the ground truth", "counts for nothing", f"{_TRUTH}\n", _RESULT),
     ("an empty line within the ground truth", "refused", "1 a.mp4 b.mp4\n\n2 c.mp4\n", _RESULT),
     ("names without .mp4 in both files", "refused", "1 a b\n2 c\n", "1 a b\n2 c\n"),
-    ("an identity on two lines of the submission", "refused", _TRUTH, "1 a.mp4 b.mp4\n1 x.mp4 a.mp4\n"),
-    ("an identity on two lines of the ground truth", "the last holds, both count", "1 a.mp4\n1 b.mp4\n", "1 b.mp4\n"),
+    ("the first identity on both lines of the submission", "refused", _TRUTH, "1 a.mp4 b.mp4\n1 x.mp4 a.mp4\n"),
+    ("one identity on both lines of the ground truth", "the last holds, both count", "1 a.mp4\n1 b.mp4\n", "1 b.mp4\n"),
     ("a clip twice on a line of the submission", "the first counts", _TRUTH, "1 a.mp4 a.mp4 b.mp4\n2 c.mp4\n"),
     ("a clip twice on a line of the ground truth", "counts as two", "1 a.mp4 a.mp4\n2 c.mp4\n", _RESULT),
     ("an identity without a clip in the ground truth, submitted", "has AP 0", "1 a.mp4 b.mp4\n2 \n", _RESULT),
-    ("an identity that the ground truth lacks", "ignored", _TRUTH, "1 a.mp4 b.mp4\n9 c.mp4\n"),
+    ("in place of the second, an identity that the ground truth lacks", "ignored", _TRUTH, "1 a.mp4 b.mp4\n9 c.mp4\n"),
     ("the same, with more than a hundred clips", "ignored", _TRUTH, f"1 a.mp4 b.mp4\n9 {_MANY}\n"),
+    ("in place of both, one that the ground truth lacks, twice", "ignored", _TRUTH, "9 a.mp4 b.mp4\n9 c.mp4\n"),
     ("more than a hundred clips of an identity", "refused", _TRUTH, f"1 {_MANY}\n2 c.mp4\n"),
     ("more lines than the ground truth has", "refused", _TRUTH, f"{_RESULT}9 x.mp4\n"),
 ]
@@ -60,8 +61,10 @@ def scores(folder: Path, truth: str, result: str) -> tuple[float, float]:
 
 def _ours(truth: Path, result: Path) -> float:
     wanted = read_val_truth(truth)
-    return official_score(wanted, read_result(result, known={*wanted[0]})).map_at_k
+    return official_score(wanted, answered(result, wanted, read_result(result, known={*wanted[0]}))).map_at_k
 
 
 def _script(truth: Path, result: Path) -> float:
-    return script_score(read_as_script(truth), read_as_script(result))
+    lines = read_as_script(truth), read_as_script(result)
+    check_as_script((truth, result), *lines)
+    return script_score(*lines)
