@@ -892,7 +892,9 @@ def rows(records):
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize("wrap", [rows, lambda of: [*rows(of)], collections.deque, tuple], ids=["array", "list of arrays", "deque", "tuple"])
+@pytest.mark.parametrize(
+    "wrap", [rows, lambda of: [*rows(of)], collections.deque, tuple], ids=["array", "list of arrays", "deque", "tuple"]
+)
 def test_what_the_released_loader_reads_as_records_is_read(folder, wrap, protocol):
     path = pickle_path(folder, "face", "val")
     clips = pickle.loads(path.read_bytes()) | {b"VAL_2": wrap([face(i) for i in range(60)])}
