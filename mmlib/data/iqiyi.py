@@ -9,7 +9,7 @@ those that the released code of 2019 has written are found under its name, see `
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
 from pathlib import Path
@@ -19,7 +19,7 @@ import pandas as pd
 from rich.progress import Progress
 
 from mmlib.data.foreign import ImportReport, count_lost, to_half
-from mmlib.data.pickles import SHORT, Array, Clips, Spool, collection_paused, read_pickle, write_pickle
+from mmlib.data.pickles import SHORT, Array, Spool, collection_paused, read_pickle, write_pickle
 from mmlib.data.store import SPLITS, ClipStore, Modality
 from mmlib.data.submission import (
     check_names,
@@ -238,70 +238,33 @@ class _Reader:
         ):
             self._spool = Spool(spooled, self._layout.dtype, self._layout.width)
             loaded, foreign = read_pickle(self._path, file, self._spool)
-            named, repeated = _by_clip(self._path, loaded)
-            if repeated and self._refused is None:
-                raise ValueError(f"{repeated[0][1]} (--skip-bad-records keeps what is named last)")
-            self._clips, keys = [*named], [*named.values()]
-            self._count, self._bad = np.zeros(len(keys), np.int64), 0
+            keys, self._clips = list(loaded), _clip_names(self._path, loaded)
+            self._count, self._bad = np.zeros(len(keys), np.int64), False
             self._owner = np.full(self._spool.rows, UNSEEN, np.int32)  # of each feature
             none = np.zeros(0, np.int64)
             first = self._writer.append(self._modality, **self._parse([], none, none)) if keys else 0
             for at in bar.track(range(0, len(keys), CHUNK), description=f"store {self._path.name}"):
                 values = [loaded.pop(key) for key in keys[at : at + CHUNK]]  # so that memory falls
-                values = [self._records_of(clip, value) for clip, value in enumerate(values, at)]
+                if self._modality == "audio":
+                    values = [[(value,)] for value in values]
+                values = [value if type(value) in (list, tuple) else [value] for value in values]
                 sizes = np.array(list(map(len, values)))
                 owner = np.repeat(np.arange(at, at + len(values)), sizes)
                 number = 1 + np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
                 self._append(list(chain.from_iterable(values)), owner, number, self._sorts)
-            for value, message in repeated:
-                records = self._records(value)
-                if n := sum(map(self._lose, [value] if records is None else records)):
-                    self._refuse("of a clip that is named again", "keeps what is named last", message, n)
         if foreign and not self._bad:
             what = f"names {ascii(short(min(foreign)))}, outside of all records; nothing was run"
             raise ValueError(f"{self._path}: {what}; write the clips as a dict of lists and arrays, without it")
-        if n := int((self._owner == UNSEEN).sum()):
-            self._refuse("of no clip", "leaves them out", f"{self._path}: {n} features are of no clip", n)
+        if len(lost := np.flatnonzero(self._owner == UNSEEN)):
+            # Of a clip that is named twice the former features stand before all that is kept from there on.
+            later = self._owner[lost[0] :]
+            clip = short(self._clips[later[later >= 0].min()]) if (later >= 0).any() else "one of the last"
+            message = (
+                f"{self._path}: {len(lost)} features are in no record of a clip, as if one were named twice: {clip}"
+            )
+            self._refuse("features in no record of a clip", "leaves them out", message, len(lost))
         start = first + np.cumsum(self._count) - self._count
         return pd.DataFrame({"clip": self._clips, "start": start, "count": self._count})
-
-    def _records(self, value: object) -> Sequence | None:
-        """Return the records of a clip, None if its value is no list of them."""
-        if self._modality == "audio":
-            return [(value,)]
-        records = self._spool.unpacked(value)
-        if type(records) not in (list, tuple) or self._is_record(records):
-            return None
-        if set(map(type, records)) - {list, tuple}:
-            return list(map(self._spool.unpacked, records))
-        return records
-
-    def _is_record(self, value: object) -> bool:
-        """Say whether a value has the form of a record, whatever its fields are worth."""
-        if type(value) not in (list, tuple) or len(value) != len(self._layout.fields):
-            return False
-        return isinstance(value[-1], Array) and not isinstance(value[0], (list, tuple, Array))
-
-    def _records_of(self, clip: int, value: object) -> Sequence:
-        """Return the records of a clip, none after the refusal of a value that is no list of them."""
-        if (records := self._records(value)) is None:
-            what = f"{self._path}: clip {short(self._clips[clip])} is no list of records: {self._spool.show(value)}"
-            self._refuse("of a clip that is no list of them", "leaves such clips empty", what, self._lose(value))
-        return records or []
-
-    def _lose(self, value: object) -> int:
-        """Take the features within a value for lost, and return for how many records it counts."""
-        rows = np.array([*self._spool.rows_in(value)], np.int64)
-        rows = rows[self._owner[rows] == UNSEEN]
-        self._owner[rows] = LOST
-        return 1 if self._is_record(value) else max(1, len(rows))
-
-    def _refuse(self, rule: str, does: str, message: str, n: int = 1) -> None:
-        """Count `n` bad records, or raise where none may be skipped."""
-        self._bad += n
-        if self._refused is None:
-            raise ValueError(f"{message} (--skip-bad-records {does})") from None
-        _tally(self._refused, rule, n, message)
 
     def _append(self, records: list, owner: np.ndarray, number: np.ndarray, sorts: bool = False) -> None:
         """Store records (n) of the clips `owner` (n,), all at once or, if one is bad, by halves, down to that one.
@@ -320,7 +283,18 @@ class _Reader:
                 return
             rule, where = error.args[0], self._where(records[0], owner[0], number[0])
             does = "sorts them" if rule == DISORDER else "leaves such records out"
-            self._refuse(rule, does, f"{where}: {': '.join(error.args)}", self._lose(records[0]))
+            self._refuse(rule, does, f"{where}: {': '.join(error.args)}")
+            if type(records[0]) in (list, tuple):  # its features are lost with it, and counted so
+                rows = self._spool.rows_of([value for value in records[0] if isinstance(value, Array)])
+                rows = rows[rows >= 0]
+                self._owner[rows[self._owner[rows] == UNSEEN]] = LOST
+
+    def _refuse(self, rule: str, does: str, message: str, n: int = 1) -> None:
+        """Count what is bad, or raise where nothing may be skipped."""
+        self._bad = True
+        if self._refused is None:
+            raise ValueError(f"{message} (--skip-bad-records {does})") from None
+        _tally(self._refused, rule, n, message)
 
     def _sorted(self, records: list, owner: np.ndarray, number: np.ndarray) -> tuple[list, np.ndarray]:
         """Sort records within each clip by their frames; those whose frame cannot be read stay where they are."""
@@ -330,8 +304,7 @@ class _Reader:
         order = np.argsort(owner[rows] << 32 | frame[rows], kind="stable")
         moved = np.unique(owner[rows[order != np.arange(len(order))]])
         if len(moved):
-            rows_of = np.flatnonzero(owner == moved[0])[:8]
-            first = ", ".join(str(frame[row]) if frame[row] >= 0 else self._spool.show(frames[row]) for row in rows_of)
+            first = ", ".join(SHORT.repr(frames[row]) for row in np.flatnonzero(owner == moved[0])[:8])
             where = f"{self._path}: clip {short(self._clips[moved[0]])}, frames {first}"
             _tally(self._mended, "clips had frames out of order, which were sorted", len(moved), where)
         place = np.arange(len(records))
@@ -342,7 +315,7 @@ class _Reader:
         """Turn records (n) into columns (n, ...), or raise BadRecord for one of them."""
         fields, width = self._layout.fields, self._layout.width
         if len(records) > BLOCK or set(map(type, records)) - {list, tuple} or set(map(len, records)) - {len(fields)}:
-            raise BadRecord(f"record without its {len(fields)} fields", self._spool.show(records[0]))
+            raise BadRecord(f"record without its {len(fields)} fields", SHORT.repr(records[0]))
         *values, features = zip(*records) if records else [()] * len(fields)
         columns, rows = (
             {name: _column(name, of, self._spool) for name, of in zip(fields, values)},
@@ -368,8 +341,8 @@ class _Reader:
 
     def _where(self, record: object, clip: int, number: int) -> str:
         """Name a record."""
-        whole = type(record) in (list, tuple) and len(record) == len(self._layout.fields) > 1
-        frame = f" (frame {SHORT.repr(record[0])})" if whole and type(record[0]) not in (list, tuple) else ""
+        has_frame = "frame" in self._layout.fields and type(record) in (list, tuple) and record
+        frame = f" (frame {SHORT.repr(record[0])})" if has_frame else ""
         return f"{self._path}: clip {short(self._clips[clip])}, record {number}{frame}"
 
 
@@ -387,29 +360,17 @@ def _frame_number(value: object) -> int:
     return number if 0 <= number < 2**31 else -1
 
 
-def _by_clip(path: Path, loaded: Clips) -> tuple[dict[str, object], list[tuple[object, str]]]:
-    """Find the last key of each clip, and what it had under former ones, each value with a message.
-
-    Keys may be bytes or text, with `.mp4` or without. What was under former ones is taken out of `loaded`.
-    """
-    last: dict[str, object] = {}
-    repeated = [
-        (value, f"{path}: clip {short(_clip_name(path, key))} is named twice") for key, value in loaded.repeated
-    ]
-    for key in list(loaded):
-        name = _clip_name(path, key)
-        if name in last:
-            what = f"clip {short(name)} is named twice, as {SHORT.repr(last[name])} and {SHORT.repr(key)}"
-            repeated.append((loaded.pop(last[name]), f"{path}: {what}"))
-        last[name] = key
-    return last, repeated
-
-
-def _clip_name(path: Path, key: object) -> str:
-    name = key.decode(errors="surrogateescape") if type(key) is bytes else key
-    if type(name) is not str or name.split() != [name] or not name.isprintable() or name == ".mp4":
-        raise ValueError(f"{path}: clip name {SHORT.repr(key)} is not printable text without spaces")
-    return name.removesuffix(".mp4")
+def _clip_names(path: Path, keys: Iterable) -> list[str]:
+    """Return the name of each key, in their order; keys may be bytes or text, with `.mp4` or without."""
+    names: dict[str, object] = {}
+    for key in keys:
+        name = key.decode(errors="surrogateescape") if type(key) is bytes else key
+        if type(name) is not str or name.split() != [name] or not name.isprintable() or name == ".mp4":
+            raise ValueError(f"{path}: clip name {SHORT.repr(key)} is not printable text without spaces")
+        if (first := names.setdefault(name.removesuffix(".mp4"), key)) is not key:
+            twice = f"as {SHORT.repr(first)} and {SHORT.repr(key)}"
+            raise ValueError(f"{path}: clip {short(name.removesuffix('.mp4'))} is named twice, {twice}")
+    return list(names)
 
 
 def _column(name: str, values: Sequence, spool: Spool) -> np.ndarray:

@@ -3,19 +3,17 @@
 A pickle is a program: `pickle.load` runs whatever it names. Here a name leads to a stand-in, made for one load, that
 runs nothing and cannot be changed. Those of what arrays and plain containers need move bytes; any other is `Foreign`
 and swallows what it is given, so that the file is read to its end and the record that holds it can be named.
-A dict forgets what a key had before; the one that such a file is does not: see `Clips`.
 """
 
 import copyreg
 import gc
 import pickle
-import pickletools
 import re
 import reprlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from io import BufferedReader, RawIOBase
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,21 +21,15 @@ import numpy as np
 
 BLOCK = 2**20  # bytes read or written at once
 KEPT = 256  # bytes of an array that is no feature
-HEAD = 512  # bytes among which the dict of clips begins; in what picklers write it is the first of all
 SHOWN = 200  # characters of a value in a message
 # Types that a defaultdict may make: they say nothing of what it holds. They are stand-ins like all others.
 KINDS = "bool", "complex", "dict", "float", "frozenset", "int", "long", "object", "set", "str", "tuple", "unicode"
 FACTORIES = {f"builtins.{kind}" for kind in KINDS}
 PLAIN = re.compile(r"[<>|=]?[biufcSU]\d{1,3}")  # dtypes of numbers and text
-CLIPS, MAKE_CLIPS = "mmlib.Clips", pickle.GLOBAL + b"mmlib\nClips\n" + pickle.EMPTY_TUPLE + pickle.REDUCE
 
 
 class _Short(reprlib.Repr):
-    """Show any value in one short text, the same in every run."""
-
-    def __init__(self):
-        super().__init__()
-        self.maxother, self.maxlevel = 60, 4
+    """Show any value in one short text."""
 
     def repr(self, x: object) -> str:
         text = super().repr(x)
@@ -46,14 +38,9 @@ class _Short(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
         return repr(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"  # too long for repr
 
-    def repr_bytearray(self, x: bytearray, level: int) -> str:
-        return self.repr1(bytes(x), level)
-
-    def repr_Clips(self, x: dict, level: int) -> str:
-        return self.repr_dict(x, level)
-
 
 SHORT = _Short()
+SHORT.maxother = 60
 
 
 class Array(int):
@@ -66,64 +53,24 @@ class Array(int):
 
 
 class Foreign:
-    """What a pickle gets for a name that is not known: a class that swallows whatever it is given, but for arrays."""
+    """What a pickle gets for a name that is not known: a class that swallows whatever it is given."""
 
-    __slots__ = ("held",)
-    held: list[Array]
+    __slots__ = ()
 
-    def __new__(cls, *given, **named):
-        made = super().__new__(cls)
-        made.held = [*_arrays((given, named))]
-        return made
+    def __new__(cls, *_, **__):
+        return super().__new__(cls)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}>"
 
-    def __call__(self, *given, **named) -> "Foreign":  # protocol 2 fetches a method by getattr
-        self._swallow(given, named)
+    def __call__(self, *_, **__) -> "Foreign":  # protocol 2 fetches a method by getattr
         return self
 
-    def _swallow(self, *given) -> None:
-        if isinstance(self, Foreign):  # not where the class itself is given something
-            self.held += _arrays(given)
+    @classmethod
+    def _swallow(cls, *_) -> None:
+        pass
 
     __setstate__ = __setitem__ = append = extend = add = _swallow  # all that an unpickler calls
-
-
-class Clips(dict):
-    """A dict that keeps what a key had before it is set again: `repeated`, of each such time the key and the value."""
-
-    __slots__ = ("repeated",)
-
-    def __init__(self, items: Iterable[tuple] = ()):
-        super().__init__()
-        self.repeated: list[tuple[object, object]] = []
-        for key, value in items:
-            self[key] = value
-
-    def __setitem__(self, key: object, value: object) -> None:
-        if key in self:
-            self.repeated.append((key, self.pop(key)))
-        super().__setitem__(key, value)
-
-    def __setstate__(self, state) -> None:
-        raise pickle.UnpicklingError("it changes what a dict is, which is refused")
-
-
-def _arrays(value: object) -> Iterator[Array]:
-    """Yield the arrays within a value, however deep."""
-    left, seen = [value], set()
-    while left:
-        if isinstance(value := left.pop(), Array):
-            yield value
-        elif id(value) not in seen:
-            seen.add(id(value))
-            if isinstance(value, dict):
-                left += [*value, *value.values(), *getattr(value, "repeated", ())]
-            elif isinstance(value, (list, tuple, set, frozenset)):
-                left += value
-            elif isinstance(value, Foreign):
-                left += value.held
 
 
 class Spool:
@@ -143,7 +90,7 @@ class Spool:
         """Keep one array: a feature on disk, of another dtype or shape a description and its first bytes or objects."""
         size = len(payload)
         if code[1:] != self.dtype.str[1:] or shape != (self.width,) or size != self.width * self.dtype.itemsize:
-            self._others.append((code, shape, payload if type(payload) is list else payload[:KEPT], size))
+            self._others.append((code, shape, payload[:KEPT], size))
             self._places[number] = -len(self._others)
         else:
             content = payload if code == self.dtype.str else np.frombuffer(payload, code).astype(self.dtype).data
@@ -176,89 +123,19 @@ class Spool:
         place = self._places[number]
         return number if place >= 0 else _plain(*self._others[-1 - place][:3], otherwise=number)
 
-    def rows_in(self, value: object) -> set[int]:
-        """Return the rows of all features within a value, however deep."""
-        rows: set[int] = set()
-        left, seen = [*_arrays(value)], set()
-        while left:
-            if (number := left.pop()) not in seen:
-                seen.add(number)
-                if (place := self._places[number]) >= 0:
-                    rows.add(place)
-                elif type(held := self._others[-1 - place][2]) is list:
-                    left += _arrays(held)
-        return rows
-
-    def unpacked(self, value: object) -> object:
-        """Return an array of objects as a list of them, one with two axes as a list of its rows; else the value."""
-        if isinstance(value, Array) and (place := self._places[value]) < 0:
-            _, shape, held, size = self._others[-1 - place]
-            if type(held) is list and type(shape) is tuple:
-                if shape == (size,):
-                    return held
-                if len(shape) == 2 and type(width := shape[1]) is int and width > 0 and shape[0] * width == size:
-                    return [held[at : at + width] for at in range(0, size, width)]
-        return value
-
-    def show(self, value: object) -> str:
-        """Say what a value is, of an array its dtype and shape."""
-        if not isinstance(value, Array):
-            return SHORT.repr(value)
-        if (place := self._places[value]) >= 0:
-            return "a feature"
-        code, shape, held, size = self._others[-1 - place]
-        return f"{code} {shape} of {size} {'objects' if type(held) is list else 'bytes'}"
-
     def describe(self, value: object) -> str:
         """Say what a value is that is no feature, or not a finite one."""
-        if not isinstance(value, Array) or (place := self._places[value]) < 0:
-            return self.show(value)
+        if not isinstance(value, Array):
+            return SHORT.repr(value)
+        if (place := self._places[value]) < 0:
+            code, shape, _, size = self._others[-1 - place]
+            return f"{code} {shape} of {size} bytes"
         feature = self.read(np.array([place]))[0]
         bad = np.argmin(np.abs(feature) < np.float32(65520))  # from there on float16 has infinity
         return f"{feature[bad]} at position {bad}"
 
 
-def _exchange_dict(head: bytes) -> bytes:
-    """Exchange the first dict that the beginning of a pickle makes for a `Clips`."""
-    frame, before = None, None
-    try:
-        for opcode, _, at in pickletools.genops(head):
-            if opcode.name == "FRAME":
-                frame = at + 1
-            empty = opcode.name == "EMPTY_DICT"
-            if empty or (opcode.name == "DICT" and before == "MARK"):  # as protocol 0 has it
-                start, longer = (at, len(MAKE_CLIPS) - 1) if empty else (at - 1, len(MAKE_CLIPS) - 2)
-                if frame is not None:
-                    length = int.from_bytes(head[frame : frame + 8], "little") + longer
-                    head = head[:frame] + (length % 2**64).to_bytes(8, "little") + head[frame + 8 :]
-                return head[:start] + MAKE_CLIPS + head[at + 1 :]
-            before = opcode.name
-    except Exception:  # no pickle, or nothing of the kind so far; which it is will be seen where it is loaded
-        pass
-    return head
-
-
-class _Begun(RawIOBase):
-    """A file in whose beginning the dict is exchanged."""
-
-    def __init__(self, raw: Any):
-        self._raw, self._head = raw, _exchange_dict(raw.read(HEAD))
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        if not self._head:
-            return self._raw.readinto(buffer)
-        part, self._head = self._head[: len(buffer)], self._head[len(buffer) :]
-        buffer[: len(part)] = part
-        return len(part)
-
-    def tell(self) -> int:
-        return self._raw.tell() - len(self._head)
-
-
-def read_pickle(path: Path, raw: Any, spool: Spool) -> tuple[Clips, set[str]]:
+def read_pickle(path: Path, raw: Any, spool: Spool) -> tuple[dict, set[str]]:
     """Load the dict in `path`, opened as `raw`, its arrays going to `spool`, and the foreign names that it holds.
 
     Memory is that of the containers for a file of Python 2 or of `write_pickle`. Other pickles of Python 3 have the
@@ -267,17 +144,16 @@ def read_pickle(path: Path, raw: Any, spool: Spool) -> tuple[Clips, set[str]]:
     size = path.stat().st_size
     copyreg.clear_extension_cache()  # of live objects, which come without find_class
     try:
-        file = BufferedReader(_Begun(raw), BLOCK)
+        file = BufferedReader(raw, BLOCK)
         unpickler = _Unpickler(file, spool)
         loaded = unpickler.load()
     except OSError:
         raise
+    except MemoryError:
+        raise MemoryError(f"while {path} was read") from None
     except Exception as error:
-        for cause in _causes(error):
-            if not isinstance(cause, Exception):  # an interrupt, of which C code may say that a call of it went wrong
-                raise cause from None
-            if isinstance(cause, MemoryError):
-                raise MemoryError(f"while {path} was read") from None
+        if isinstance(error.__cause__, KeyboardInterrupt | SystemExit):  # C code says that a call of it went wrong
+            raise error.__cause__ from None
         message = " ".join(str(error).split())[:SHOWN]
         if isinstance(error, EOFError) or message == "pickle data was truncated":
             raise ValueError(f"{path}: cut short at byte {size}") from None
@@ -286,15 +162,9 @@ def read_pickle(path: Path, raw: Any, spool: Spool) -> tuple[Clips, set[str]]:
         copyreg.clear_extension_cache()
     if rest := size - file.tell():
         raise ValueError(f"{path}: {rest} bytes after the pickle's end")
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path}: holds {spool.show(loaded)}, not a dict of clips; nothing was run")
-    return loaded if isinstance(loaded, Clips) else Clips(loaded.items()), unpickler.foreign
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
+    if type(loaded) is not dict:
+        raise ValueError(f"{path}: holds {SHORT.repr(loaded)}, not a dict of clips; nothing was run")
+    return loaded, unpickler.foreign
 
 
 def write_pickle(path: Path, items: Iterable[tuple[bytes, object]]) -> None:
@@ -340,16 +210,13 @@ def _foreign(name: str) -> type[Foreign]:
 class _Known:
     """What a pickle gets for a known name: it can be called and passed on, and not changed."""
 
-    __slots__ = ("_call", "_name")
+    __slots__ = ("_call",)
 
-    def __init__(self, name: str, call: Any):
-        self._name, self._call = name, call
+    def __init__(self, call: Any):
+        self._call = call
 
     def __call__(self, *given) -> object:
         return self._call(*given)
-
-    def __repr__(self) -> str:
-        return f"<{self._name}>"
 
     def __setstate__(self, state) -> None:
         raise pickle.UnpicklingError("it changes what a name stands for, which is refused")
@@ -362,9 +229,6 @@ class _Dtype:
 
     def __init__(self, code: object, *_):
         self.code = _text(code)
-
-    def __repr__(self) -> str:
-        return f"<dtype {self.code}>"
 
     def __setstate__(self, state: tuple) -> None:
         self.code = _text(state[1]) + self.code.lstrip("<>|=")
@@ -405,20 +269,18 @@ def _stand_ins(spool: Spool) -> dict[str, object]:
         "builtins.bytes": b"".lower,  # of nothing: no size is taken
         "collections.OrderedDict": _dict,
         "collections.defaultdict": _dict,
-        "collections.deque": _list,
-        CLIPS: Clips,
     }
-    return {name: _Known(name, call) for name, call in known.items()}
+    return {name: _Known(call) for name, call in known.items()}
 
 
 def _plain(code: str, shape: tuple, payload: bytes | bytearray | list, otherwise: object) -> object:
     """Return numbers or text as Python has them: those of a short vector or column as a list, one alone by itself."""
-    if type(shape) is tuple and (type(payload) is list or PLAIN.fullmatch(code)):
+    if type(payload) is list:  # of an array of objects
+        return payload[0] if len(payload) == 1 else payload
+    if PLAIN.fullmatch(code) and type(shape) is tuple:
         try:
             if {*shape[1:]} - {1}:
                 return otherwise
-            if type(payload) is list:  # of an array of objects
-                return payload[0] if len(payload) == 1 else payload
             values = np.ndarray(shape[:1], code, payload)
             values = values.astype(np.float64) if values.dtype.kind == "f" else values  # long ones have no Python float
             return values.item() if values.size == 1 else values.tolist()
@@ -427,12 +289,8 @@ def _plain(code: str, shape: tuple, payload: bytes | bytearray | list, otherwise
     return otherwise
 
 
-def _dict(*given) -> Clips:
-    return Clips(given[0] if given and type(given[0]) is list else ())
-
-
-def _list(*given) -> list:
-    return given[0] if given and type(given[0]) is list else []
+def _dict(*given) -> dict:
+    return dict(given[0] if given and type(given[0]) is list else ())
 
 
 def _encode(text: str, codec: bytes | str) -> bytes | bytearray:
