@@ -651,7 +651,9 @@ def test_features_of_no_clip_are_counted(folder):
     one = pickle.dumps(feature(), 2)[2:-1] + pickle.POP
     dump(folder / "feat/body_val.pickle", {})
     (folder / "feat/body_val.pickle").write_bytes(b"\x80\2" + one + b"}.")
-    assert_refused(folder, "body_val.pickle: 1 features are in no record of a clip, .* .--skip-bad-records leaves them out")
+    assert_refused(
+        folder, "body_val.pickle: 1 features are in no record of a clip, .* .--skip-bad-records leaves them out"
+    )
     report = run(folder, skip_bad_records=True)
     assert [n for n, _ in report.refused.values()] == [1] and frames(report) == {"face": 13}
 
