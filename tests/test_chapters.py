@@ -305,7 +305,9 @@ def test_chapter_says_of_real_faces_what_is_so(name, key, text, real_store, tiny
     chapter = ROOT / "book" / "chapters" / f"{name}.md"
     found = glued(run_chapter(chapter, tmp_path, tiny_cache, data=str(real_store), seeds="[0]"))
     assert "own" in found["notice"] and "imulated" not in found["notice"]
-    assert text in found[key] and not any("imulated" in str(text) for text in found.values())
+    # The rates were searched for on simulated clips, which a page of real faces has to say too.
+    spoken = {key: said for key, said in found.items() if not key.endswith("-search-source")}
+    assert text in found[key] and not any("imulated" in str(said) for said in spoken.values())
 
 
 # The rules themselves.
