@@ -6,17 +6,20 @@ import argparse
 import json
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks import reference as released
 from benchmarks.lines import Bar, Line, chosen
-from benchmarks.meter import StepFailed, isolated
+from benchmarks.meter import OutOfTime, StepFailed, isolated
 from benchmarks.parity import BOUND
 from mmlib.records import write_whole
 
 SCHEMA = 1
+LATE = "the minutes were over"
 ON_GPU_ONLY = {"challenge, one member": "100 epochs of the challenge's train split are hours on a CPU"}  # at full scale
 
 
@@ -32,7 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="PATH",
         help="a checkout of the released code of 2019, measured beside ours and held against it part by part (parity)",
     )
-    parser.add_argument("--save", metavar="FILE.json")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: all that there are")
+    parser.add_argument("--minutes", type=float, default=0, help="begin nothing, and wait for nothing, after so many")
+    parser.add_argument("--save", metavar="FILE.json", help="written anew after every line")
+    parser.add_argument("--resume", action="store_true", help="keep lines of FILE.json that this library measured here")
     parser.add_argument("--folder", help="where temporary files go; at full scale some 10 GB")
     asked = parser.parse_args(arguments)
     try:
@@ -42,16 +48,44 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     if asked.only and parity and not path:
         parser.error("parity needs the released code: --reference PATH")
+    found: dict = {}
+    limit, known = Limit(60 * asked.minutes), earlier(asked.save, asked.scale) if asked.resume else []
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-        found = measure_all(
-            lines, growth, scene, scale=asked.scale, reference=path, folder=str(Path(folder).resolve())
-        )  # every step has a working folder of its own
+        options = {"scale": asked.scale, "reference": path, "folder": str(Path(folder).resolve()), "limit": limit}
+        for found in measure_all(lines, growth, scene, device=asked.device, known=known, **options):
+            save(asked.save, found)
     if parity and path:
         found["parity"] = hold(path)
-    if asked.save:
-        write_whole(Path(asked.save), (json.dumps(found, indent=1) + "\n").encode())
+        save(asked.save, found)
     rows = found["lines"] + found["growth"] + found.get("parity", [])
     return int(any(row.get("failed") for row in rows))
+
+
+def earlier(path: str | None, scale: str) -> list[dict]:
+    """Read the lines that were measured on a machine like this one, by this library, if the file has such."""
+    if not path or not Path(path).exists():
+        return []
+    found, here = json.loads(Path(path).read_text()), isolated("machine:describe", device="cuda")
+    same = all(found["machine"].get(name) == here[name] for name in ("cpu", "cores", "gpu", "torch", "library"))
+    every = [*found["lines"], *found["growth"]] if same and found["scale"] == scale else []
+    return [row for row in every if "seconds" in row or "points" in row]
+
+
+def save(path: str | None, found: dict) -> None:
+    """Write what was found so far, whole; no path writes nothing."""
+    if path:
+        write_whole(Path(path), (json.dumps(found, indent=1) + "\n").encode())
+
+
+class Limit:
+    """A limit of seconds from now on; 0 is none."""
+
+    def __init__(self, seconds: float):
+        self._end = time.monotonic() + seconds if seconds else None
+
+    def left(self) -> float | None:
+        """Return the seconds that are left, 0 at least; None without a limit."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
 
 
 def hold(reference: str) -> list[dict]:
@@ -67,72 +101,125 @@ def hold(reference: str) -> list[dict]:
     return rows
 
 
-def measure_all(lines: list[Line], growth: list[Line], scene: bool, *, scale: str, reference: str, folder: str) -> dict:
-    """Measure lines and growth series on every device, printing each, and return what is saved."""
+def measure_all(
+    lines: list[Line],
+    growth: list[Line],
+    scene: bool,
+    *,
+    scale: str,
+    reference: str,
+    folder: str,
+    device: str = "auto",
+    limit: Limit,
+    known: list[dict],
+) -> Iterator[dict]:
+    """Measure lines and growth series on the devices asked for, printing each; yield all that was found after each.
+
+    known: rows that were measured before, which stand.
+    """
     machine = isolated("machine:describe", device="cuda")
-    devices = ["cpu", *(["cuda"] if machine["gpu"] else [])]
-    ceilings = {device: isolated("machine:ceilings", device=device, scale=scale) for device in devices}
-    found = {"schema": SCHEMA, "scale": scale, "machine": machine, "ceilings": ceilings, "lines": [], "growth": []}
+    devices = ["cpu", *(["cuda"] if machine["gpu"] else [])] if device == "auto" else [device]
+    if not machine["gpu"] and "cuda" in devices:
+        raise StepFailed("--device cuda: torch finds no GPU here")
+    ceilings = {at: isolated("machine:ceilings", device=at, scale=scale) for at in devices}
+    found: dict = {
+        "schema": SCHEMA,
+        "scale": scale,
+        "machine": machine,
+        "ceilings": ceilings,
+        "lines": [],
+        "growth": [],
+    }
     print(header(found))
     made: set[str] = set()
-    for line in lines:
-        for device in devices if line.gpu else devices[:1]:
-            row = measure_line(line, device, scale=scale, reference=reference, folder=folder, made=made)
-            found["lines"].append(finish(row, ceilings[device], line.bars))
+    before = {(row["name"], row["device"]): row for row in known}
+    fixed: dict = {"scale": scale, "folder": folder, "made": made, "limit": limit}
+    for line, at in pairs(lines, devices):
+        row = before.get((line.name, at)) or measure_line(line, at, reference=reference, **fixed)
+        found["lines"].append(finish(row, ceilings[at], line.bars))
+        print(sentence(row), flush=True)
+        yield found
+    for at in devices if scene else ():
+        stand = [row for (name, device), row in before.items() if name.startswith("scene, ") and device == at]
+        for row in stand or scene_rows(at, scale, limit):
+            found["lines"].append(finish(row, ceilings[at], ()))
             print(sentence(row), flush=True)
-    if scene:
-        for device in devices:
-            for row in scene_rows(device, scale):
-                found["lines"].append(finish(row, ceilings[device], ()))
-                print(sentence(row), flush=True)
-    for line in growth:
-        for device in devices if line.gpu else devices[:1]:
-            row = attempt({"name": line.name, "device": device}, line.step, line, device, scale, folder, made)
-            found["growth"].append(row)
-            points = ", ".join(f"{p['size']:,}: {p['seconds']:.3g} s" for p in row.get("points", []))
-            print(f"{row['name']} ({device}): {points or row['failed']}", flush=True)
-    for device in devices:  # a second time, so that one disturbed moment lowers no ceiling
-        for name, value in isolated("machine:ceilings", device=device, scale=scale).items():
-            ceilings[device][name] = max(value, ceilings[device][name])
+        yield found
+    for line, at in pairs(growth, devices):
+        row = {"name": line.name, "device": at}
+        row = before.get((line.name, at)) or attempt(row, line.step, line, at, **fixed)
+        found["growth"].append(row)
+        points = ", ".join(f"{p['size']:,}: {p['seconds']:.3g} s" for p in row.get("points", []))
+        print(f"{row['name']} ({at}): {points or row.get('failed') or row['skipped']}", flush=True)
+        yield found
+    for at in devices:  # a second time, so that one disturbed moment lowers no ceiling
+        for name, value in isolated("machine:ceilings", device=at, scale=scale).items():
+            ceilings[at][name] = max(value, ceilings[at][name])
     for row in found["lines"]:
         if "seconds" in row:
             row["shares"] = shares(row, ceilings[row["device"]])
-    return found
+    yield found
 
 
-def measure_line(line: Line, device: str, *, scale: str, reference: str, folder: str, made: set[str]) -> dict:
-    """Measure one line, its baseline and its reference."""
+def pairs(lines: list[Line], devices: list[str]) -> Iterator[tuple[Line, str]]:
+    """Yield every line with the devices that it runs on: on a GPU some do, on the CPU all."""
+    for line in lines:
+        yield from ((line, device) for device in devices if line.gpu or device == "cpu")
+
+
+def measure_line(line: Line, device: str, *, scale: str, reference: str, **options) -> dict:
+    """Measure one line, its baseline and its reference; options as for ``attempt``."""
     row = {"name": line.name, "device": device, "scale": scale}
     if scale == "full" and device == "cpu" and line.name in ON_GPU_ONLY:
         return row | {"skipped": ON_GPU_ONLY[line.name]}
-    row = attempt(row, line.step, line, device, scale, folder, made)
+    row = attempt(row, line.step, line, device, scale=scale, **options)
+    if "seconds" not in row:
+        return row
     for kind, step in (("baseline", line.baseline), ("reference", line.reference if reference else "")):
         if step:
-            row[kind] = attempt({}, step, line, device, scale, folder, made, reference)
+            row[kind] = attempt({}, step, line, device, scale=scale, reference=reference, **options)
     return row
 
 
 def attempt(
-    row: dict, step: str, line: Line, device: str, scale: str, folder: str, made: set[str], reference: str = ""
+    row: dict,
+    step: str,
+    line: Line,
+    device: str,
+    *,
+    scale: str,
+    folder: str,
+    made: set[str],
+    limit: Limit,
+    reference: str = "",
 ) -> dict:
-    """Run a step of a line after what it needs; what fails is said in the row, so that the others go on."""
+    """Run a step of a line after what it needs; what fails is said in the row, so that the others go on.
+
+    made: what earlier lines needed and have made, to which this adds.
+    """
     try:
         for need in line.needs:
             if need not in made:
-                isolated(need, folder=folder, scale=scale)
+                isolated(need, folder=folder, scale=scale, seconds=limit.left())
                 made.add(need)
-        return row | isolated(step, device=device, folder=folder, scale=scale, reference=reference, **line.arguments)
+        asked = {"device": device, "folder": folder, "scale": scale, "reference": reference} | line.arguments
+        return row | isolated(step, seconds=limit.left(), **asked)
+    except OutOfTime:
+        return row | {"skipped": LATE}
     except StepFailed as error:
         return row | {"failed": str(error)}
 
 
-def scene_rows(device: str, scale: str) -> list[dict]:
+def scene_rows(device: str, scale: str, limit: Limit) -> list[dict]:
     """Return the lines of ``benchmarks.scene``."""
+    row = {"name": "scene", "device": device, "scale": scale}
     try:
-        rows = isolated("networks:scene", device=device, scale=scale)["rows"]
+        rows = isolated("networks:scene", device=device, scale=scale, seconds=limit.left())["rows"]
+    except OutOfTime:
+        return [row | {"skipped": LATE}]
     except StepFailed as error:
-        return [{"name": "scene", "device": device, "scale": scale, "failed": str(error)}]
-    return [{"device": device, "scale": scale} | row for row in rows]
+        return [row | {"failed": str(error)}]
+    return [row | found for found in rows]
 
 
 def finish(row: dict, ceilings: dict[str, float], bars: tuple[Bar, ...]) -> dict:
@@ -208,8 +295,9 @@ def sentence(row: dict) -> str:
     for other, ratios in row["ratios"].items():
         parts += [f"{quantity} of {other} x{value:.3g}" for quantity, value in ratios.items()]
     for other in ("baseline", "reference"):
-        if "failed" in row.get(other, {}):
-            parts.append(f"{other} failed: {row[other]['failed']}")
+        for word in ("failed", "skipped"):
+            if word in row.get(other, {}):
+                parts.append(f"{other} {word}: {row[other][word]}")
     parts += [
         f"bar {bar['quantity']} {'>=' if bar['other'] else '<='} {bar['bound']:.3g}: "
         f"{'met' if bar['met'] else 'missed'}"

@@ -135,19 +135,16 @@ GROWTH = [
 def chosen(names: list[str]) -> tuple[list[Line], list[Line], bool, bool]:
     """Return the lines, the growth series, whether the scene lines and the parity are wanted; no names are all of them.
 
-    A name stands for every line that begins with it: ``epoch``, ``growth, rank``.
+    A name stands for every line that begins with it: ``epoch``, ``growth, rank``.  Lines come in the names' order.
     """
     known = [line.name for line in LINES + GROWTH] + ["scene", "parity"]
     for name in names:
         if not any(line.startswith(name) for line in known):
             raise ValueError(f"--only {name}: no line begins so; there are {', '.join(known)}")
 
-    def wanted(line: str) -> bool:
-        return not names or any(line.startswith(name) for name in names)
+    def wanted(lines: list[Line]) -> list[Line]:
+        of_name = [line for name in names or [""] for line in lines if line.name.startswith(name)]
+        return list({line.name: line for line in of_name}.values())
 
-    return (
-        [line for line in LINES if wanted(line.name)],
-        [line for line in GROWTH if wanted(line.name)],
-        wanted("scene"),
-        wanted("parity"),
-    )
+    scene, parity = (not names or any(word.startswith(name) for name in names) for word in ("scene", "parity"))
+    return wanted(LINES), wanted(GROWTH), scene, parity

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.meter import measure
-from mmlib.records import commit
+from mmlib.records import commit, library_hash
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices
 COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes
 
 
 def describe(**_) -> dict:
-    """Return names, cores, memory (bytes), versions, date and commit."""
+    """Return names, cores, memory (bytes), versions, date, commit and the library's hash."""
     gpu = torch.cuda.is_available()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
@@ -32,6 +32,7 @@ def describe(**_) -> dict:
         "torch": torch.__version__,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
+        "library": library_hash(),
     }
 
 

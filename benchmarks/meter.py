@@ -66,12 +66,19 @@ class StepFailed(RuntimeError):
     """A step ended with an error; the message is its last line."""
 
 
-def isolated(step: str, *, device: str = "cpu", **arguments) -> dict:
+class OutOfTime(StepFailed):
+    """A step had no time, or not enough."""
+
+
+def isolated(step: str, *, device: str = "cpu", seconds: float | None = None, **arguments) -> dict:
     """Run ``module:function`` of this package in a process of its own and return what it returned, through JSON.
 
-    It gets the device and the arguments by name.  device: ``cpu`` hides every GPU from the process.  Raises
-    ``StepFailed`` with the last line of its errors.
+    It gets the device and the arguments by name.  device: ``cpu`` hides every GPU from the process.  seconds: after
+    which it is killed, None for as long as it takes.  Raises ``OutOfTime``, or ``StepFailed`` with the last line of its
+    errors.
     """
+    if seconds is not None and seconds <= 0:
+        raise OutOfTime(f"{step}: no time was left")
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if device == "cpu":
@@ -86,7 +93,11 @@ def isolated(step: str, *, device: str = "cpu", **arguments) -> dict:
             json.dumps({"device": device} | arguments),
             str(answer),
         ]
-        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+        fixed: dict = {"env": environment, "cwd": folder, "capture_output": True, "text": True}
+        try:
+            done = subprocess.run(command, timeout=seconds, **fixed)
+        except subprocess.TimeoutExpired:
+            raise OutOfTime(f"{step}: not done in {seconds:.0f} s") from None
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
             raise StepFailed(f"{step}: {lines[-1]}")

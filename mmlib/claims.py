@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from filelock import FileLock, Timeout
-from platformdirs import user_cache_dir
 from tqdm import tqdm
 
 PATIENCE = 1.0  # seconds to wait for a claim, once every task that is left is claimed by others
@@ -25,7 +24,11 @@ Task = TypeVar("Task")
 
 def cache_folder() -> Path:
     """Return the folder of simulated worlds and records: ``MMLIB_CACHE``, else the user's cache folder."""
-    named = os.environ.get("MMLIB_CACHE") or user_cache_dir("mmlib", appauthor=False)
+    named = os.environ.get("MMLIB_CACHE")
+    if not named:
+        from platformdirs import user_cache_dir  # here: a machine may lack the package that has named its folder
+
+        named = user_cache_dir("mmlib", appauthor=False)
     try:
         return Path(named).expanduser().absolute()
     except RuntimeError:

@@ -185,7 +185,11 @@ def write_results(path: str | Path, records: Iterable[Record]) -> None:
 
 def read_results(name: str) -> list[Record]:
     """Read committed records by the name of their file in ``book/results``; none if there is no such file."""
-    path = RESULTS / name
+    return read_records(RESULTS / name)
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read what ``write_results`` wrote; none if there is no such file."""
     if not path.exists():
         return []
     content = path.read_bytes()
@@ -202,6 +206,13 @@ def stored(profile: str) -> list[Record]:
     found = map(_read, sorted(_records().glob("*.json")))
     asked = {"data": "simulated", "profile": profile, "settings": []}
     return [record for record in found if asked.items() <= record.experiment.items()]
+
+
+def restore(records: Iterable[Record]) -> None:
+    """Put written records that this library made into the cache, so that they are not made again."""
+    for record in records:
+        if record.library == library_hash() and not _path(record.key).exists():
+            write_whole(_path(record.key), json.dumps(asdict(record)).encode())
 
 
 def _records() -> Path:

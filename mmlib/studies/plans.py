@@ -1,0 +1,107 @@
+"""What the chapters that train run: named arms, in no world yet, as far as the clips of a store allow them.
+
+The pages, their committed records and ``benchmarks.gpu`` take their experiments from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+from mmlib import systems
+from mmlib.aggregate import AGGREGATORS
+from mmlib.data.store import ClipStore
+from mmlib.ensemble import KINDS
+from mmlib.experiment import CLASSIFIERS, LEARNED, Experiment, smaller
+from mmlib.retrieve import missing_scores
+from mmlib.studies import ensemble, fusion, inference, ladder, loss
+
+Plan = dict[str, Experiment]
+VARIANTS = ("attention", "DANet + scores")  # without the scores, and with another published reading of the map
+
+
+def placed(
+    plan: Plan, seeds: Iterable[int], *, data: str = "simulated", profile: str = "quick", identities: int = 0
+) -> list[Experiment]:
+    """Return every arm in every world, arm by arm; identities: that a world has at most, 0 for its profile's."""
+    worlds: list[dict[str, Any]] = [{"data": data, "profile": profile, "seed": seed} for seed in seeds]
+    return [smaller(replace(arm, **world), identities) for arm in plan.values() for world in worlds]
+
+
+def pool(store: ClipStore) -> str:
+    """Return the hand-made weight that the clips allow: ``quality``, or ``norm`` where they lack a score."""
+    return "norm" if missing_scores(Experiment(aggregator="quality"), store) else "quality"
+
+
+def baselines(store: ClipStore) -> Plan:
+    """Every classifier on faces, and class means and the MLP on each other modality."""
+    face = Experiment(aggregator=pool(store), training=systems.tuned(pool(store)))
+    out = {f"face, {kind}": replace(face, classifier=kind) for kind in CLASSIFIERS}
+    for name in [name for name in ("head", "body", "audio", "scene") if name in store.modalities]:
+        other = Experiment(modality=name, aggregator="norm", training=systems.tuned("norm"))
+        out |= {f"{name}, {kind}": replace(other, classifier=kind) for kind in ("class means", "mlp")}
+    return out
+
+
+def aggregation(store: ClipStore, *, variants: bool = True) -> Plan:
+    """Every pooling, trained; the weights that nothing is learned of also with two kinds of class means."""
+    out: Plan = {}
+    variants = variants or pool(store) == "norm"  # where attention cannot see scores, it is judged without
+    for name in AGGREGATORS:
+        arm = Experiment(aggregator=name, training=systems.tuned(name))
+        if not missing_scores(arm, store) and (variants or name not in VARIANTS):
+            out[name] = arm
+            for kind in ("class means", "whitened means") if name not in LEARNED else ():
+                out[f"{name}, {kind}"] = Experiment(aggregator=name, classifier=kind)
+    return out
+
+
+def losses(store: ClipStore) -> Plan:
+    """The losses, and the sweeps of margin and gamma."""
+    arms = {name: replace(arm, aggregator=pool(store)) for name, arm in systems.arms(systems.LOSSES).items()}
+    swept = {f"{field} {e.training}": e for field in loss.SWEEPS for e in loss.sweep(arms["margin"], field, [0])}
+    return {name: arm for name, arm in (arms | swept).items() if not missing_scores(arm, store)}
+
+
+def fusions(store: ClipStore) -> Plan:
+    """Face, scene and the ways to join them, and every weight of the fusion of scores."""
+    group = fusion.possible(systems.arms(systems.FUSIONS), store)
+    return group | fusion.weighted(group["face"], store)
+
+
+def ensembles(
+    store: ClipStore, *, kinds: Iterable[str] = KINDS, sizes: Iterable[int] = (1, 2, 4, 8, 16), others: bool = True
+) -> Plan:
+    """Ensembles of every kind and size by every rule; others: also from random starts, and on the scene alone."""
+    scene = "scene" in store.modalities
+    arms = systems.arms(systems.ENSEMBLES)
+    seen: dict[str, Any] = {"aggregator": pool(store), "context": ("scene",) if scene else ()}
+    arms = {name: replace(arm, **seen) for name, arm in arms.items() if scene or arm.modality}
+    asked = ensemble.plan(arms.pop("face and scene"), kinds, sizes, [0])
+    for arm in arms.values() if others else ():
+        asked += ensemble.plan(arm, ("seeds", "views"), sizes, [0], rules=[ensemble.MAIN])
+    return {str(number): arm for number, arm in enumerate(asked)}
+
+
+def rules(store: ClipStore) -> Plan:
+    """The fallback rules on one system, and the sweeps of their constants."""
+    base = inference.base(store)
+    points = inference.sweeps(base).itertuples()
+    return inference.rules(base) | {f"{p.sweep} {p.line} {p.x}": p.experiment for p in points}
+
+
+def ladders(store: ClipStore, *, members: int = 16) -> Plan:
+    """The rungs of every ladder, and the arms beside them."""
+    return ladder.plan(members=members, **ladder.has(store))
+
+
+PLANS: dict[str, Callable[[ClipStore], Plan]] = {
+    "03_baselines": baselines,
+    "04_aggregation": aggregation,
+    "05_loss": losses,
+    "07_fusion": fusions,
+    "08_ensemble": ensembles,
+    "09_inference": rules,
+    "10_ladder": ladders,
+}
