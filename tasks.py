@@ -4,6 +4,7 @@ setup      make .venv and install what the other tasks need, if that has changed
 book       build the report into _build/html; arguments go to jupyter-book (`--all -W -n --keep-going`)
 test       run the tests; arguments go to pytest (`-k store`, `-m "not chapters"`)
 check      format and lint: ruff, and mypy on the library
+full       on a GPU: checks, costs, and the chapters at the challenge's size, into gpu/ (`--minutes 9`)
 notebooks  write the notebook of every chapter from its text, never the other way
 clean      remove _build, the built report and the cache of executed chapters
 """
@@ -96,6 +97,11 @@ def check(*arguments: str) -> int:
     return setup() or max(run([PYTHON, "-m", *command]) for command in commands)
 
 
+def full(*arguments: str) -> int:
+    """Run what waits for a GPU; arguments go to `python -m benchmarks.gpu`."""
+    return setup() or run([PYTHON, "-m", "benchmarks.gpu", "--out", "gpu", *arguments])
+
+
 def notebooks() -> int:
     """Write every chapter's notebook from its text, whichever was edited last; ids of unchanged cells stay."""
     texts = sorted((ROOT / "book" / "chapters").glob("*.md"))
@@ -108,7 +114,15 @@ def clean() -> int:
     return 0
 
 
-TASKS = {"setup": setup, "book": book, "test": test, "check": check, "notebooks": notebooks, "clean": clean}
+TASKS = {
+    "setup": setup,
+    "book": book,
+    "test": test,
+    "check": check,
+    "full": full,
+    "notebooks": notebooks,
+    "clean": clean,
+}
 
 
 def main(arguments: list[str]) -> int:

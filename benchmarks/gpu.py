@@ -137,8 +137,8 @@ def one_of_each(store: ClipStore) -> dict[str, Experiment]:
     arms: dict[Experiment, str] = {}
     for chapter, plan in PLANS.items():
         for name, arm in plan(store).items():
-            for branch, member in retrieve.members_of(arm):
-                if branch.classifier in TRAINED and member == 0:
+            for branch, _ in retrieve.members_of(arm):
+                if branch.classifier in TRAINED:
                     short = replace(branch.training, epochs=1, batch=4_096)
                     arms.setdefault(replace(branch, profile="tiny", training=short), f"{chapter}: {name}")
     out: dict[str, Experiment] = {}

@@ -153,6 +153,11 @@ def test_test_passes_its_arguments_to_pytest(tasks):
     assert tasks.commands[-1] == f"{tasks.PYTHON} -m pytest -n 0"
 
 
+def test_full_passes_its_arguments_on(tasks):
+    assert tasks.main(["full", "--minutes", "9"]) == 0
+    assert tasks.commands[-1] == f"{tasks.PYTHON} -m benchmarks.gpu --out gpu --minutes 9"
+
+
 def test_book_says_where_the_report_opens(tasks, capsys):
     assert tasks.main(["book", "--all"]) == 0
     assert tasks.commands[-1].endswith("build book/ --all")
