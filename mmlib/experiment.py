@@ -244,7 +244,9 @@ class Experiment:
         if self.ensemble != "views":
             said.pop("regions")
         if not self.context:
-            said.pop("context_dim"), said.pop("fusion"), said.pop("context_scale")
+            said.pop("fusion")
+            if not self.fallback:
+                said.pop("context_dim"), said.pop("context_scale")
         if self.modality is None:
             said.pop("aggregator")
         if self.simulated:

@@ -85,6 +85,13 @@ def test_every_field_of_the_training_changes_the_key(name):
     assert Experiment(training=training).key() != Experiment().key()
 
 
+@pytest.mark.parametrize("name", ["context_dim", "context_scale"])
+def test_fields_of_a_context_change_the_key_where_the_fallback_alone_has_one(name):
+    plain = Experiment(fallback=Fallback(), combine="softmax")
+    assert replace(plain, **{name: OTHER[name]}).key() != plain.key()
+    assert replace(Experiment(), **{name: OTHER[name]}).key() == Experiment().key()
+
+
 @pytest.mark.parametrize("classifier", ["nearest", "class means", "whitened means"])
 @pytest.mark.parametrize("ignored", [{"training": BRIEF}, {"hidden": 8}, {"dropout": 0.1}])
 def test_training_does_not_change_the_key_where_nothing_is_trained(classifier, ignored):
