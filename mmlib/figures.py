@@ -7,6 +7,7 @@ A drawing function takes a tidy frame and an optional ``ax`` and returns the ``a
 from __future__ import annotations
 
 import html
+import io
 from collections.abc import Mapping, Sequence
 from itertools import cycle, product
 
@@ -46,6 +47,7 @@ _METHODS = {
 }
 COLOURS = {name: colour for colour, names in _METHODS.items() for name in names.split(" | ")}
 MARKERS = "osD^vP*X<>"
+VERDICTS = {"supported": GREEN, "contradicted": RED, "open": GREY}
 DASHES = ("-", "--", "-.", ":")
 
 
@@ -101,16 +103,39 @@ def notice(simulated: bool, detail: str = "") -> None:
     _record("notice", {"text/html": body, "text/plain": repr(title)})
 
 
+def glue_drawing(name: str, figure: Figure, alt: str) -> None:
+    """Make a figure available to other pages, as a drawing with the page's letters and ink; alt: what it shows."""
+    file, ink = io.StringIO(), {"#262626": "currentColor", "#e5e5e5": "rgb(128 128 128 / .3)", "#666666": "#808080"}
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator")))
+    plt.close(figure)
+    drawn = file.getvalue().partition("<svg ")[2]
+    for colour, on_any_ground in ink.items():
+        drawn = drawn.replace(colour, on_any_ground)
+    body = f'<div class="drawing"><svg role="img" aria-label="{html.escape(alt)}" {drawn}</div>'
+    _record(name, {"text/html": body, "text/plain": repr(alt)})
+
+
 def _record(name: str, data: dict[str, str]) -> None:
     prefix = "application/papermill.record/"
     metadata = {"scrapbook": {"name": name, "mime_prefix": prefix}}
     display({prefix + kind: text for kind, text in data.items()}, raw=True, metadata=metadata)
 
 
-def forest(frame: pd.DataFrame, *, label: str, value: str, by: str = "", ax: Axes | None = None, **axis) -> Axes:
+def forest(
+    frame: pd.DataFrame,
+    *,
+    label: str,
+    value: str,
+    by: str = "",
+    colours: Mapping[str, str] = COLOURS,
+    ax: Axes | None = None,
+    **axis,
+) -> Axes:
     """Draw one row a ``label``: ``value`` with its interval low to high, and a line at 0.
 
     by: in every row a mark for each value of it, rows in the order of the frame; without it one mark, best on top.
+    colours: of a value of ``by``, or of a label.
     """
     ax = ax or plt.gca()
     frame = frame if by else frame.sort_values(value, ascending=False)
@@ -119,7 +144,7 @@ def forest(frame: pd.DataFrame, *, label: str, value: str, by: str = "", ax: Axe
     for kind, shift, marker in zip(kinds, aside, cycle(MARKERS if by else "o")):
         part = frame[frame[by or label] == kind]
         place = [-rows.index(name) - shift for name in part[label]]
-        style = {"fmt": marker, "capsize": 3, "label": kind, "color": COLOURS.get(kind, "0.2")}
+        style = {"fmt": marker, "capsize": 3, "label": kind, "color": colours.get(kind, "0.2")}
         ax.errorbar(part[value], place, xerr=_error(part, value), **style)
     ax.axvline(0, color="0.5", linewidth=0.8)
     ax.set(yticks=[-i for i in range(len(rows))], yticklabels=rows, ylim=(-len(rows) + 0.4, 0.6), **axis)

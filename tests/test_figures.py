@@ -64,6 +64,19 @@ def test_notice_cannot_break_the_page(shown):
     assert "&lt;script&gt; &amp; more" in shown[0][0]["application/papermill.record/text/html"]
 
 
+def test_a_drawing_has_the_ink_of_the_page_and_says_what_it_shows(shown):
+    figures.set_style()
+    for _ in range(2):
+        figure, ax = plt.subplots()
+        ax.set_xlabel("gain <in points>")
+        figures.glue_drawing("picture", figure, 'a row a claim, "adds" & more')
+    first, second = (data["application/papermill.record/text/html"] for data, _ in shown)
+    assert first == second and not plt.get_fignums()
+    assert 'role="img" aria-label="a row a claim, &quot;adds&quot; &amp; more"' in first
+    assert "gain &lt;in points&gt;" in first  # letters, not outlines
+    assert "currentColor" in first and "#262626" not in first and first.count("<svg") == first.count("</svg") == 1
+
+
 # -- style ---------------------------------------------------------------------------------------------------
 
 
@@ -100,6 +113,12 @@ def bars(ax, axis):
     """Ends of the bars of every container, along x (0) or y (1); none where there is no interval."""
     drawn = [box.lines[2][0].get_segments() for box in ax.containers if isinstance(box, ErrorbarContainer)]
     return [[part[:, axis].tolist() for part in parts if np.ptp(part[:, axis])] for parts in drawn]
+
+
+def test_forest_takes_the_colours_of_its_rows():
+    ax = figures.forest(FOREST, label="arm", value="difference", colours=dict.fromkeys(FOREST["arm"], figures.RED))
+    marks = [line for line in ax.get_lines() if line.get_marker() == "o"]
+    assert marks and {line.get_color() for line in marks} == {figures.RED}
 
 
 def test_forest_puts_the_best_method_on_top_with_the_intervals_there_are():
