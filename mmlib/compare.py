@@ -188,6 +188,11 @@ def signed(value: float, digits: int = 2) -> str:
     return f"{rounded:+.{digits}f}" if rounded else f"{0:.{digits}f}"
 
 
+def whole(text: str) -> str:
+    """Keep a text of a cell in one line: cells break at blanks, so that a table fits its page."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
 def table(frame: pd.DataFrame, digits: int = 4) -> Styler | None:
     """Return a frame as a page shows it: headings in words, an interval in one column, no column without a value.
 
@@ -199,8 +204,8 @@ def table(frame: pd.DataFrame, digits: int = 4) -> Styler | None:
     if "interval" in frame:
         gain = HEADINGS["difference"]
         shown[gain] = [signed(row["difference"]) for row in rows]
-        shown.insert(shown.columns.get_loc(gain) + 1, "95 % interval", [interval_text(row) for row in rows])
-        shown["over"] = [f"{row['n']:.0f} {row['interval']}" for row in rows]
+        shown.insert(shown.columns.get_loc(gain) + 1, "95 % interval", [whole(interval_text(row)) for row in rows])
+        shown["over"] = [whole(f"{row['n']:.0f} {row['interval']}") for row in rows]
         shown = shown.drop(columns=["low", "high", "n", "interval"])
     return shown.dropna(axis=1, how="all").style.hide(axis="index").format(precision=digits, na_rep="")
 

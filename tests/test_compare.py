@@ -255,8 +255,8 @@ def test_table_has_words_for_headings_and_one_column_an_interval():
     # two queries of one world have no spread over worlds, so no column of it
     assert list(shown) == ["aggregator", "MAP@100", "gain, points", "95 % interval", "over"]
     assert shown["gain, points"].tolist() == ["+20.00", "0.00"]
-    assert shown["95 % interval"].tolist() == ["[+10.00, +30.00]", "[0.00, 0.00]"]
-    assert shown["over"].tolist() == ["2 identities"] * 2
+    assert shown["95 % interval"].tolist() == ["[+10.00,\N{NO-BREAK SPACE}+30.00]", "[0.00,\N{NO-BREAK SPACE}0.00]"]
+    assert shown["over"].tolist() == ["2\N{NO-BREAK SPACE}identities"] * 2
 
 
 def test_empty_table_is_not_shown():

@@ -315,7 +315,7 @@ def test_distractors_are_compared_by_form_and_system():
 def test_a_page_shows_steps_with_both_intervals_and_leaves_out_what_was_not_run(steps, ran):
     shown = ladder.table(steps).data
     assert shown["published, points"].tolist()[:5] == ["+2.0", "+0.5", "+0.3", "", "+2.8"]
-    assert shown["over identities alone"].tolist()[0] == "[+3.00, +3.00]"
+    assert shown["over identities alone"].tolist()[0] == "[+3.00,\N{NO-BREAK SPACE}+3.00]"
     assert ladder.table(ladder.claims(*ran, [], [])).data["claim"].tolist() == [
         "aggregation with the loss adds",
         "the scene adds",

@@ -241,9 +241,12 @@ def table(frame: pd.DataFrame) -> Styler | None:
     shown = frame[frame["difference"].notna()].drop(columns=["arm", "against", "sd"])
     if "within_low" in shown:
         within = zip(shown.pop("within_low"), shown.pop("within_high"))
-        shown["over identities alone"] = [compare.interval_text({"low": low, "high": high}) for low, high in within]
+        texts = [compare.interval_text({"low": low, "high": high}) for low, high in within]
+        shown["over identities alone"] = [compare.whole(text) for text in texts]
     if "published" in shown:
         shown["published"] = ["" if np.isnan(points) else compare.signed(points, 1) for points in shown["published"]]
+    if "verdict" in shown:
+        shown = shown.drop(columns="map_at_100")  # the heights stand with the steps
     if "told" in shown:
         shown["told"] = [f"{points:.2f}" if np.isfinite(points) else "" for points in shown["told"]]
     names = {"before": "MAP@100 before", "published": "published, points", "size": "beside published"}
