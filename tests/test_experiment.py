@@ -70,6 +70,7 @@ OTHER_TRAINING = {
     "optimiser": "sgd",
     "decay": "all",
     "schedule": "epoch",
+    "classes": 512,
 }
 
 
