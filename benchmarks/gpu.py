@@ -33,7 +33,7 @@ from mmlib.data.content import write_whole
 from mmlib.data.store import ClipStore
 from mmlib.ensemble import member_seed
 from mmlib.experiment import TRAINED, Experiment, torch_device
-from mmlib.records import fetch, library_hash, open_store, read_records, read_results, restore, write_results
+from mmlib.records import fetch, is_fresh, library_hash, open_store, read_records, read_results, restore, write_results
 from mmlib.studies.plans import PLANS, placed
 from mmlib.train import train_together
 
@@ -219,7 +219,7 @@ def records(run: Run, seconds: float) -> str:
     """Make the records of one world after the other, the chapters of most worth first; write them every few seconds."""
     path, end = run.out / FULL, time.monotonic() + seconds
     known = [*read_results(FULL), *read_records(path)]
-    have = {record.key: record for record in known if record.library == library_hash()}
+    have = {record.key: record for record in known if is_fresh(record)}
     restore(have.values())
     new, written, made = 0, time.monotonic(), defaultdict(int)
     for chapter, seed, asked in work(run):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ SERIES: dict[str, tuple[tuple[int, ...], dict[str, int]]] = {
     "open, clips": ((10_000, 30_000, 100_000, 300_000), {}),
     "epoch, clips": ((1_000, 2_000, 4_000, 8_000), {"identities": 1_000, "frames": 20, "members": 1}),
     "epoch, identities": ((2_000, 8_000, 32_000, 128_000), {"clips": 1_024, "frames": 20, "members": 1}),
+    "drawn epoch, identities": ((2_000, 8_000, 32_000, 128_000), {"clips": 1_024, "frames": 20, "members": 1}),
     "epoch, frames": ((10, 20, 40, 80), {"clips": 4_000, "identities": 1_000, "members": 1}),
     "epoch, members": ((1, 2, 4, 8), {"clips": 2_000, "identities": 1_000, "frames": 20}),
     "rank, clips": ((8_000, 16_000, 32_000, 64_000), {"identities": 2_000}),
@@ -80,7 +82,7 @@ def make_epochs(folder: str, scale: str, **_) -> dict:
     for series in SERIES:
         along, fixed = sizes(series, scale)
         cost, axis = series.split(", ")
-        for size in along if cost == "epoch" else ():
+        for size in along if cost.endswith("epoch") else ():
             path = _epoch_store(Path(folder), fixed | {axis: size})
             if not path.exists():
                 said, rng = fixed | {axis: size}, np.random.default_rng(4)
@@ -129,7 +131,8 @@ def _epoch_store(folder: Path, said: dict[str, int]) -> Path:
     return folder / f"grow-epoch-{said['clips']}-{said['identities']}"
 
 
-def _epochs(folder: Path, device: str, axis: str, along: tuple[int, ...], fixed: dict) -> Calls:
+def _epochs(folder: Path, device: str, axis: str, along: tuple[int, ...], fixed: dict, share: float = 0.0) -> Calls:
+    """share: of the identities that a step draws, beside those of its clips; 0 for all of them."""
     asked = system("attention + scores", "full")
     for size in along:
         said = fixed | {axis: size}
@@ -138,6 +141,8 @@ def _epochs(folder: Path, device: str, axis: str, along: tuple[int, ...], fixed:
         training = replace(
             asked.training, frames=said["frames"], batch=min(512, max(2, len(clips) // 2)), sample="replace"
         )
+        if share:
+            training = replace(training, classes=max(2 * training.batch, round(share * said["identities"])))
         models = [make_model(asked, store, member).to(device) for member in range(said["members"])]
         seeds = [member_seed(0, member) for member in range(len(models))]
 
@@ -161,4 +166,12 @@ def _metrics(folder: Path, device: str, axis: str, along: tuple[int, ...], fixed
         yield queries, lambda: scored(ranking, identity)
 
 
-COSTS = {"import": _imports, "open": _opens, "epoch": _epochs, "rank": _ranks, "metric": _metrics}
+COSTS: dict[str, Callable[..., Calls]]
+COSTS = {
+    "import": _imports,
+    "open": _opens,
+    "epoch": _epochs,
+    "drawn epoch": partial(_epochs, share=0.1),
+    "rank": _ranks,
+    "metric": _metrics,
+}

@@ -47,6 +47,7 @@ FACES, CLIPS, STORE, RANKING, CHALLENGE = (
     "data:make_challenge",
 )
 GROWN = {"import": ("growth:make_imports",), "open": ("growth:make_opens",), "epoch": ("growth:make_epochs",)}
+GROWN["drawn epoch"] = GROWN["epoch"]
 
 LINES = [
     Line(
@@ -125,7 +126,7 @@ GROWTH = [
         f"growth, {series}",
         "growth:grow",
         GROWN.get(series.split(", ")[0], ()),
-        gpu=series.split(", ")[0] in ("epoch", "rank"),
+        gpu=series.split(", ")[0] in ("epoch", "drawn epoch", "rank"),
         arguments={"series": series},
     )
     for series in SERIES

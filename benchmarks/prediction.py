@@ -10,10 +10,12 @@ from benchmarks.cost import exponents, growth_frame, measured_lines, seconds_tex
 
 DIM, CONTEXT, K = 512, 128, 100  # of a face, of a reduced scene; clips ranked for an identity
 FRAME_BYTES = 2 * DIM + 4 + 4 * 8 + 8 + 8  # of a face in a store: feature, frame, box and two scores
+PARTS = {"epoch": "train", "drawn epoch": "train, a tenth drawn"}  # what a cost is called that is not its name
 REMEDY = {
     "import": "several processes, each with a part of the files",
     "open": "a table in parts",
-    "train": "a classifier that is split over devices or samples its classes",
+    "train": "a classifier that draws its classes (`Training.classes`), or is split over devices",
+    "train, a tenth drawn": "a classifier that is split over devices",
     "rank": "an index for approximate search, or more devices",
     "metric": "a part of the queries at a time",
 }
@@ -64,7 +66,7 @@ def predict(
             limit = result["machine"]["gpu_memory" if device == "cuda" else "memory"]
             here, fitted = growth[growth["where"] == place], fits[fits["where"] == place]
             for cost in here["cost"].unique():
-                part = "train" if cost == "epoch" else cost
+                part = PARTS.get(cost, cost)
                 points = here[(here["cost"] == cost) & here["axis"].isin(asked)]
                 found = _extrapolate(points, fitted[fitted["cost"] == cost], asked)
                 if found is None:
@@ -104,8 +106,9 @@ def _floor(part: str, clips: float, identities: float, ceilings: dict[str, float
     """Return the seconds of the counted products at the ceiling; 0 for a part without any."""
     if part == "rank":
         return 2 * clips * identities * DIM / ceilings["fp32"]
-    if part == "train":  # the classifier alone: forward, and backward to features and to vectors
-        return 6 * clips * identities * (DIM + CONTEXT) / ceilings["bf16" if device == "cuda" else "fp32"]
+    if part.startswith("train"):  # the classifier alone: forward, and backward to features and to vectors
+        precision = "bf16" if device == "cuda" else "fp32"
+        return 6 * clips * _compared(part, identities) * (DIM + CONTEXT) / ceilings[precision]
     return 0.0
 
 
@@ -115,11 +118,16 @@ def counted_memory(part: str, clips: float, identities: float, batch: int = 512)
     Training: each number of the identities' vectors, its gradient and AdamW's two states, and of a batch the cosines,
     the logits and their gradients.  Ranking: both features and 100 rows and scores an identity.
     """
-    if part == "train":
-        return 16 * identities * (DIM + CONTEXT) + 12 * batch * identities
+    if part.startswith("train"):
+        return 16 * identities * (DIM + CONTEXT) + 12 * batch * _compared(part, identities)
     if part == "rank":
         return 4 * DIM * (clips + identities) + 12 * K * identities
     return 0.0
+
+
+def _compared(part: str, identities: float) -> float:
+    """Return with how many identities a step compares."""
+    return identities if part == "train" else identities / 10
 
 
 def _line(points: pd.DataFrame, asked: dict[str, float]) -> float:

@@ -11,7 +11,7 @@ from pandas.io.formats.style import Styler
 from scipy import stats
 
 from mmlib import metrics
-from mmlib.records import Record, library_hash
+from mmlib.records import Record, is_fresh
 
 COMPARED = ["map_at_100", "difference", "low", "high", "sd", "n", "interval"]
 HEADINGS = {  # of tables, for columns of frames
@@ -220,7 +220,7 @@ def provenance(records: list[Record]) -> str:
     if not records:
         return "There are no such records."
     days, devices, commits = (sorted(set(said)) for said in zip(*((r.made[:10], r.device, r.commit) for r in records)))
-    fresh = all(record.library == library_hash() for record in records)
+    fresh = all(map(is_fresh, records))
     kinds = {record.simulated for record in records}
     kind = "partly simulated" if len(kinds) > 1 else "simulated" if True in kinds else "real"
     return (

@@ -60,12 +60,18 @@ class Together:
             self.parameters, self._buffers = stack_module_state(models)
 
     def loss(
-        self, inputs: dict, label: Tensor, loss: Callable[[Tensor, Tensor], Tensor], generators: list[torch.Generator]
+        self,
+        inputs: dict,
+        label: Tensor,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        generators: list[torch.Generator],
+        prototype: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of every model, (M,): ``loss`` of its cosines (B, C) and its labels, (B,) of (M, B).
 
         inputs: of ``IdentityModel`` by name; of M > 1 models every tensor has M in front.  generators: of the dropout
-        masks, one a model.  On a GPU the models run in bfloat16, the loss in float32.
+        masks, one a model.  prototype (M, S, D): vectors of S classes instead of those of the models.
+        On a GPU the models run in bfloat16, the loss in float32.
         """
         device, clips = label.device.type, label.shape[1]
         drawn = [{name: drop.draw(clips, g) for name, drop in d.items()} for d, g in zip(self._drops, generators)]
@@ -75,10 +81,11 @@ class Together:
                 cosine = functional_call(self.models[0], (parameters, buffers), (), inputs)
             return loss(cosine, label)
 
+        given = {} if prototype is None else {"prototype": prototype}
         if len(self.models) == 1:
-            return one({}, drawn[0], inputs, label[0])[None]
+            return one({name: value[0] for name, value in given.items()}, drawn[0], inputs, label[0])[None]
         masks = {name: torch.stack([keep[name] for keep in drawn]) for name in drawn[0]}
-        return vmap(one)(self.parameters, self._buffers | masks, inputs, label)
+        return vmap(one)(self.parameters | given, self._buffers | masks, inputs, label)
 
     @torch.no_grad()
     def finish(self) -> None:

@@ -52,7 +52,8 @@ class Training:
     classifier, and of the aggregator (whose gradients are some orders smaller), both falling to 0 along a cosine;
     margin in radians, 0 for a plain (cosine) softmax; scale of the cosines; gamma of the focal term, ``focal`` "clip"
     or "batch"; optimiser "adamw", or "sgd" with momentum .9 as in the released code; weight ``decay`` on the "network",
-    or, as released, on "all" parameters; rates that fall by ``schedule`` "step", or, as released, "epoch".
+    or, as released, on "all" parameters; rates that fall by ``schedule`` "step", or, as released, "epoch"; classes that
+    a step compares its clips with, those of the clips and others at random (``train.SampledClasses``), 0 for all.
     """
 
     epochs: int = 8
@@ -69,11 +70,14 @@ class Training:
     optimiser: str = "adamw"
     decay: str = "network"
     schedule: str = "step"
+    classes: int = 0
 
     def __post_init__(self):
         refuse_other(self, focal=("clip", "batch"), optimiser=("adamw", "sgd"), sample=SAMPLES[1:])
         refuse_other(self, decay=("network", "all"), schedule=("step", "epoch"))
         refuse_outside(self, FROM_ONE, "epochs", "batch", "frames", whole=True)
+        if self.classes:  # a step has half as many clips more where few are left over
+            refuse_outside(self, Interval(2 * self.batch, np.inf, "left"), "classes", whole=True)
         refuse_outside(self, POSITIVE, "lr", "scale")
         refuse_outside(self, FROM_ZERO, "aggregator_lr", "weight_decay", "gamma")
         refuse_outside(self, Interval(0, np.pi / 2, "both"), "margin")
@@ -244,7 +248,9 @@ class Experiment:
         if self.ensemble != "views":
             said.pop("regions")
         if not self.context:
-            said.pop("context_dim"), said.pop("fusion"), said.pop("context_scale")
+            said.pop("fusion")
+            if not self.fallback:
+                said.pop("context_dim"), said.pop("context_scale")
         if self.modality is None:
             said.pop("aggregator")
         if self.simulated:

@@ -47,6 +47,9 @@ _MODULES = (
     "threads",
 )
 DECIDING = (*(f"data/{name}" for name in _DATA), *(f"{name}.py" for name in _MODULES))
+# Of a version of those modules, the earlier ones whose numbers it makes to the last digit: tests/test_same_numbers.py
+# makes some again.  A further change of the modules has another hash, and so no such word.
+SAME = {"309e21c2e79b": ("26d800de2643",)}
 Tasks = dict[str, dict[str, Experiment]]  # experiments by the name of their claim, then by the key of their record
 
 
@@ -105,6 +108,11 @@ def record_of(experiment: Experiment, store: ClipStore, found: retrieve.Retrieva
         made=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=commit(),
     )
+
+
+def is_fresh(record: Record) -> bool:
+    """Say whether this library makes the same record."""
+    return record.library in (library_hash(), *SAME.get(library_hash(), ()))
 
 
 @cache
@@ -211,7 +219,7 @@ def stored(profile: str) -> list[Record]:
 def restore(records: Iterable[Record]) -> None:
     """Put written records that this library made into the cache, so that they are not made again."""
     for record in records:
-        if record.library == library_hash() and not _path(record.key).exists():
+        if is_fresh(record) and not _path(record.key).exists():
             write_whole(_path(record.key), json.dumps(asdict(record)).encode())
 
 

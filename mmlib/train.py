@@ -49,6 +49,11 @@ def train_together(
         data, drops = ([_generator(seed, stream, device) for seed in seeds] for stream in (2, 5))
         together = Together(models)
         optimiser = _optimiser(together.parameters, training)
+        sampled = None
+        if 0 < training.classes < together.parameters["prototype"].shape[-2]:
+            drawn = [_generator(seed, 7, device) for seed in seeds]
+            sampled = SampledClasses(together, training.classes, len(store.identities), drawn)
+            optimiser = _optimiser(together.parameters | {"prototype": sampled.rows}, training)
         by_epoch, measure = training.schedule == "epoch", loss or training.loss
         length = training.epochs if by_epoch else training.epochs * steps
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, length)
@@ -62,10 +67,15 @@ def train_together(
             reader.draw(data)
             for low, high in zip(bounds, bounds[1:]):
                 places = order[:, low:high]
-                found = together.loss(reader.read(places), label.gather(1, places), measure, drops)
+                inputs, target = reader.read(places), label.gather(1, places)
+                if sampled:
+                    target = sampled.draw(target, optimiser)
+                found = together.loss(inputs, target, measure, drops, sampled and sampled.rows)
                 optimiser.zero_grad(set_to_none=True)
                 found.sum().backward()
                 optimiser.step()
+                if sampled:
+                    sampled.put_back(optimiser)
                 if high == number or not by_epoch:
                     schedule.step()
                 total += found.detach() * (high - low)
@@ -75,6 +85,50 @@ def train_together(
             bar.set_postfix(loss=f"{np.mean(history[-1]):.3f}")
         together.finish()
     return [list(losses) for losses in zip(*history)]
+
+
+class SampledClasses:
+    """The identities that a step compares with: those of its clips, and others at random, drawn anew in every step.
+
+    Their vectors, gradients and the optimiser's states are all that a step touches of a classifier that may be larger
+    than all the rest (Partial FC, An et al., CVPR 2022).  What an optimiser keeps of an identity rests while it is not
+    drawn.  rows (M, S, D): the leaf that is trained in place of the vectors (M, C, D) of M models.  A class of nobody,
+    behind the ``identities``, is always drawn.
+    """
+
+    def __init__(self, together: Together, classes: int, identities: int, generators: list[torch.Generator]):
+        whole = together.parameters["prototype"].detach()
+        self._whole = whole if whole.dim() == 3 else whole[None]
+        self.rows = self._whole[:, :classes].clone().requires_grad_()
+        self._states: dict[str, Tensor] = {}
+        self._identities, self._generators = identities, generators
+
+    def draw(self, label: Tensor, optimiser: torch.optim.Optimizer) -> Tensor:
+        """Draw the classes of clips with labels (M, B), and return their labels among those; nobody's stays the last.
+
+        A class beyond the vectors, of clips that are pushed away from all identities, gets the label S.
+        """
+        count = self._whole.shape[1]
+        order = torch.stack([torch.rand(count, generator=g, device=label.device) for g in self._generators])
+        order[:, self._identities :] = 2
+        order.scatter_(1, label.clamp(max=count - 1), 2)
+        self._drawn = order.topk(self.rows.shape[1], dim=1).indices.sort(dim=1).values
+        for whole, part in self._pairs(optimiser):
+            part.copy_(torch.stack([one.index_select(0, drawn) for one, drawn in zip(whole, self._drawn)]))
+        return torch.searchsorted(self._drawn, label)
+
+    def put_back(self, optimiser: torch.optim.Optimizer) -> None:
+        """Write what a step has learned where it belongs."""
+        for whole, part in self._pairs(optimiser):
+            for one, drawn, rows in zip(whole, self._drawn, part):
+                one.index_copy_(0, drawn, rows)
+
+    def _pairs(self, optimiser: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what is kept of all classes and the part of it that is at work, (M, C, D) and (M, S, D)."""
+        yield self._whole, self.rows.data
+        for name, value in optimiser.state.get(self.rows, {}).items():
+            if value.shape == self.rows.shape:
+                yield self._states.setdefault(name, torch.zeros_like(self._whole)), value
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import pytest
 from conftest import made
 from scipy import stats
 
-from mmlib import compare, metrics
+from mmlib import compare, metrics, records
 from mmlib.compare import as_frame, breakdown_frame, compare_arms, provenance
 from mmlib.experiment import Experiment
 from mmlib.retrieve import WRONG_EDGES
@@ -273,7 +273,7 @@ def test_missing_scores_are_named():
 
 @pytest.fixture
 def current(monkeypatch):
-    monkeypatch.setattr(compare, "library_hash", lambda: "here")
+    monkeypatch.setattr(records, "library_hash", lambda: "here")
 
 
 @pytest.mark.parametrize(

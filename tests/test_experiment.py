@@ -70,6 +70,7 @@ OTHER_TRAINING = {
     "optimiser": "sgd",
     "decay": "all",
     "schedule": "epoch",
+    "classes": 512,
 }
 
 
@@ -83,6 +84,13 @@ def test_every_field_of_a_trained_experiment_changes_the_key(name):
 def test_every_field_of_the_training_changes_the_key(name):
     training = replace(Training(), **{name: OTHER_TRAINING[name]})
     assert Experiment(training=training).key() != Experiment().key()
+
+
+@pytest.mark.parametrize("name", ["context_dim", "context_scale"])
+def test_fields_of_a_context_change_the_key_where_the_fallback_alone_has_one(name):
+    plain = Experiment(fallback=Fallback(), combine="softmax")
+    assert replace(plain, **{name: OTHER[name]}).key() != plain.key()
+    assert replace(Experiment(), **{name: OTHER[name]}).key() == Experiment().key()
 
 
 @pytest.mark.parametrize("classifier", ["nearest", "class means", "whitened means"])

@@ -406,6 +406,24 @@ def test_an_interrupt_or_a_full_disk_leaves_nothing(tmp_path, monkeypatch, error
     assert_nothing_left(tmp_path)
 
 
+@pytest.mark.parametrize("there", [True, False], ids=["to a store", "to nothing yet"])
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path, there):
+    target, link = tmp_path / "target", tmp_path / "link"
+    if there:
+        make_store(target)
+    link.symlink_to(target)
+    assert make_store(link, seed=1, overwrite=True).meta["provenance"] == {"seed": 1}
+    assert link.is_symlink() and ClipStore.open(target).meta["provenance"] == {"seed": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "target"]
+
+
+def test_a_failed_import_leaves_no_folder_above_it_either(tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(RuntimeError), ClipStore.create(tmp_path / "mine/a/b/store", simulated=True, provenance={}):
+        raise RuntimeError("stopped")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
 def test_a_failed_overwrite_keeps_the_old_store(store, tmp_path, monkeypatch, error):
     def fail(*_):

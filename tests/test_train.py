@@ -8,10 +8,11 @@ from torch.nn import functional as F
 
 from mmlib.aggregate import AGGREGATORS
 from mmlib.data.store import ClipStore, Resident
+from mmlib.ensemble import Together
 from mmlib.experiment import Training
 from mmlib.losses import batch_focal_loss, focal_loss, margin_logits
 from mmlib.models import IdentityModel
-from mmlib.train import _optimiser, classes_of, contexts, pooled_features, train_together
+from mmlib.train import SampledClasses, _optimiser, classes_of, contexts, pooled_features, train_together
 
 DIM, CONTEXT, IDENTITIES = 12, 32, 4
 SHORT = Training(epochs=4, batch=8, frames=6, lr=1e-2)
@@ -488,3 +489,93 @@ def test_loss_may_be_another_than_that_of_the_training(store):
     made = model()
     options = {"seeds": [0], "loss": lambda cosine, label: 0 * cosine.sum() + 3}
     assert train_together([made], store, [store.select()], SHORT, **options)[0] == pytest.approx([3.0] * SHORT.epochs)
+
+
+# -- a part of the classes in every step -----------------------------------------------------------------------
+
+MANY = 40  # identities, each of two clips
+PART = Training(epochs=3, batch=4, frames=2, lr=1e-2, classes=10)
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory):
+    rng, number = np.random.default_rng(1), 2 * MANY
+    path = tmp_path_factory.mktemp("crowd") / "store"
+    clips = pd.DataFrame({"clip": [f"c{i:02d}" for i in range(number)], "split": "train"})
+    with ClipStore.create(path, simulated=True, provenance={}) as writer:
+        writer.append("face", rng.normal(size=(number, DIM)).astype(np.float16))
+        spans = {"face": (np.arange(number), np.ones(number, int))}
+        writer.finish(clips.assign(identity=np.arange(number) % MANY), [f"{i:02d}" for i in range(MANY)], spans)
+    return ClipStore.open(path)
+
+
+def crowd_model(member=0, extra=0):
+    torch.manual_seed(member)
+    return IdentityModel(AGGREGATORS["norm"](DIM), MANY + extra, hidden=16)
+
+
+def steps_of(monkeypatch):
+    """Write down, for every step, the classes that were drawn, the labels among them, and all vectors before it."""
+    seen, draw = [], SampledClasses.draw
+
+    def spy(self, label, optimiser):
+        before, found = self._whole.clone(), draw(self, label, optimiser)
+        seen.append((label, self._drawn, found, before))
+        return found
+
+    monkeypatch.setattr(SampledClasses, "draw", spy)
+    return seen
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
+@pytest.mark.parametrize("members", [1, 2])
+def test_a_step_touches_the_classes_of_its_clips_and_some_others_and_no_more(crowd, monkeypatch, members, optimiser):
+    seen, models = steps_of(monkeypatch), [crowd_model(member) for member in range(members)]
+    training = replace(PART, optimiser=optimiser)
+    train_together(models, crowd, [crowd.select()] * members, training, seeds=list(range(members)))
+    assert len(seen) == training.epochs * 2 * MANY // training.batch
+    after = [before for *_, before in seen[1:]] + [torch.stack([model.prototype.detach() for model in models])]
+    for (label, drawn, found, before), now in zip(seen, after):
+        assert torch.equal(drawn.gather(1, found), label)  # every clip meets its own identity
+        assert drawn.shape == (members, PART.classes) and all(len(set(row.tolist())) == PART.classes for row in drawn)
+        for member in range(members):
+            moved = (before[member] != now[member]).any(1).nonzero().flatten()
+            assert set(moved.tolist()) <= set(drawn[member].tolist()) and len(moved)
+    others = torch.cat([drawn for _, drawn, _, _ in seen], 1)
+    assert all(len(row.unique()) == MANY for row in others)
+    if members == 2:
+        assert not torch.equal(*seen[0][1])  # each draws its own
+
+
+def test_all_classes_are_none_left_out(crowd):
+    one, other = crowd_model(), crowd_model()
+    train(one, crowd, crowd.select(), replace(PART, classes=MANY), seed=0)
+    train(other, crowd, crowd.select(), replace(PART, classes=0), seed=0)
+    assert torch.equal(one.prototype, other.prototype)
+
+
+def test_nearly_all_classes_lead_nearly_to_the_same_place(crowd):
+    """Both optimisers keep what they know of an identity while it is not drawn."""
+    for optimiser in ("adamw", "sgd"):
+        one, other = crowd_model(), crowd_model()
+        train(one, crowd, crowd.select(), replace(PART, optimiser=optimiser, classes=MANY - 1), seed=0)
+        train(other, crowd, crowd.select(), replace(PART, optimiser=optimiser, classes=0), seed=0)
+        start = crowd_model().prototype
+        assert (one.prototype - other.prototype).norm() < 0.3 * (other.prototype - start).norm()
+
+
+def test_the_class_of_nobody_is_always_the_last(crowd, monkeypatch):
+    seen = steps_of(monkeypatch)
+    train(crowd_model(extra=1), crowd, crowd.select(), PART, seed=0)
+    assert all(drawn[0, -1] == MANY for _, drawn, _, _ in seen)
+
+
+def test_nobody_without_a_class_has_a_label_beyond_the_drawn(crowd):
+    sampled = SampledClasses(Together([crowd_model()]), 10, MANY, [torch.Generator()])
+    label = sampled.draw(torch.tensor([[3, MANY]]), torch.optim.SGD([sampled.rows], 0.1))
+    assert label[0, 1] == 10 and label[0, 0] < 10
+
+
+def test_fewer_classes_than_a_step_may_need_are_refused():
+    with pytest.raises(ValueError, match="classes must be a whole number in .8, inf., got 7"):
+        replace(PART, classes=7)

@@ -8,7 +8,9 @@ no constant here was chosen by a comparison of methods (CHANGELOG, "freeze").
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.stats import norm as normal
+from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from mmlib.data.calibration import FRAME_SURVIVAL, NORM_KNOTS, QUALITY_KNOTS, clips_per_identity
@@ -103,15 +106,30 @@ def simulate(
     world = World(settings, seed)
     provenance = {"source": "simulator", "seed": seed, "settings": asdict(settings)}
     with ClipStore.create(path, simulated=True, provenance=provenance, overwrite=overwrite) as writer:
-        chunks = range(0, len(world.clips), CHUNK)
+        total = -(-len(world.clips) // CHUNK)
         shown = {"desc": "simulate", "unit": "chunk", "disable": not progress, "mininterval": 1}
-        # Threads, because the generators and the matrix products release the interpreter lock.
-        with ThreadPoolExecutor(2) as pool:
-            for drawn in tqdm(pool.map(world.chunk, chunks), total=len(chunks), **shown):
-                for modality, columns in drawn.items():
-                    writer.append(modality, **columns)
+        for drawn in tqdm(_drawn(world), total=total, **shown):
+            for modality, columns in drawn.items():
+                writer.append(modality, **columns)
         writer.finish(world.clips, [str(i + 1) for i in range(settings.identities)], world.spans)
     return ClipStore.open(path)
+
+
+def _drawn(world: World) -> Iterator[dict[str, dict[str, np.ndarray]]]:
+    """Yield the chunks of a world in their order, drawn by a thread a core, some ahead of what is taken.
+
+    Threads, because the generators and the matrix products release the interpreter lock; a product is then left to one
+    of them, as BLAS threads of several products wait for each other.
+    """
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
+        ahead: deque = deque()
+        for first in range(0, len(world.clips), CHUNK):
+            ahead.append(pool.submit(world.chunk, first))
+            if len(ahead) > 2 * threads:  # a world is larger than the memory
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 class World:
@@ -241,8 +259,9 @@ class World:
         h = noise_amplitude(g_frame)[:, None]
 
         def within(dim):  # 60 % of the variance is shared within a segment
-            common = rng.standard_normal((segments, dim), dtype=np.float32) * np.float32(np.sqrt(0.6))
-            single = rng.standard_normal((len(clip), dim), dtype=np.float32) * np.float32(np.sqrt(0.4))
+            common, single = (rng.standard_normal((n, dim), dtype=np.float32) for n in (segments, len(clip)))
+            common *= np.float32(np.sqrt(0.6))
+            single *= np.float32(np.sqrt(0.4))
             single += common[segment]
             return single
 

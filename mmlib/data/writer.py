@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -156,9 +156,11 @@ def partial_folder(path: Path, marker: str, overwrite: bool = False) -> Iterator
     """Yield a hidden folder beside `path` that takes its name when the block ends well, else is removed.
 
     A folder that exists is refused unless `overwrite`, and is replaced only when the new one is complete, and only if
-    it holds `marker`: a slip of the pen must not delete someone's documents.
+    it holds `marker`: a slip of the pen must not delete someone's documents.  A link stays, and what it leads to is
+    written.  On an error the folders above that were made for it go too.
     """
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.realpath(path))
+    above = [folder for folder in path.parents if not folder.exists()]
 
     def check() -> None:
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -183,3 +185,6 @@ def partial_folder(path: Path, marker: str, overwrite: bool = False) -> Iterator
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in above:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
