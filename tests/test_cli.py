@@ -21,7 +21,7 @@ import typer
 from typer.testing import CliRunner
 
 from mmlib import cli, records
-from mmlib.data import features, writer
+from mmlib.data import public, writer
 from mmlib.data.iqiyi import pickle_path
 from mmlib.data.simulate import PROFILES
 from mmlib.data.store import ClipStore
@@ -581,7 +581,7 @@ def published(tmp_path, monkeypatch):
     (folder / "LFW_labels.tsv").write_text("Ann Lee\nBob\n" + "Ann Lee\n" * 4)
     for variable, name in (("LFW_ARRAY", "LFW_tensor.bytes"), ("LFW_LABELS", "LFW_labels.tsv")):
         digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        monkeypatch.setattr(features, variable, (digest, getattr(features, variable)[1]))
+        monkeypatch.setattr(public, variable, (digest, getattr(public, variable)[1]))
     return folder
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mmlib.data import features as module
-from mmlib.data.features import group_photographs, import_features
+from mmlib.data.features import import_features
+from mmlib.data.public import group_photographs
 from mmlib.data.store import ClipStore
 
 
@@ -22,7 +23,7 @@ def table_of(**columns):
             "frame": [3, 2, 1, 0, 1],
             "identity": ["ann", "ann", "ann", None, "ann"],
             "split": ["val", "train", "val", "val", "train"],
-            "quality": [0.3, 0.2, 0.1, 0.0, 0.5],
+            "quality": [90.0, 40.0, 10.0, 0.0, 70.0],
         }
         | columns
     )
@@ -61,7 +62,7 @@ def test_rows_in_any_order_become_clips_with_sorted_frames(tmp_path, monkeypatch
     np.testing.assert_array_equal(batch.feature[0], ARRAY[[4, 1]])
     np.testing.assert_array_equal(batch.feature[1], ARRAY[[2, 0]])
     np.testing.assert_array_equal(batch.feature[2, :1], ARRAY[[3]])
-    np.testing.assert_allclose(batch.quality[1], [0.1, 0.3], rtol=1e-6)
+    np.testing.assert_allclose(batch.quality[1], [10, 90])
     assert store.identities.tolist() == ["ann"]
 
 
