@@ -43,7 +43,7 @@ def rescale(score: np.ndarray, scale: Scale | None, where: str = "quality") -> t
         if scale != BY_RANK:
             raise ValueError(f"--quality-scale: {scale!r} is none of {AS_THEY_ARE}, {BY_RANK} and knots")
         share = (pd.Series(score).rank().to_numpy() - 0.5) / max(1, len(score))
-        scaled, how = np.interp(share, *zip(*QUALITY_KNOTS)), "by rank"
+        scaled, how = np.interp(share, *np.array(QUALITY_KNOTS).T), "by rank"
     else:
         knots = np.array(scale, np.float64).reshape(-1, 2)
         if len(knots) < 2 or not np.isfinite(knots).all() or (np.diff(knots[:, 0]) <= 0).any():
