@@ -1,7 +1,6 @@
 import hashlib
 import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -32,16 +31,13 @@ def written(tmp_path_factory):
     clips = [(f"{name}/{video}", name) for name in people for video in range(3 + (name > "Person_BA"))]
     tables = {
         "ytf": [(clip, frame, name) for clip, name in clips for frame in range(5)],
-        "cfp": [
-            (f"{n:03d}/{pose}/{k}", 0, f"{n:03d}") for n in range(30) for pose in "fffffffffffpppp"[1:] for k in [0]
-        ],
+        "cfp": [(f"{n:03d}/{k}", 0, f"{n:03d}") for n in range(30) for k in range(14)],
         "lfw": [(f"{name}_{k:04d}", 0, name) for place, name in enumerate(people) for k in range(1 + place % 7)],
     }
     for name, rows in tables.items():
         (folder / name).mkdir()
         table = pd.DataFrame(rows, columns=["clip", "frame", "identity"])
         if name == "cfp":
-            table["clip"] += table.groupby("clip").cumcount().astype(str)
             table["name"] = "Jo " + table["identity"].map(lambda code: people[int(code)])
         table["det"] = rng.uniform(0.98, 1, len(table)).astype(np.float32)
         table["quality"] = rng.uniform(0.1, 0.6, len(table)).astype(np.float32)
@@ -143,18 +139,18 @@ def test_the_seed_draws_the_split_whatever_the_order_of_the_table():
 
 def test_a_person_with_one_clip_is_a_distractor():
     split = split_clips(pd.Series({"a": "ann", "b": "bob", "c": "bob"}), 0)  # too few for a share of strangers
-    assert split["split"].tolist() == ["val", *sorted(split["split"][1:])] or split["split"].tolist()[0] == "val"
+    assert split["split"]["a"] == "val" and sorted(split["split"][["b", "c"]]) == ["train", "val"]
     assert split["identity"].isna().tolist() == [True, False, False]
 
 
 def test_suspects_are_named_and_kept(written, tmp_path):
     report = import_public("ytf", written, tmp_path / "store")
     said, table = report.store.meta["provenance"]["suspects"], read_table(written / "ytf/frames.parquet")
-    assert said["kept"] and [*said["clips"]] == ["Person_AD/0", "Person_AD/1", "Person_AJ/2"] or len(said["clips"]) == 3
+    assert said["kept"] and sorted(said["clips"]) == ["Person_AD/0", "Person_AD/1", "Person_AJ/2"]
     found = clips_of(report.store, table)
     names = dict(zip(found["clip"], report.store.clips["clip"]))
     assert all(names[old] == new for old, new in said["clips"].items())
-    assert any("3 clips, kept" in line and "Person_AD/0" in line for line in report.lines())
+    assert any("3 clips, kept: Person_A" in line for line in report.lines())
 
 
 def test_suspects_can_be_left_out_of_the_same_split(written, tmp_path):
@@ -204,9 +200,9 @@ def test_one_seed_makes_one_store(written, tmp_path):
 
 def test_a_store_can_be_trained_on(written, tmp_path):
     store = import_public("ytf", written, tmp_path / "store").store
-    for classifier in ("class means", "linear"):
-        training = Training(epochs=1, batch=16, frames=2)
-        e = Experiment(data=str(store.path), classifier=classifier, aggregator="NAN + scores", training=training)
+    training = Training(epochs=1, batch=16, frames=2)
+    for classifier, aggregator in (("class means", "quality"), ("linear", "NAN + scores")):
+        e = Experiment(data=str(store.path), classifier=classifier, aggregator=aggregator, training=training)
         assert 0 < retrieve(e, store, device="cpu").ap.mean() <= 1
 
 
@@ -405,4 +401,4 @@ def test_real_names_are_shared_as_counted():
     people = {name: people_of(name, REAL) for name in SETS}
     pairs = {("ytf", "lfw"): 264, ("ytf", "cfp"): 23, ("lfw", "cfp"): 155}
     assert {of: len(shared_names(*(people[name] for name in of))) for of in pairs} == pairs
-    assert Path(REAL).exists() and {len(people["ytf"]), len(people["cfp"]), len(people["lfw"])} == {347, 500, 4281}
+    assert {name: len(names) for name, names in people.items()} == {"ytf": 347, "cfp": 500, "lfw": 4281}
