@@ -1,8 +1,11 @@
 import hashlib
 import io
+import os
+import shutil
 import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -165,3 +168,14 @@ def test_every_source_is_fixed_to_a_commit_and_a_sum():
     for source in SOURCES.values():
         assert len(bytes.fromhex(source.commit)) == 20 and len(bytes.fromhex(source.sha256)) == 32
         assert source.commit in source.url and source.repository in source.url and source.terms
+
+
+@pytest.mark.skipif(
+    "MMLIB_REAL_DATA" not in os.environ, reason="MMLIB_REAL_DATA names no folder with archives of faces"
+)
+def test_a_real_archive_is_the_published_one(tmp_path):
+    commit = SOURCES["lfw"].commit
+    archive = Path(os.environ["MMLIB_REAL_DATA"]) / f"lfw-pairs-aligned-{commit}.tar.gz"
+    shutil.copyfile(archive, tmp_path / f"lfw-{commit}.tar.gz")
+    folder = fetch_source("lfw", tmp_path)
+    assert len(everything(folder)) == 7701 and (folder / "data/AJ_Lamas/AJ_Lamas_0001.jpg").exists()

@@ -170,6 +170,7 @@ def fetch(
 
     rich.reconfigure(stderr=True)  # standard output is for the report
     progress, place = sys.stderr.isatty(), cache_folder() / "sources"
+    tables = folder or place.with_name("faces")
     if folder is None:
         wanted = (name.value, network.value, "retinaface", "lightqnet")
         print(*sources.announce(wanted, place), f"to {place}", sep="\n", flush=True)
@@ -178,18 +179,16 @@ def fetch(
                 sources.fetch_source(source, place, progress=progress)
     elif store is None:
         raise ValueError(f"--folder {folder}: needs a STORE to make of it")
-    if store is not None:
-        options = {
-            "network": network.value,
-            "scene": None if scene == "none" else scene.value,
-            "seed": seed,
-            "suspects": not without_suspects,
-        }
-        with writing(store):
-            report = public.import_public(
-                name.value, folder or place.with_name("faces"), store, overwrite=overwrite, progress=progress, **options
-            )
-        print(*report.lines(), sep="\n")
+    if store is None:
+        return
+    if folder is None and not (tables / name.value).exists():
+        what = "no tables, of which to make a STORE; give a folder that has them by --folder"
+        raise ValueError(f"{tables / name.value}: {what}")
+    shown, kept = None if scene == "none" else scene.value, not without_suspects
+    options = {"network": network.value, "scene": shown, "seed": seed, "suspects": kept, "overwrite": overwrite}
+    with writing(store):
+        report = public.import_public(name.value, tables, store, progress=progress, **options)
+    print(*report.lines(), sep="\n")
 
 
 @command("render-scenes store/ img/", name="render-scenes")
