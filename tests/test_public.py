@@ -8,6 +8,7 @@ import pytest
 
 from mmlib.data.content import read_table
 from mmlib.data.public import SETS, group_photographs, import_public, people_of, shared_names, split_clips
+from mmlib.data.sources import known
 from mmlib.experiment import Experiment, Training
 from mmlib.retrieve import retrieve
 
@@ -180,7 +181,7 @@ def test_a_clip_of_photographs_is_different_ones_of_one_person(written, tmp_path
         who = {*table["name" if name == "cfp" else "identity"][rows[start : start + count]]}
         assert len(who) == 1 and (code < 0 or who.pop().replace(" ", "_") == store.identities[code])
         assert face.columns["frame"][start : start + count].tolist() == list(range(count))
-    assert store.meta["provenance"]["set"] == SETS[name] and "scene" not in store.modalities
+    assert store.meta["provenance"]["set"] == known()[name].title and "scene" not in store.modalities
 
 
 def test_a_share_of_the_people_of_photographs_are_distractors_in_val():

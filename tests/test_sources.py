@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mmlib.data import sources
-from mmlib.data.sources import SOURCES, Source, announce, fetch_source, manifest
+from mmlib.data.sources import Source, announce, fetch_source, known, manifest
 
 FILES = {
     "data/b/2.jpg": b"two",
@@ -57,9 +57,9 @@ def host(monkeypatch):
     monkeypatch.setattr(sources, "ARCHIVE", place + "/{repository}/{commit}.tar.gz")
     monkeypatch.setattr(sources, "FILE", place + "/{repository}/{commit}/{path}")
     digest = hashlib.sha256(LINES.encode()).hexdigest()
-    monkeypatch.setitem(SOURCES, "faces", Source("Faces", "o/r", "abc", "data/", digest, 1, "for research"))
+    monkeypatch.setitem(known(), "faces", Source("Faces", "o/r", "abc", "data/", digest, 1, "for research"))
     digest = hashlib.sha256(NET).hexdigest()
-    monkeypatch.setitem(SOURCES, "net", Source("Net", "o/n", "def", "nets/net.pb", digest, 2, "MIT"))
+    monkeypatch.setitem(known(), "net", Source("Net", "o/n", "def", "nets/net.pb", digest, 2, "MIT"))
     yield served, asked, server
     server.shutdown()
     server.server_close()
@@ -102,7 +102,7 @@ def test_another_file_names_itself_and_both_sums_and_leaves_nothing(host, tmp_pa
     host[0]["/o/n/def/nets/net.pb"] = b"other"
     with pytest.raises(ValueError) as error:
         fetch_source("net", tmp_path)
-    for part in ("net.pb", SOURCES["net"].sha256, hashlib.sha256(b"other").hexdigest()):
+    for part in ("net.pb", known()["net"].sha256, hashlib.sha256(b"other").hexdigest()):
         assert part in str(error.value)
     assert everything(tmp_path) == []
 
@@ -113,7 +113,7 @@ def test_another_file_names_itself_and_both_sums_and_leaves_nothing(host, tmp_pa
 def test_another_archive_names_itself_and_both_sums_and_leaves_nothing(host, tmp_path, change):
     files = {name: content for name, content in (FILES | change).items() if content is not None}
     host[0]["/o/r/abc.tar.gz"] = archive(files)
-    with pytest.raises(ValueError, match=f"faces-abc.tar.gz: .*[0-9a-f]{{64}}, not {SOURCES['faces'].sha256}"):
+    with pytest.raises(ValueError, match=f"faces-abc.tar.gz: .*[0-9a-f]{{64}}, not {known()['faces'].sha256}"):
         fetch_source("faces", tmp_path)
     assert [*tmp_path.iterdir()] == []
 
@@ -135,7 +135,7 @@ def test_an_archive_writes_nothing_outside_its_folder(host, tmp_path):
 
 def test_a_folder_that_was_changed_is_refused_and_kept(host, tmp_path):
     (fetch_source("faces", tmp_path) / "data/a.csv").write_bytes(b"changed")
-    with pytest.raises(ValueError, match=f"faces: .*[0-9a-f]{{64}}, not {SOURCES['faces'].sha256}; remove it"):
+    with pytest.raises(ValueError, match=f"faces: .*[0-9a-f]{{64}}, not {known()['faces'].sha256}; remove it"):
         fetch_source("faces", tmp_path)
     assert (tmp_path / "faces/data/a.csv").read_bytes() == b"changed"
 
@@ -165,7 +165,7 @@ def test_what_is_fetched_is_announced_with_place_and_terms(host, tmp_path):
 
 
 def test_every_source_is_fixed_to_a_commit_and_a_sum():
-    for source in SOURCES.values():
+    for source in known().values():
         assert len(bytes.fromhex(source.commit)) == 20 and len(bytes.fromhex(source.sha256)) == 32
         assert source.commit in source.url and source.repository in source.url and source.terms
 
@@ -174,7 +174,7 @@ def test_every_source_is_fixed_to_a_commit_and_a_sum():
     "MMLIB_REAL_DATA" not in os.environ, reason="MMLIB_REAL_DATA names no folder with archives of faces"
 )
 def test_a_real_archive_is_the_published_one(tmp_path):
-    commit = SOURCES["lfw"].commit
+    commit = known()["lfw"].commit
     archive = Path(os.environ["MMLIB_REAL_DATA"]) / f"lfw-pairs-aligned-{commit}.tar.gz"
     shutil.copyfile(archive, tmp_path / f"lfw-{commit}.tar.gz")
     folder = fetch_source("lfw", tmp_path)

@@ -29,6 +29,7 @@ from mmlib.data.content import read_table
 from mmlib.data.features import digest, import_features, write_faces
 from mmlib.data.foreign import ImportReport, check_rows, open_array
 from mmlib.data.quality import rescale
+from mmlib.data.sources import known
 from mmlib.data.submission import short
 
 STRANGERS = 80 / 347  # share of people who are distractors
@@ -36,7 +37,7 @@ SUSPECT = 0.2  # of `label_check`, below which a label looks wrong
 NETWORKS = ("edgeface", "mobilefacenet")
 SCENES = {"masked": "scene.npy", "whole": "scene-whole.npy"}
 COLUMNS = ("clip", "frame", "identity", "det", "quality")
-SETS = {"ytf": "YouTube Faces frames", "cfp": "Celebrities in Frontal-Profile", "lfw": "Labeled Faces in the Wild"}
+SETS = ("ytf", "cfp", "lfw")
 # The files of import_lfw: sha256, and the names they go by. The first is theirs in oss_data/ of
 # github.com/huyhoang17/128D-Facenet-LFW-Embedding-Visualisation at 75ca7f43ce1576a2240de24077016f17d3b52b10.
 LFW_ARRAY = (
@@ -82,7 +83,7 @@ def import_public(
     table, features = _read_faces(files["table"], name), open_array(array)
     if len(table) != len(features):
         raise ValueError(f"{array}: {len(features)} rows, but {files['table']} has {len(table)}")
-    provenance: dict = {"set": SETS[name], "network": network, "seed": seed, **digests}
+    provenance: dict = {"set": known()[name].title, "network": network, "seed": seed, **digests}
     scenes, identity = None, table.groupby("clip")["identity"].first()
     if name == "ytf":
         checks = _read_checks(files["clips"], identity)
@@ -95,10 +96,10 @@ def import_public(
         what = f"{len(wrong)} clips, {'kept' if suspects else 'left out'}{some}"
         notes.append(f"labels that look wrong, label_check below {SUSPECT}: {what}")
         if scene:
-            known = open_array(files["scene"])
-            if len(known) != len(checks):
-                raise ValueError(f"{files['scene']}: {len(known)} rows, but {files['clips']} has {len(checks)}")
-            scenes = known, pd.Series(checks.index.get_indexer(split.index), split["clip"])
+            shown = open_array(files["scene"])
+            if len(shown) != len(checks):
+                raise ValueError(f"{files['scene']}: {len(shown)} rows, but {files['clips']} has {len(checks)}")
+            scenes = shown, pd.Series(checks.index.get_indexer(split.index), split["clip"])
             provenance["face_in_scene"] = scene
     else:
         split = group_photographs(table["identity"].sort_index(), seed, STRANGERS if name == "cfp" else 0)
@@ -107,7 +108,7 @@ def import_public(
     rows = rows.sort_values(["clip", "frame"], kind="stable")
     options: dict = {"provenance": provenance, "scenes": scenes, "overwrite": overwrite, "progress": progress}
     report = write_faces(rows, features, array, store, **options)
-    notes.append(f"{SETS[name]}, {network}: whether it was trained on any of these people is unchecked")
+    notes.append(f"{known()[name].title}, {network}: whether it was trained on any of these people is unchecked")
     return replace(report, notes=[*report.notes, *notes], seconds=time.perf_counter() - began)
 
 

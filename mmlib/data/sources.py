@@ -5,7 +5,11 @@ import tarfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
+
+import pandas as pd
 
 from mmlib.data.writer import partial_folder
 
@@ -38,71 +42,11 @@ class Source:
         return f"{self.title}: {place} ({self.megabytes} MB); terms: {self.terms}"
 
 
-SOURCES = {
-    "ytf": Source(
-        "YouTube Faces frames",
-        "udacity/P1_Facial_Keypoints",
-        "6e55adc6bd032d9fb1ad41a4c3e68aae847cdf81",
-        "data/",
-        "959a777bb9edaa664bbbd04195661269ec3e7762c9f60b9d6db7f8d87fa05dee",
-        350,
-        "repository MIT, the images from YouTube Faces (Tel Aviv University), for research",
-    ),
-    "cfp": Source(
-        "Celebrities in Frontal-Profile",
-        "sburrel/AIDL2019_PROJECT_SBD",
-        "3c4e16d044fb39da770850c1d655275e7dea09e3",
-        "dataset-cfp/",
-        "a269b88518acb39ab797f4d1dfdd9237e3eb4551cd1519b46d78d14108206a64",
-        90,
-        "repository MIT, the data set states none (Sengupta et al. 2016), for research",
-    ),
-    "lfw": Source(
-        "Labeled Faces in the Wild, aligned",
-        "georg-jung/lfw-pairs-aligned",
-        "cdf74e7a89c2126f11c2d8aa20cc35b1643487a0",
-        "data/",
-        "1c3d31f08e13c21924fe5da2056ff4cb0e0da4f7f00cc68b59a345881fc00aca",
-        40,
-        "none stated, for research",
-    ),
-    "edgeface": Source(
-        "EdgeFace-XS (int8)",
-        "yayoimizuha/face_recognition_train",
-        "3e631e35bf207a09aa2af79239961cfb14248c0a",
-        "checkpoints/edgeface_xs_q.pt",
-        "a31314377876ab9fa2a75e5638bc528efe79fd17d5c9c0a228fb7f846d7581a6",
-        3,
-        "BSD-3-Clause (Idiap)",
-    ),
-    "mobilefacenet": Source(
-        "MobileFaceNet",
-        "Xiaoccer/MobileFaceNet_Pytorch",
-        "26bd8d262017e472a3c7f56d62929e2138a70aeb",
-        "model/best/068.ckpt",
-        "e839247cdbdfc023fb7cadeaf53a4549d50c8fc24ad154c02e35920ea8910d99",
-        4,
-        "none stated",
-    ),
-    "lightqnet": Source(
-        "LightQNet dm100, quality",
-        "KaenChan/lightqnet",
-        "1f27601e441b653ffb468114cdbd55b8aa2821ad",
-        "lightqnet-dm100.pb",
-        "057b8ea2714953b70745934bcd7a927f4676a827a55509a2adc64e7282f836f3",
-        2,
-        "MIT",
-    ),
-    "retinaface": Source(
-        "RetinaFace mobilenet0.25, detector",
-        "cunjian/pytorch_face_landmark",
-        "6f34bf9f034aa2f521952f825e6ccc567deb42d6",
-        "Retinaface/weights/mobilenet0.25_Final.pth",
-        "5f88f7957d9eaef82b49b9e0202bc56e97292e2aede2999209accd34442cc4df",
-        2,
-        "MIT",
-    ),
-}
+@cache
+def known() -> dict[str, Source]:
+    """Return every source by its name; `sources.csv` lists them."""
+    table = pd.read_csv(files("mmlib.data") / "sources.csv", index_col="name", dtype={"commit": str})
+    return {str(name): Source(**row) for name, row in table.to_dict("index").items()}
 
 
 def fetch_source(name: str, folder: Path, *, progress: bool = False) -> Path:
@@ -110,7 +54,7 @@ def fetch_source(name: str, folder: Path, *, progress: bool = False) -> Path:
 
     A download takes its place when it is complete and right.  A ValueError says that it cannot be had, or is another.
     """
-    source = SOURCES[name]
+    source = known()[name]
     place = folder / name
     if not source.path.endswith("/"):
         return _download(source.url, place, Path(source.path).name, f"sha256:{source.sha256}", progress)
@@ -183,7 +127,7 @@ def announce(names: Iterable[str], folder: Path) -> list[str]:
     """Say of each source what it is, where it lies, under which terms, and whether it is below `folder` already."""
     lines = []
     for name in names:
-        path = SOURCES[name].path
-        there = folder / name / ("" if path.endswith("/") else Path(path).name)
-        lines.append(f"{SOURCES[name]}{'; already there' * there.exists()}")
+        source = known()[name]
+        there = folder / name / ("" if source.path.endswith("/") else Path(source.path).name)
+        lines.append(f"{source}{'; already there' * there.exists()}")
     return lines
