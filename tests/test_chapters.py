@@ -14,7 +14,7 @@ import nbformat
 import pytest
 import yaml
 
-from mmlib.data.features import import_lfw
+from mmlib.data.public import import_lfw
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "book" / "chapters").glob("*.md"))

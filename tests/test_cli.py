@@ -21,7 +21,7 @@ import typer
 from typer.testing import CliRunner
 
 from mmlib import cli, records
-from mmlib.data import features, writer
+from mmlib.data import public, sources, writer
 from mmlib.data.iqiyi import pickle_path
 from mmlib.data.simulate import PROFILES
 from mmlib.data.store import ClipStore
@@ -572,6 +572,48 @@ def test_a_raw_array_without_width_is_refused(tmp_path):
     assert names_in(tmp_path) == ["array.bin", "table.csv"]
 
 
+def test_the_scale_of_quality_is_asked_for_and_mapped(tmp_path):
+    table, array, store = write_features(tmp_path, False)
+    pd.read_csv(table).assign(quality=[0.2, 0.4, 0.9]).to_csv(table, index=False)
+    assert_refused(
+        "table.csv: quality: scores from 0.2 to 0.9.*--quality-scale", "import-features", table, array, store
+    )
+    assert_refused("--quality-scale half: expected", "import-features", table, array, store, "--quality-scale", "half")
+    assert names_in(tmp_path) == ["array.npy", "table.csv"]
+    report = succeed("import-features", table, array, store, "--quality-scale", "-1:-20,0:0,1:100")
+    assert any("mapped by knots -1:-20, 0:0, 1:100" in line for line in report)
+    assert sorted(ClipStore.open(store).modalities["face"].columns["quality"]) == pytest.approx([20, 40, 90])
+
+
+def test_public_faces_become_a_store_from_a_folder(tmp_path):
+    folder = tmp_path / "tables/lfw"
+    folder.mkdir(parents=True)
+    names = np.repeat(["Ann", "Bob", "Eve"], [8, 4, 1])
+    scores = {"det": 0.9, "quality": np.linspace(0.1, 0.6, 13)}
+    table = pd.DataFrame({"clip": [f"p{row}" for row in range(13)], "frame": 0, "identity": names, **scores})
+    table.to_parquet(folder / "frames.parquet")
+    np.save(folder / "mobilefacenet.npy", np.ones((13, 4), np.float16))
+    options = ["--folder", tmp_path / "tables", "--network", "mobilefacenet"]
+    report = succeed("fetch", "lfw", tmp_path / "store", *options)
+    assert {"face: 13 frames of 4 dimensions", "2 identities, 0 without a train clip"} < {*report}
+    assert any("mapped by rank" in line for line in report) and any("not in SHA256SUMS" in line for line in report)
+    assert_refused("edgeface.npy: missing", "fetch", "lfw", tmp_path / "other", *options[:2])
+    assert_refused("--folder .*: needs a STORE", "fetch", "lfw", *options[:2])
+    assert_refused("known of ytf only", "fetch", "lfw", tmp_path / "other", *options, "--without-suspects")
+    assert names_in(tmp_path) == ["store", "tables"]
+
+
+def test_places_and_terms_are_said_before_anything_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMLIB_CACHE", str(tmp_path))
+    for name in ("ARCHIVE", "FILE"):
+        monkeypatch.setattr(sources, name, "http://127.0.0.1:9/{repository}/{commit}/{path}")
+    result = run("fetch", "cfp")
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 1 and len(lines) == 5 and lines[-1] == f"to {tmp_path / 'sources'}"
+    assert all("github.com/" in line and "terms: " in line for line in lines[:-1])
+    assert re.fullmatch("mmlib: error: http://127.0.0.1:9/.*cannot be downloaded .*\n", result.stderr)
+
+
 @pytest.fixture
 def published(tmp_path, monkeypatch):
     """Stand-ins for the two published files: five photographs of Ann Lee and one of Bob."""
@@ -581,7 +623,7 @@ def published(tmp_path, monkeypatch):
     (folder / "LFW_labels.tsv").write_text("Ann Lee\nBob\n" + "Ann Lee\n" * 4)
     for variable, name in (("LFW_ARRAY", "LFW_tensor.bytes"), ("LFW_LABELS", "LFW_labels.tsv")):
         digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        monkeypatch.setattr(features, variable, (digest, getattr(features, variable)[1]))
+        monkeypatch.setattr(public, variable, (digest, getattr(public, variable)[1]))
     return folder
 
 

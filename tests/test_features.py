@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mmlib.data import features as module
-from mmlib.data.features import group_photographs, import_features
+from mmlib.data.calibration import QUALITY_KNOTS
+from mmlib.data.features import import_features
 from mmlib.data.store import ClipStore
 
 
@@ -22,7 +23,7 @@ def table_of(**columns):
             "frame": [3, 2, 1, 0, 1],
             "identity": ["ann", "ann", "ann", None, "ann"],
             "split": ["val", "train", "val", "val", "train"],
-            "quality": [0.3, 0.2, 0.1, 0.0, 0.5],
+            "quality": [90.0, 40.0, 10.0, 0.0, 70.0],
         }
         | columns
     )
@@ -61,7 +62,7 @@ def test_rows_in_any_order_become_clips_with_sorted_frames(tmp_path, monkeypatch
     np.testing.assert_array_equal(batch.feature[0], ARRAY[[4, 1]])
     np.testing.assert_array_equal(batch.feature[1], ARRAY[[2, 0]])
     np.testing.assert_array_equal(batch.feature[2, :1], ARRAY[[3]])
-    np.testing.assert_allclose(batch.quality[1], [0.1, 0.3], rtol=1e-6)
+    np.testing.assert_allclose(batch.quality[1], [10, 90])
     assert store.identities.tolist() == ["ann"]
 
 
@@ -353,47 +354,6 @@ def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["array.npy", "table.csv"]
 
 
-@pytest.mark.parametrize("number", [4, 5, 6, 7, 9, 11, 12, 20, 23, 41])
-def test_half_the_photographs_go_to_train_in_clips_of_two_to_five(number):
-    for seed in range(5):
-        table = group_photographs(["ann"] * number, seed)
-        assert (table["split"] == "train").sum() == (number + 1) // 2
-        assert table.groupby("clip").size().between(2, 5).all()
-        assert (table.groupby("clip")["split"].nunique() == 1).all() and (table["identity"] == "ann").all()
-        for _, frame in table.groupby("clip")["frame"]:
-            assert sorted(frame) == list(range(len(frame)))
-
-
-def test_the_number_of_clips_varies_and_photographs_are_shuffled():
-    tables = [group_photographs(["ann"] * 20, seed) for seed in range(20)]
-    assert {table["clip"].nunique() for table in tables} > {5, 6, 7}
-    assert len({tuple(table["split"]) for table in tables}) == 20
-
-
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_too_few_photographs_make_one_distractor(number):
-    table = group_photographs(["ann"] * 4 + ["bob"] * number, 0)[4:]
-    assert table["clip"].nunique() == 1 and set(table["split"]) == {"val"} and table["identity"].isna().all()
-
-
-def test_rows_of_the_grouping_are_those_of_the_names():
-    names = np.random.default_rng(0).permutation(["ann"] * 7 + ["bob"] * 4 + ["eve"] * 4)
-    table = group_photographs(names, 0)
-    assert table["identity"].tolist() == names.tolist() and table.index.tolist() == list(range(15))
-
-
-def test_the_same_seed_groups_alike():
-    names = ["ann"] * 9 + ["bob"] * 8
-    pd.testing.assert_frame_equal(group_photographs(names, 3), group_photographs(names, 3))
-    assert not group_photographs(names, 3).equals(group_photographs(names, 4))
-
-
-def test_the_number_of_a_clip_tells_nothing_of_its_identity():
-    table = group_photographs(np.repeat([f"{person:03d}" for person in range(300)], 4), 0)
-    number = table["clip"].str[-5:].astype(int)
-    assert abs(np.corrcoef(number, table["identity"].astype(int))[0, 1]) < 0.15  # sd 0.04 over 600 clips
-
-
 @pytest.mark.parametrize(
     "columns", [{"split": ["z" * 10**4] * 5}, {"split": ["val"] * 5, "identity": [*"abcd", "e" * 10**4]}]
 )
@@ -401,3 +361,41 @@ def test_a_long_value_is_cut_in_a_message(tmp_path, columns):
     with pytest.raises(ValueError, match=r"table.csv, row \d: .* \.\.\.") as caught:
         run(tmp_path, table_of(**columns))
     assert len(str(caught.value)) < len(str(tmp_path)) + 300
+
+
+@pytest.mark.parametrize("scale, mapped", [("rank", "by rank"), ([(0, 0), (1, 200)], [[0, 0], [1, 200]])])
+def test_another_scale_of_quality_is_mapped_said_and_kept(tmp_path, scale, mapped):
+    store, report = run(tmp_path, table_of(quality=[0.3, 0.2, 0.1, 0.0, 0.5]), quality_scale=scale)
+    quality = store.modalities["face"].columns["quality"]  # of frames whose scores are .5, .2, .1, .3, 0
+    by_rank = np.interp([0.9, 0.5, 0.3, 0.7, 0.1], *np.array(QUALITY_KNOTS).T)
+    np.testing.assert_allclose(quality, by_rank if scale == "rank" else [100, 40, 20, 60, 0])
+    assert store.meta["provenance"]["quality"] == {
+        "scale": "challenge",
+        "mapped": mapped,
+        "from": [0, 0.2, 0.5],
+        "to": np.quantile(quality, [0, 0.5, 1]).tolist(),
+    }
+    assert any(line.startswith("quality: 0 to 0.5 (median 0.2), mapped by") for line in report.lines())
+
+
+def test_scores_in_the_challenges_units_are_kept_and_said(tmp_path):
+    for scale in (None, "challenge"):
+        store, report = run(tmp_path, quality_scale=scale, overwrite=True)
+        assert store.modalities["face"].columns["quality"].tolist() == [70, 40, 10, 90, 0]
+        assert store.meta["provenance"]["quality"]["mapped"] == "as given"
+        assert any("quality: 0 to 90 (median 40), as given" in line for line in report.lines())
+
+
+def test_scores_of_another_scale_are_refused_until_it_is_said(tmp_path):
+    table = table_of(quality=[0.3, 0.2, 0.1, 0.0, 0.5])
+    assert_refused(tmp_path, r"table.csv: quality: scores from 0 to 0.5, .*--quality-scale", table)
+    store, _ = run(tmp_path, table, quality_scale="challenge")
+    assert store.modalities["face"].columns["quality"].max() == 0.5
+
+
+def test_a_table_without_quality_has_no_scale(tmp_path):
+    table = table_of().drop(columns="quality")
+    store, report = run(tmp_path, table)
+    assert "quality" not in store.meta["provenance"] and not report.notes
+    (tmp_path / "other").mkdir()
+    assert_refused(tmp_path / "other", "table.csv: no column quality", table, quality_scale="rank")

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from mmlib.data.store import ClipStore
 
 Profile = StrEnum("Profile", ["tiny", "quick", "full"])
+PublicSet = StrEnum("PublicSet", ["ytf", "cfp", "lfw"])
+Network = StrEnum("Network", ["edgeface", "mobilefacenet"])
+Scene = StrEnum("Scene", ["masked", "whole", "none"])
 
 
 @command(
@@ -80,6 +83,8 @@ def import_iqiyi(
 @command(
     "import-features frames.csv features.npy store/",
     "import-features frames.parquet features.bin store/ --width 128",
+    "import-features frames.csv features.npy store/ --quality-scale rank",
+    "import-features frames.csv features.npy store/ --quality-scale 0:0,0.5:59,1:260",
     name="import-features",
 )
 def import_features(
@@ -87,19 +92,27 @@ def import_features(
     array: Annotated[Path, argument("ARRAY", "Their rows: .npy, or raw little-endian float32 with --width.")],
     store: NewStore,
     width: Annotated[int | None, option("Dimensions of a raw ARRAY.", metavar="D", least=1)] = None,
+    quality_scale: Annotated[
+        str | None, option("Map quality: rank or knots; challenge leaves it.", "--quality-scale", metavar="SCALE")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Import embeddings of your own.
 
     A table of frames and an array beside it become a clip store. The table has the columns clip, frame,
-    identity (or empty), split, and quality and det where known.
+    identity (or empty), split, and quality and det where known. Weights by quality have thresholds in the units
+    of the challenge, whose scores are about -20 to 260, half of them above 60. Another score is mapped to them:
+    by rank, or by knots SCORE:CHALLENGE,SCORE:CHALLENGE,..., linear between them and constant beyond. One that
+    lies on one side of 60 is refused until SCALE says what it is.
     """
     import rich
 
     from mmlib.data import features
+    from mmlib.data.quality import parse_scale
 
     rich.reconfigure(stderr=True)  # standard output is for the report
-    options = {"width": width, "overwrite": overwrite, "progress": sys.stderr.isatty()}
+    scale = None if quality_scale is None else parse_scale(quality_scale)
+    options = {"width": width, "quality_scale": scale, "overwrite": overwrite, "progress": sys.stderr.isatty()}
     with writing(store):
         report = features.import_features(table, array, store, **options)
     print(*report.lines(), sep="\n")
@@ -119,10 +132,62 @@ def import_lfw(
     files are LFW_tensor.bytes and LFW_labels.tsv, from oss_data/ at
     https://github.com/huyhoang17/128D-Facenet-LFW-Embedding-Visualisation
     """
-    from mmlib.data import features
+    from mmlib.data import public
 
     with writing(store):
-        report = features.import_lfw(folder, store, seed=seed, overwrite=overwrite)
+        report = public.import_lfw(folder, store, seed=seed, overwrite=overwrite)
+    print(*report.lines(), sep="\n")
+
+
+@command(
+    "fetch ytf", "fetch ytf store/ --folder data/", "fetch cfp store/ --folder data/ --network mobilefacenet --seed 3"
+)
+def fetch(
+    name: Annotated[PublicSet, argument("NAME", "ytf (YouTube Faces frames), cfp or lfw (photographs).")],
+    store: Annotated[Path | None, argument("[STORE]", "Clip store to write of its tables, a folder.")] = None,
+    folder: Annotated[
+        Path | None, option("Folder of tables, NAME/frames.parquet and others; nothing is fetched.", metavar="FOLDER")
+    ] = None,
+    network: Annotated[Network, option("Whose embeddings.")] = Network.edgeface,
+    scene: Annotated[Scene, option("Of ytf: scene features, with the face masked or of whole frames.")] = Scene.masked,
+    seed: Annotated[int, option("Which split; chapter 12 uses 0 to 9.", least=0)] = 0,
+    without_suspects: Annotated[
+        bool, option("Of ytf: leave out clips whose label looks wrong.", "--without-suspects")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fetch a public set of real faces.
+
+    Its photographs and the networks that read them go from their public places to the user's cache (MMLIB_CACHE),
+    each checked by its sha256; what is there already stays. Places and terms are said first: they are for
+    research. With STORE, tables of the set, embeddings and scores of every photograph, become a clip store, split into
+    train and val clips and distractors by the seed.
+    """
+    import rich
+
+    from mmlib.claims import cache_folder
+    from mmlib.data import public, sources
+
+    rich.reconfigure(stderr=True)  # standard output is for the report
+    progress, place = sys.stderr.isatty(), cache_folder() / "sources"
+    tables = folder or place.with_name("faces")
+    if folder is None:
+        wanted = (name.value, network.value, "retinaface", "lightqnet")
+        print(*sources.announce(wanted, place), f"to {place}", sep="\n", flush=True)
+        with writing(place):
+            for source in wanted:
+                sources.fetch_source(source, place, progress=progress)
+    elif store is None:
+        raise ValueError(f"--folder {folder}: needs a STORE to make of it")
+    if store is None:
+        return
+    if folder is None and not (tables / name.value).exists():
+        what = "no tables, of which to make a STORE; give a folder that has them by --folder"
+        raise ValueError(f"{tables / name.value}: {what}")
+    shown, kept = None if scene == "none" else scene.value, not without_suspects
+    options = {"network": network.value, "scene": shown, "seed": seed, "suspects": kept, "overwrite": overwrite}
+    with writing(store):
+        report = public.import_public(name.value, tables, store, progress=progress, **options)
     print(*report.lines(), sep="\n")
 
 

@@ -1,9 +1,8 @@
 """Features of one's own, a table beside an array, to a ClipStore."""
 
 import hashlib
-import tempfile
 import time
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +10,11 @@ import pandas as pd
 from rich.progress import track
 
 from mmlib.data.foreign import SCORES, ImportReport, count_lost, open_array, read_rows, to_half
+from mmlib.data.quality import Scale, rescale, said
 from mmlib.data.store import ClipStore
 from mmlib.data.writer import nonfinite_rows
 
 BLOCK = 2**22  # numbers copied at once
-# The files of import_lfw: sha256, and the names they go by. The first is theirs in oss_data/ of
-# github.com/huyhoang17/128D-Facenet-LFW-Embedding-Visualisation at 75ca7f43ce1576a2240de24077016f17d3b52b10.
-LFW_ARRAY = (
-    "f4ed45ab485beab6a4345a3f86001a7bedbacdd35aaf80298895352329315edb",
-    ("LFW_tensor.bytes", "lfw-facenet-128.bytes"),
-)
-LFW_LABELS = (
-    "63e115d1d791ed3d1e48e430e8ebb546357cbf7e97a37cce6ae023558e748ed2",
-    ("LFW_labels.tsv", "lfw-facenet-128-labels.tsv"),
-)
 
 
 def import_features(
@@ -33,6 +23,7 @@ def import_features(
     store: str | Path,
     *,
     width: int | None = None,
+    quality_scale: Scale | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> ImportReport:
@@ -40,14 +31,39 @@ def import_features(
 
     Row i of the table (columns clip, frame, identity, split, and quality and det where known) belongs to row i of the
     array: a `.npy` (F, D) of floats, or raw little-endian float32 of the given `width`. Rows may come in any order; an
-    empty identity is none. Identities stand in the store sorted by name.
+    empty identity is none. Identities stand in the store sorted by name. quality_scale: that of the scores, as in
+    `quality.rescale`; without one, scores that plainly are not in the challenge's units are refused.
     """
     began, table, array = time.perf_counter(), Path(table), Path(array)
     rows, features = read_rows(table), open_array(array, width)
     if len(rows) != len(features):
         raise ValueError(f"{array}: {len(features)} rows, but {table} has {len(rows)}")
-    columns = [name for name in ("frame", *SCORES) if name in rows]
-    provenance = {"table": _digest(table), "array": _digest(array)}
+    provenance = {"table": digest(table), "array": digest(array)}
+    if "quality" in rows:
+        rows["quality"], provenance["quality"] = rescale(rows["quality"].to_numpy(), quality_scale, f"{table}: quality")
+    elif quality_scale is not None:
+        raise ValueError(f"{table}: no column quality, which --quality-scale could map")
+    options: dict = {"provenance": provenance, "overwrite": overwrite, "progress": progress}
+    return replace(write_faces(rows, features, array, store, **options), seconds=time.perf_counter() - began)
+
+
+def write_faces(
+    rows: pd.DataFrame,
+    features: np.ndarray,
+    array: Path,
+    store: str | Path,
+    *,
+    provenance: dict,
+    scenes: tuple[np.ndarray, pd.Series] | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> ImportReport:
+    """Write a store of `rows`, sorted by clip and frame as `read_rows` returns them, and of `features` (F, D).
+
+    The index of `rows` says which row of `features`, which came from the file `array`, belongs to each.  provenance:
+    for the store; what it says of quality is reported.  scenes: features (n, D), and which row each clip has.
+    """
+    began, columns = time.perf_counter(), [name for name in ("frame", *SCORES) if name in rows]
     with ClipStore.create(store, simulated=False, provenance=provenance, overwrite=overwrite) as writer:
         step, losses = max(1, BLOCK // max(1, features.shape[1])), []
         starts = range(0, len(rows), step)
@@ -67,65 +83,18 @@ def import_features(
         named = pd.Categorical(clips["identity"])
         clips["identity"] = named.codes.astype(np.int32)
         count = rows.groupby("clip", sort=False).size().to_numpy()
-        writer.finish(clips, [*named.categories], {"face": (np.cumsum(count) - count, count)})
+        spans = {"face": (np.cumsum(count) - count, count)}
+        if scenes is not None:
+            writer.append("scene", to_half(scenes[0][scenes[1][clips["clip"]].to_numpy()])[0])
+            spans["scene"] = (np.arange(len(clips)), np.ones(len(clips), np.int64))
+        writer.finish(clips, [*named.categories], spans)
     absent = [f"column {name}" for name in SCORES if name not in columns]
-    return ImportReport(ClipStore.open(store), time.perf_counter() - began, absent, *lost)
+    notes = [said(provenance["quality"])] if "quality" in provenance else []
+    return ImportReport(ClipStore.open(store), time.perf_counter() - began, absent, *lost, notes=notes)
 
 
-def import_lfw(folder: str | Path, store: str | Path, *, seed: int = 0, overwrite: bool = False) -> ImportReport:
-    """Turn public embeddings of photographs of Labeled Faces in the Wild into a store.
-
-    `folder` holds `LFW_ARRAY`, 2,921 FaceNet embeddings of 128 dimensions as raw float32, and `LFW_LABELS`, a name a
-    line; their sha256 is checked. Spaces in a name become underscores, as the challenge's text files divide words at
-    spaces. The photographs, of which `group_photographs` makes clips, are for research.
-    """
-    array, labels = (_find_published(Path(folder), *file) for file in (LFW_ARRAY, LFW_LABELS))
-    names = labels.read_text(encoding="utf-8").replace(" ", "_").splitlines()
-    with tempfile.TemporaryDirectory() as scratch:
-        table = Path(scratch) / f"grouped-{seed}.csv"
-        group_photographs(names, seed).to_csv(table, index=False)
-        return import_features(table, array, store, width=128, overwrite=overwrite)
-
-
-def group_photographs(names: Sequence[str], seed: int) -> pd.DataFrame:
-    """Make clips of photographs: a table for `import_features`, row i for the photograph of `names[i]` (F,).
-
-    The photographs of a person are shuffled. Of 4 or more, half (and the odd one) go to train and half to val, each
-    half cut into a random number of even clips of 2 to 5. 1 to 3 make one val clip, a distractor without identity.
-    Clips are numbered in random order, so that a name tells nothing.
-
-    >>> table = group_photographs(["ann", "bob", "ann", "ann", "bob", "ann"], seed=0)
-    >>> table["split"].value_counts().to_dict()
-    {'val': 4, 'train': 2}
-    """
-    rng = np.random.default_rng(seed)
-    clips = []
-    for name, rows in pd.Series(names, dtype=object).groupby(np.asarray(names, object)).indices.items():
-        rows = rng.permutation(rows)
-        if len(rows) < 4:
-            clips.append(("val", None, rows))
-            continue
-        for split, half in zip(("train", "val"), np.array_split(rows, 2)):
-            number = rng.integers(-(-len(half) // 5), len(half) // 2, endpoint=True)
-            clips += [(split, name, part) for part in np.array_split(half, number)]
-    table = pd.DataFrame(clips, columns=["split", "identity", "row"])
-    numbers = rng.permutation(len(table))
-    table["clip"] = [f"{split}_{number:05d}" for split, number in zip(table["split"], numbers)]
-    table = table.explode("row")
-    table["frame"] = table.groupby("clip").cumcount()
-    return table.set_index(table.pop("row").astype(np.int64)).sort_index()
-
-
-def _find_published(folder: Path, digest: str, names: Sequence[str]) -> Path:
-    path = next(filter(Path.exists, (folder / name for name in names)), folder / names[0])
-    if not path.exists():
-        raise ValueError(f"{path}: missing")
-    if (found := _digest(path)["sha256"]) != digest:
-        raise ValueError(f"{path}: not the published file, its sha256 is {found}, not {digest}")
-    return path
-
-
-def _digest(path: Path) -> dict:
+def digest(path: Path) -> dict:
+    """Return the name, the bytes and the sha256 of a file, for a provenance."""
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256}

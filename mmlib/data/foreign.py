@@ -35,7 +35,7 @@ class ImportReport:
 
     absent: files and columns.  damaged: frames of whose small numbers float16 keeps few digits; vanished: those of them
     of which it keeps nothing.  refused: by reason, how many records, and the first of them.  mended: by what was done,
-    how many, and the first.
+    how many, and the first.  notes: what else was decided, such as the scale of scores.
     """
 
     store: ClipStore
@@ -45,6 +45,7 @@ class ImportReport:
     vanished: int
     refused: dict[str, tuple[int, str]] = field(default_factory=dict)
     mended: dict[str, tuple[int, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def untrained(self) -> list[str]:
@@ -69,7 +70,7 @@ class ImportReport:
             lines.append(f"absent: {', '.join(self.absent)}")
         lines += [f"refused: {n} records, {rule}; first: {first}" for rule, (n, first) in self.refused.items()]
         lines += [f"mended: {n} {what}; first: {first}" for what, (n, first) in self.mended.items()]
-        return [*lines, f"{self.seconds:.1f} s"]
+        return [*lines, *self.notes, f"{self.seconds:.1f} s"]
 
 
 def read_rows(path: Path) -> pd.DataFrame:
@@ -88,6 +89,11 @@ def read_rows(path: Path) -> pd.DataFrame:
             raise ValueError(f"{path}: missing") from None
         except (ValueError, OSError) as error:  # of which the errors of pandas are kinds
             raise ValueError(f"{path}: not a readable table ({error})") from None
+    return check_rows(table, path)
+
+
+def check_rows(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Check a table that was read from `path` as `read_rows` says."""
     if missing := [name for name in REQUIRED if name not in table]:
         raise ValueError(
             f"{path}: no column {', '.join(missing)}; it has {short(', '.join(map(str, table.columns)), 400)}"
