@@ -47,7 +47,7 @@ def import_features(
     if len(rows) != len(features):
         raise ValueError(f"{array}: {len(features)} rows, but {table} has {len(rows)}")
     columns = [name for name in ("frame", *SCORES) if name in rows]
-    provenance = {"table": _digest(table), "array": _digest(array)}
+    provenance = {"table": file_digest(table), "array": file_digest(array)}
     with ClipStore.create(store, simulated=False, provenance=provenance, overwrite=overwrite) as writer:
         step, losses = max(1, BLOCK // max(1, features.shape[1])), []
         starts = range(0, len(rows), step)
@@ -120,12 +120,12 @@ def _find_published(folder: Path, digest: str, names: Sequence[str]) -> Path:
     path = next(filter(Path.exists, (folder / name for name in names)), folder / names[0])
     if not path.exists():
         raise ValueError(f"{path}: missing")
-    if (found := _digest(path)["sha256"]) != digest:
+    if (found := file_digest(path)["sha256"]) != digest:
         raise ValueError(f"{path}: not the published file, its sha256 is {found}, not {digest}")
     return path
 
 
-def _digest(path: Path) -> dict:
+def file_digest(path: Path) -> dict:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
