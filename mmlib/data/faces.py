@@ -177,26 +177,28 @@ def list_faces(folder: Path, seed: int) -> tuple[pd.DataFrame, list[Path]]:
     Blanks in names become underscores, a clip is called `<person>-<clip>`.  The split is by `RULE`.
     """
     rows, other = [], []
+    owner: dict[tuple[str, str], Path] = {}
+
+    def call(kind: str, path: Path, name: str) -> str:
+        word = "_".join(name.split())
+        if (other := owner.setdefault((kind, word), path)) != path:
+            raise ValueError(f"{folder}: {kind} {short(word)} would be both {other.name} and {path.name}")
+        return word
+
     for person in _entries(folder):
         if not person.is_dir():
             raise ValueError(f"{person}: lies in no person's folder; expected {folder}/<person>/{person.name}")
-        for clip in _entries(person):
-            stem = clip.name if clip.is_dir() else clip.stem
-            for frame, path in enumerate(_entries(clip) if clip.is_dir() else [clip]):
-                if path.is_dir() or path.suffix.lower() not in (*PICTURES, *VIDEOS):
-                    other.append(path)
-                else:
-                    rows.append((str(path.relative_to(folder)), f"{person.name}-{stem}", person.name, frame))
+        identity = call("identity", person, person.name)
+        for entry in _entries(person):
+            files = _entries(entry) if entry.is_dir() else [entry]
+            chosen = [path for path in files if path.suffix.lower() in (*PICTURES, *VIDEOS) and not path.is_dir()]
+            other += [path for path in files if path not in chosen]
+            if chosen:
+                clip = call("clip", entry, f"{person.name}-{entry.name if entry.is_dir() else entry.stem}")
+                rows += [(str(path.relative_to(folder)), clip, identity, at) for at, path in enumerate(chosen)]
     if not rows:
         raise ValueError(f"{folder}: holds no picture or video <person>/<file> or <person>/<clip>/<n>.jpg")
     table = pd.DataFrame(rows, columns=["path", "clip", "identity", "frame"])
-    for name in ("clip", "identity"):
-        named = {written: "_".join(written.split()) for written in table[name].unique()}
-        twice = [written for written, count in Counter(named.values()).items() if count > 1]
-        if twice:
-            same = [short(written) for written, name in named.items() if name == twice[0]]
-            raise ValueError(f"{folder}: {name} {' and '.join(same)} would both be called {short(twice[0])}")
-        table[name] = table[name].map(named)
     rng = np.random.default_rng(seed)
     split: dict[str, str] = {}
     for _, clips in table.groupby("identity", sort=False)["clip"].unique().items():
