@@ -149,7 +149,7 @@ def test_the_seed_decides_which_clips_train(people, weights, red):
 def test_the_store_says_what_made_it(people, weights, red):
     said = run(people, weights)[0].meta["provenance"]
     assert said["weights"]["name"] == "embedder.safetensors" and len(said["detector"]["sha256"]) == 64
-    assert (said["rate"], said["size"], said["quality"]) == (8.0, 32, None)
+    assert (said["rate"], said["size"], said["quality"], said["quality_scale"]) == (8.0, 32, None, None)
     assert "by seed 0" in said["split"]
 
 
@@ -664,6 +664,7 @@ def test_real_frames_become_the_store_of_the_table(real, tmp_path):
     import_faces(tmp_path / "people", tmp_path / "store", settings)
     store = ClipStore.open(tmp_path / "store")
     assert len(store) == len(pictures) == len(store.modalities["face"].feature)
+    assert store.meta["provenance"]["quality_scale"] == [0, 1]
     rows = store.clips["clip"].str.split("-").str[-1].astype(int)
     face = store.modalities["face"]
     for column, tolerance in (("det", 0.01), ("quality", 0.02)):

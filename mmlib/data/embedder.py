@@ -12,6 +12,8 @@ import torch
 
 from mmlib.data.detector import load_weights, need
 
+QUALITY_SCALE = (0, 1)  # of LightQNet; the challenge's scores go to 200
+
 
 class Embedder:
     """Embed faces: crops (n, S, S, 3) uint8, RGB, to (n, D) float32 as the network gives them, not normalised.

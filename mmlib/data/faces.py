@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from rich.progress import track
 
 from mmlib.data.detector import align, detect, load_detector, need
-from mmlib.data.embedder import Embedder, Quality
+from mmlib.data.embedder import QUALITY_SCALE, Embedder, Quality
 from mmlib.data.features import file_digest
 from mmlib.data.foreign import ImportReport, count_lost, read_rows, to_half
 from mmlib.data.images import SUFFIXES, by_number, read_image
@@ -115,6 +115,7 @@ def import_faces(
         return *to_half(embed(crops)), score(crops) if score else None
 
     provenance = {name: file_digest(of) if isinstance(of, Path) else of for name, of in how.items()}
+    provenance["quality_scale"] = QUALITY_SCALE if score else None
     provenance["split"] = file_digest(Path(table)) if table else RULE.format(settings.seed)
     with ExitStack() as stack:
         create = ClipStore.create(store, simulated=False, provenance=provenance, overwrite=overwrite)
@@ -142,7 +143,7 @@ def import_faces(
         if detector:
             columns |= {"box": rows[:, :4], "det": rows[:, 4]}
         if quality is not None:
-            columns["quality"] = quality  # as the network gives it, in [0, 1]; another scale would be made here
+            columns["quality"] = quality  # as the network gives it, on `QUALITY_SCALE`; it would be mapped here
         writer.append("face", feature, **columns)
         count = np.bincount(owner, minlength=len(clips))
         clips = clips.assign(start=np.cumsum(count) - count, count=count).iloc[sorted(taken.seen)]
@@ -164,7 +165,8 @@ def import_faces(
         "of several faces the largest was taken, in a video the nearest to the last",
     ]
     if quality is not None:
-        report.said.append(f"quality: as the network gives it, {quality.min():.3f} to {quality.max():.3f}")
+        low, high = QUALITY_SCALE
+        report.said.append(f"quality: on a scale of {low} to {high}, here {quality.min():.3f} to {quality.max():.3f}")
     if kept:
         report.said.append(f"scene pictures: {pictures} in {scenes}")
     return report
