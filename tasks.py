@@ -70,7 +70,7 @@ def setup() -> int:
         if status := run([sys.executable, "-m", "venv", *(["--clear"] if anew else []), VENV]):
             return status
     STAMP.unlink(missing_ok=True)
-    if status := run([PYTHON, "-m", "pip", "install", "-c", "constraints.txt", "-e", ".[book,test]"]):
+    if status := run([PYTHON, "-m", "pip", "install", "-c", "constraints.txt", "-e", ".[book,faces,test]"]):
         return status
     STAMP.write_text(wanted())
     return 0

@@ -26,7 +26,7 @@ class Scale:
     members: of an ensemble.  imported: faces in the pickle.  store_clips, store_frames: of the store that is opened.
     gallery, queries, labelled: clips and identities that are ranked, and the clips that belong to one.
     challenge_clips, challenge_frames, challenge_identities, challenge_batch: the train split of the challenge.
-    images: of a forward pass.
+    images: of a forward pass.  crops: faces that are embedded.  video: seconds of a video.
     """
 
     name: str
@@ -46,6 +46,8 @@ class Scale:
     challenge_identities: int = 10_034
     challenge_batch: int = 4_096
     images: int = 16
+    crops: int = 5_770
+    video: int = 60
 
 
 SCALES = {
@@ -67,6 +69,8 @@ SCALES = {
         challenge_identities=20,
         challenge_batch=40,
         images=1,
+        crops=40,
+        video=2,
     ),
 }
 

@@ -39,12 +39,13 @@ class Line:
     arguments: dict = field(default_factory=dict)
 
 
-FACES, CLIPS, STORE, RANKING, CHALLENGE = (
+FACES, CLIPS, STORE, RANKING, CHALLENGE, VIDEO = (
     "data:make_faces",
     "data:make_clips",
     "data:make_store",
     "ranking:make_ranking",
     "data:make_challenge",
+    "faces:make_video",
 )
 GROWN = {"import": ("growth:make_imports",), "open": ("growth:make_opens",), "epoch": ("growth:make_epochs",)}
 GROWN["drawn epoch"] = GROWN["epoch"]
@@ -118,6 +119,20 @@ LINES = [
         "networks:forward",
         gpu=True,
         arguments={"architecture": "seresnext50_32x4d", "size": 224},
+    ),
+    Line(
+        "faces, embed",
+        "faces:embed",
+        (VIDEO,),
+        "faces:embed_singly",
+        bars=(Bar("seconds", most=30), Bar("seconds", "baseline", 1.6)),
+    ),
+    Line(
+        "faces, video",
+        "faces:import_video",
+        (VIDEO,),
+        "faces:import_video_singly",
+        bars=(Bar("seconds", most=60), Bar("seconds", "baseline", 4)),
     ),
     Line("book", "book:build"),
 ]

@@ -10,7 +10,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-CONDA_NAMES = {"torch": "pytorch"}
+CONDA_NAMES = {"opencv-python-headless": "py-opencv", "torch": "pytorch"}
 
 
 def requirements() -> list[Requirement]:

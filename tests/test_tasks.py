@@ -40,7 +40,7 @@ def test_setup_makes_the_environment_and_installs_with_constraints(tasks):
     assert tasks.main(["setup"]) == 0
     venv, install = tasks.commands
     assert venv == f"{sys.executable} -m venv {tasks.VENV}"
-    assert install == f"{tasks.PYTHON} -m pip install -c constraints.txt -e .[book,test]"
+    assert install == f"{tasks.PYTHON} -m pip install -c constraints.txt -e .[book,faces,test]"
 
 
 def test_second_setup_does_nothing(tasks):

@@ -118,6 +118,55 @@ def import_features(
     print(*report.lines(), sep="\n")
 
 
+@command(
+    "import-faces people/ store/ --weights edgeface-xs.safetensors --detector mobilenet0.25_Final.pth",
+    "import-faces crops/ store/ --weights edgeface-xs.safetensors --aligned --quality lightqnet-dm100.pb",
+    name="import-faces",
+)
+def import_faces(
+    folder: Annotated[Path, argument("FOLDER", "<person>/<video>, <person>/<picture> or <person>/<clip>/<n>.jpg.")],
+    store: NewStore,
+    weights: Annotated[Path, option("Embedder: safetensors, weights of torch, or .onnx.", metavar="FILE")],
+    detector: Annotated[Path | None, option("Weights of RetinaFace mobilenet0.25.", metavar="FILE")] = None,
+    aligned: Annotated[bool, option("Pictures are crops, aligned already.", "--aligned")] = False,
+    quality: Annotated[Path | None, option("Graph of LightQNet (.pb).", metavar="FILE")] = None,
+    table: Annotated[
+        Path | None, option("Its columns path, clip, identity and split say what is whose.", metavar="TABLE")
+    ] = None,
+    scenes: Annotated[
+        Path | None, option("Folder for whole pictures, of a video one a second.", metavar="FOLDER")
+    ] = None,
+    architecture: Annotated[str, option("The embedder's name in timm.")] = "edgenext_x_small",
+    width: Annotated[int, option("Its outputs.", least=1)] = 512,
+    size: Annotated[int, option("Side of its pictures in pixels.", least=1)] = 112,
+    mean: Annotated[float, option("What it takes from pixels in [0, 1].")] = 0.5,
+    std: Annotated[float, option("By what it divides them then.")] = 0.5,
+    detect_size: Annotated[int, option("Longer side in which faces are looked for, pixels.", least=32)] = 640,
+    rate: Annotated[float, option("Frames a second of a video.")] = 8.0,
+    seed: Annotated[int, option("Which clips are for training.", least=0)] = 0,
+    skip_bad_files: Annotated[bool, option("Leave bad files out and count them.", "--skip-bad-files")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Import faces of photographs and videos.
+
+    Faces are found, aligned on five points and embedded; they become a clip store. Of each person's clips half
+    go to train and half to val, a person of one clip is a distractor, unless a table says otherwise. Needs the
+    packages of the extra `faces`.
+    """
+    import rich
+
+    from mmlib.data import faces
+
+    if aligned != (detector is None):
+        raise ValueError("--detector FILE finds the faces, --aligned says that pictures are crops: give one of them")
+    rich.reconfigure(stderr=True)  # standard output is for the report
+    how = faces.FaceSettings(weights, detector, quality, architecture, width, size, mean, std, detect_size, rate, seed)
+    options = {"table": table, "scenes": scenes, "skip_bad_files": skip_bad_files, "overwrite": overwrite}
+    with writing(store):
+        report = faces.import_faces(folder, store, how, **options, progress=sys.stderr.isatty())
+    print(*report.lines(), sep="\n")
+
+
 @command("import-lfw oss_data/ store/", name="import-lfw")
 def import_lfw(
     folder: Annotated[Path, argument("FOLDER", "Folder with the two published files; their sha256 is checked.")],

@@ -73,34 +73,39 @@ class ImportReport:
         return [*lines, *self.notes, f"{self.seconds:.1f} s"]
 
 
-def read_rows(path: Path) -> pd.DataFrame:
+def read_rows(path: Path, *, files: bool = False) -> pd.DataFrame:
     """Read the table of frames, clip, identity and split as text, frame and scores as numbers, and check it.
 
-    Rows come back sorted by clip and frame; their index says which row of the table each was.
+    Rows come back sorted by clip and frame; their index says which row of the table each was.  With `files` they have
+    a column `path` too, and those of a clip are numbered as they come unless there is a column `frame`.
     """
+    texts = (*TEXT, "path") if files else TEXT
     if path.suffix.lower() in (".parquet", ".pq"):
         table = read_table(path)
     else:
         # Only an empty cell is no identity: someone may be called NA or None.
-        options = {"keep_default_na": False, "na_values": {name: [""] for name in (*REQUIRED, *SCORES)}}
+        options = {"keep_default_na": False, "na_values": {name: [""] for name in (*REQUIRED, *texts, *SCORES)}}
         try:
-            table = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), encoding="utf-8-sig", **options)
+            table = pd.read_csv(path, dtype=dict.fromkeys(texts, str), encoding="utf-8-sig", **options)
         except FileNotFoundError:
             raise ValueError(f"{path}: missing") from None
         except (ValueError, OSError) as error:  # of which the errors of pandas are kinds
             raise ValueError(f"{path}: not a readable table ({error})") from None
-    return check_rows(table, path)
+    return check_rows(table, path, files=files)
 
 
-def check_rows(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+def check_rows(table: pd.DataFrame, path: Path, *, files: bool = False) -> pd.DataFrame:
     """Check a table that was read from `path` as `read_rows` says."""
-    if missing := [name for name in REQUIRED if name not in table]:
+    texts = (*TEXT, "path") if files else TEXT
+    if missing := [name for name in (texts if files else REQUIRED) if name not in table]:
         raise ValueError(
             f"{path}: no column {', '.join(missing)}; it has {short(', '.join(map(str, table.columns)), 400)}"
         )
     if not len(table):
         raise ValueError(f"{path}: no rows")
-    table = table[[*REQUIRED, *(name for name in SCORES if name in table)]].reset_index(drop=True)
+    if files and "frame" not in table:
+        table["frame"] = table.groupby("clip").cumcount()
+    table = table[[*texts, "frame", *(name for name in SCORES if name in table)]].reset_index(drop=True)
 
     def refuse(wrong: pd.Series, name: str, why: str = "") -> None:
         for row in np.flatnonzero(wrong):
@@ -109,14 +114,16 @@ def check_rows(table: pd.DataFrame, path: Path) -> pd.DataFrame:
             shown = repr(short(value)) if isinstance(value, str) else value
             raise ValueError(f"{path}, row {row + 1}: {whose}{name} is {shown}{why}")
 
-    for name in TEXT:
+    for name in texts:
         table[name] = _as_text(table[name], f"{path}: {name}")
     table["clip"] = table["clip"].str.removesuffix(".mp4")
-    refuse(table["clip"].isna(), "clip")
+    for name in texts:
+        if name not in ("identity", "split"):
+            refuse(table[name].isna(), name)
     for name in ("clip", "identity"):
         refuse(table[name].isin(bad_names(name, table[name].dropna().unique())), name, f"; {NAME_RULE}")
     refuse(~table["split"].isin(SPLITS), "split", f"; it must be one of {', '.join(SPLITS)}")
-    for name in table.columns.drop([*TEXT]):
+    for name in table.columns.drop([*texts]):
         numbers = pd.to_numeric(table[name], errors="coerce").astype(np.float64)
         refuse(~np.isfinite(numbers), name)
         if name == "frame":

@@ -103,14 +103,15 @@ def index_images(folder: str | Path, store: ClipStore) -> Images:
         listed = [entry.name for entry in entries if not entry.name.startswith(".")]
         chosen = [file for file in listed if file.lower().endswith(SUFFIXES)]
         other += len(listed) - len(chosen)
-        files.append(tuple(sorted(chosen, key=_by_number)))
+        files.append(tuple(sorted(chosen, key=by_number)))
     if not any(files):
         example = f"{names[0] if names else 'none'}/1.jpg"
         raise ValueError(f"{folder}: holds no image <clip>/<n>.jpg of any clip of {store.path}, such as {example}")
     return Images(folder, names, tuple(files), len(found.difference(names)), other)
 
 
-def _by_number(file: str) -> tuple[bool, int, str]:
+def by_number(file: str) -> tuple[bool, int, str]:
+    """Order names of files: ``2.jpg`` before ``10.jpg``, and those without a number after them."""
     stem = file.rsplit(".", 1)[0]
     numbered = stem.isascii() and stem.isdigit()
     return not numbered, int(stem) if numbered else 0, file
