@@ -233,7 +233,7 @@ def test_a_clip_without_a_face_stands_in_the_store_without_frames(people, weight
         save(people / f"ann/none/{at}.jpg", draw())
     store, report = run(people, weights)
     assert len(frames_of(store, "ann-none")) == 0 and len(store) == 8
-    assert "without a face" in "".join(report.lines()) and any("3 without a face" in line for line in report.said)
+    assert "without a face" in "".join(report.lines()) and any("3 without a face" in line for line in report.notes)
 
 
 def test_no_face_anywhere_is_refused(tmp_path, weights, red):
