@@ -324,7 +324,8 @@ def faces(reference: str) -> dict:
         assert len(known["frame"]) == face.count[at], clip["video_name"]
         for name, value in known.items():
             ours = face.feature[span] if name == "feature" else face.columns[name][span]
-            worst = float(np.maximum(worst, np.abs(ours - value.astype(ours.dtype)).max(initial=0)))
+            # A clip may be listed without a face.
+            worst = float(np.maximum(worst, np.abs(ours - value.astype(ours.dtype).reshape(ours.shape)).max(initial=0)))
     return {f"{len(theirs)} clips": worst}
 
 

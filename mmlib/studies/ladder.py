@@ -238,7 +238,7 @@ def claims(
 
 def table(frame: pd.DataFrame) -> Styler | None:
     """Return differences or claims that were run as a page shows them, with both intervals."""
-    shown = frame[frame["difference"].notna()].drop(columns=["arm", "against", "sd"])
+    shown = frame[frame["difference"].notna()].drop(columns=["arm", "against", "sd", "before"], errors="ignore")
     if "within_low" in shown:
         within = zip(shown.pop("within_low"), shown.pop("within_high"))
         texts = [compare.interval_text({"low": low, "high": high}) for low, high in within]
@@ -249,5 +249,5 @@ def table(frame: pd.DataFrame) -> Styler | None:
         shown = shown.drop(columns="map_at_100")  # the heights stand with the steps
     if "told" in shown:
         shown["told"] = [f"{points:.2f}" if np.isfinite(points) else "" for points in shown["told"]]
-    names = {"before": "MAP@100 before", "published": "published, points", "size": "beside published"}
+    names = {"published": "published, points", "size": "beside published"}
     return compare.table(shown.rename(columns=names))
