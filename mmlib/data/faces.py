@@ -145,7 +145,7 @@ def import_faces(
         if quality is not None:
             # The scores of a network have a unit of their own.
             columns["quality"], done = rescale(quality, BY_RANK, str(settings.quality))
-            provenance["quality"] = {**digest(settings.quality), **done}
+            provenance["quality"] |= done
         writer.append("face", feature, **columns)
         count = np.bincount(owner, minlength=len(clips))
         clips = clips.assign(start=np.cumsum(count) - count, count=count).iloc[sorted(taken.seen)]
