@@ -19,7 +19,7 @@ from IPython import get_ipython
 from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
@@ -105,7 +105,7 @@ def notice(simulated: bool, detail: str = "") -> None:
 
 def glue_drawing(name: str, figure: Figure, alt: str) -> None:
     """Make a figure available to other pages, as a drawing with the page's letters and ink; alt: what it shows."""
-    file, ink = io.StringIO(), {"#262626": "currentColor", "#e5e5e5": "rgb(128 128 128 / .3)", "#666666": "#808080"}
+    file, ink = io.StringIO(), {to_hex(".15"): "currentColor", to_hex("0.9"): "rgb(128 128 128 / .3)"}
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator")))
     plt.close(figure)

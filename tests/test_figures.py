@@ -2,7 +2,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.container import ErrorbarContainer
 
 from mmlib import figures
@@ -74,7 +74,10 @@ def test_a_drawing_has_the_ink_of_the_page_and_says_what_it_shows(shown):
     assert first == second and not plt.get_fignums()
     assert 'role="img" aria-label="a row a claim, &quot;adds&quot; &amp; more"' in first
     assert "gain &lt;in points&gt;" in first  # letters, not outlines
-    assert "currentColor" in first and "#262626" not in first and first.count("<svg") == first.count("</svg") == 1
+    assert "currentColor" in first and "rgb(128 128 128 / .3)" in first  # letters, and the grid
+    assert (
+        to_hex(".15") not in first and to_hex("0.9") not in first and first.count("<svg") == first.count("</svg") == 1
+    )
 
 
 # -- style ---------------------------------------------------------------------------------------------------
