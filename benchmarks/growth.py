@@ -13,29 +13,32 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.data import SCENE, export_python2, write_store
+from benchmarks.data import FACE, SCENE, export_python2, write_store
 from benchmarks.meter import measure
-from benchmarks.ranking import embeddings, ranked, ranking_problem, scored
+from benchmarks.ranking import SCALE, K, embeddings, ranked, ranking_problem, scored
 from benchmarks.training import system
+from mmlib import rank
 from mmlib.data.iqiyi import import_folder
 from mmlib.data.store import ClipStore
 from mmlib.ensemble import member_seed
-from mmlib.retrieve import make_model
+from mmlib.retrieve import BLOCK, make_model
 from mmlib.train import train_together
 
 # Cost and axis -> its four sizes, and the sizes of what stays fixed, at full scale.
 SERIES: dict[str, tuple[tuple[int, ...], dict[str, int]]] = {
     "import, faces": ((10_000, 30_000, 100_000, 300_000), {}),
-    "open, clips": ((10_000, 30_000, 100_000, 300_000), {}),
+    "open, clips": ((10_000, 100_000, 300_000, 1_000_000), {}),
     "epoch, clips": ((1_000, 2_000, 4_000, 8_000), {"identities": 1_000, "frames": 20, "members": 1}),
     "epoch, identities": ((2_000, 8_000, 32_000, 128_000), {"clips": 1_024, "frames": 20, "members": 1}),
     "drawn epoch, identities": ((2_000, 8_000, 32_000, 128_000), {"clips": 1_024, "frames": 20, "members": 1}),
     "epoch, frames": ((10, 20, 40, 80), {"clips": 4_000, "identities": 1_000, "members": 1}),
     "epoch, members": ((1, 2, 4, 8), {"clips": 2_000, "identities": 1_000, "frames": 20}),
-    "rank, clips": ((8_000, 16_000, 32_000, 64_000), {"identities": 2_000}),
-    "rank, identities": ((1_250, 2_500, 5_000, 10_000), {"clips": 8_000}),
+    "rank, clips": ((8_000, 32_000, 128_000, 512_000), {"identities": 2_000}),
+    "rank, identities": ((1_250, 5_000, 20_000, 80_000), {"clips": 8_000}),
     "metric, identities": ((3_000, 10_000, 30_000, 100_000), {"clips": 200_000}),
 }
+TENFOLD = {"clips": 1_000_000, "identities": 100_000}  # ten times the challenge, whatever is measured of it
+PART = 20  # of that: one in so many clips is trained on, and ranked
 TINY = {"faces": 30, "clips": 20, "identities": 20, "frames": 4, "members": 1}  # what a size is divided by
 
 
@@ -113,6 +116,60 @@ def make_opens(folder: str, scale: str, **_) -> dict:
     return {}
 
 
+def make_tenfold(folder: str, scale: str, **_) -> dict:
+    """Write a store of ten times the challenge's clips, each with one face and one scene."""
+    clips, identities = _tenfold(scale)
+    of, rng = Path(folder, "tenfold"), np.random.default_rng(4)
+    one, train = np.ones(clips, int), np.full(clips, "train")
+    write_store(of, one, train, rng.integers(0, identities, clips), identities, scene=SCENE, official=False)
+    return {}
+
+
+def tenfold_epoch(folder: str, scale: str, device: str, **_) -> dict:
+    """Train on one clip in ``PART`` of that store, at random, with a tenth of the identities in every step."""
+    clips, identities = _tenfold(scale)
+    store = ClipStore.open(Path(folder, "tenfold"))
+    some = np.sort(np.random.default_rng(0).choice(clips, clips // PART, replace=False))
+    asked = system("attention + scores", "full")
+    batch = min(512, max(2, len(some) // 2))
+    classes = max(2 * batch, identities // 10)
+    training = replace(asked.training, frames=20, sample="replace", batch=batch, classes=classes)
+    model = make_model(asked, store).to(device)
+    found = measure(
+        lambda: train_together([model], store, [some], training, seeds=[member_seed(0, 0)]), repeats=1, device=device
+    )
+    work = f"an epoch of {clips:,} clips, {identities:,} identities, {classes:,} a step: {len(some):,} clips measured"
+    return found | _times_part(found, work)
+
+
+def tenfold_rank(folder: str, scale: str, device: str, **_) -> dict:
+    """Rank one clip in ``PART`` for all identities; features are drawn block by block, so that none are held.
+
+    Operations: 2 N C D.  Bytes: features and vectors are read, and 100 rows and scores of every identity written.
+    """
+    clips, identities = _tenfold(scale)
+    prototype = embeddings(1, identities, device)[1]
+
+    def blocks() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for rows in torch.arange(clips // PART, device=device).split(BLOCK):
+            yield rows, rank.combine_scores([embeddings(len(rows), 1, device)[0] @ prototype.T], "softmax", scale=SCALE)
+
+    found = measure(lambda: rank.top_k(blocks(), k=K), repeats=1, device=device)
+    counted = {"flops": 2 * clips * identities * FACE, "bytes": 4 * FACE * (clips + identities) + 12 * K * identities}
+    return (
+        found | _times_part(found, f"{clips:,} clips for {identities:,} identities: {clips // PART:,} clips") | counted
+    )
+
+
+def _tenfold(scale: str) -> tuple[int, ...]:
+    return tuple(size if scale == "full" else size // 1_000 for size in TENFOLD.values())
+
+
+def _times_part(found: dict, work: str) -> dict:
+    seconds = [PART * second for second in found["seconds"]]
+    return {"seconds": seconds, "work": f"{work}, times {PART}", "flops": 0, "bytes": 0}
+
+
 Calls = Iterator[tuple[int, Callable[[], object]]]
 
 
@@ -157,7 +214,7 @@ def _ranks(folder: Path, device: str, axis: str, along: tuple[int, ...], fixed: 
         said = fixed | {axis: size}
         embedded, prototype = embeddings(said["clips"], said["identities"], device)
         rows = torch.arange(said["clips"], device=device)
-        yield size, lambda: ranked(embedded, prototype, rows)
+        yield size, lambda: ranked([(embedded, prototype)], rows)
 
 
 def _metrics(folder: Path, device: str, axis: str, along: tuple[int, ...], fixed: dict) -> Calls:

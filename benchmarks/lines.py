@@ -102,6 +102,18 @@ LINES = [
         gpu=True,
         bars=(Bar("memory", most=500e6), Bar("seconds", "baseline", 1)),
     ),
+    Line(
+        "rank, 8 members",
+        "ranking:stream",
+        (),
+        "ranking:dense",
+        gpu=True,
+        bars=(Bar("memory", most=500e6), Bar("seconds", "baseline", 3)),
+        arguments={"members": 8},
+    ),
+    Line("rank, cosines", "ranking:cosines", baseline="ranking:searched"),
+    Line("tenfold, epoch", "growth:tenfold_epoch", ("growth:make_tenfold",), gpu=True),
+    Line("tenfold, rank", "growth:tenfold_rank", gpu=True),
     Line("busy, rank", "ranking:busy", baseline="ranking:busy_one_thread", bars=(Bar("seconds", "baseline", 1 / 1.5),)),
     Line("merge", "ranking:merge", gpu=True),
     Line(
@@ -134,7 +146,17 @@ LINES = [
         "faces:import_video_singly",
         bars=(Bar("seconds", most=60), Bar("seconds", "baseline", 4)),
     ),
-    Line("book", "book:build"),
+    Line("world", "commands:world", bars=(Bar("seconds", most=60),)),
+    Line("predict", "commands:predict", ("commands:make_world",)),
+    Line(
+        "predict, as coded",
+        "commands:predict",
+        ("commands:make_world",),
+        "commands:predict_described",
+        bars=(Bar("seconds", "baseline", 0.5),),
+        arguments={"system": "one-name-as-coded"},
+    ),
+    Line("book", "commands:build"),
 ]
 GROWTH = [
     Line(

@@ -7,6 +7,7 @@ import pandas as pd
 from scipy.optimize import nnls
 
 from benchmarks.cost import exponents, growth_frame, measured_lines, seconds_text, where
+from benchmarks.growth import TENFOLD
 
 DIM, CONTEXT, K = 512, 128, 100  # of a face, of a reduced scene; clips ranked for an identity
 FRAME_BYTES = 2 * DIM + 4 + 4 * 8 + 8 + 8  # of a face in a store: feature, frame, box and two scores
@@ -20,6 +21,8 @@ REMEDY = {
     "metric": "a part of the queries at a time",
 }
 AS_IT_IS = "works as it is"
+MEASURED = {"train, a tenth drawn": "tenfold, epoch", "rank": "tenfold, rank"}
+FACES_THERE = 1.0  # of a clip there; none of these parts depends on it
 SEARCH = "searching a picture"  # for faces
 
 
@@ -78,6 +81,36 @@ def predict(
                 needs = "" if verdict == AS_IT_IS else REMEDY[part]
                 rows.append((part, place, most, *found, floor, memory, limit, verdict, needs))
     return pd.DataFrame(rows, columns=columns)
+
+
+def tenfold_frame(results: list[dict]) -> pd.DataFrame:
+    """Hold what is predicted for ten times the challenge against what a part of that work took, as a page shows it.
+
+    Columns: part, where, by power, by line, at least, measured, times (by power).
+    """
+    full = [result for result in results if result["scale"] == "full"]  # others measure the same lines at other sizes
+    measured = {(row["name"], where(result, row["device"])): row["median"] for result, row in measured_lines(full)}
+    rows = predict(full, faces=FACES_THERE, **TENFOLD)
+    rows["measured"] = [measured.get((MEASURED.get(part), place)) for part, place in zip(rows["part"], rows["where"])]
+    rows = rows.dropna(subset=["measured"])
+    words = shown(rows)[["part", "where", "by power", "by line", "at least"]]
+    times = (rows["measured"] / rows["power"]).astype(float)
+    return words.assign(measured=rows["measured"].map(seconds_text), times=times)
+
+
+def pays_from(results: list[dict]) -> str:
+    """Say from how many identities on an epoch that draws a tenth of them is the faster one, of the sizes measured."""
+    growth = growth_frame(results)
+    growth = growth[growth["axis"] == "identities"]
+    for place, part in growth.groupby("where", sort=False):
+        took = {cost: rows.set_index("size")["seconds"] for cost, rows in part.groupby("cost")}
+        if {"epoch", "drawn epoch"} <= {*took}:
+            ahead = (took["drawn epoch"] < took["epoch"])[::-1].cummin()[::-1]
+            factor = took["epoch"] / took["drawn epoch"]
+            if ahead.any():
+                return f"{ahead.idxmax():,} on, and {factor.iloc[-1]:.2g} times faster with {factor.index[-1]:,} ({place})"
+            return f"none of the sizes measured, up to {factor.index[-1]:,}, on ({place})"
+    return "sizes that were not measured"
 
 
 def _extrapolate(growth: pd.DataFrame, fits: pd.DataFrame, asked: dict[str, float]) -> np.ndarray | None:

@@ -303,3 +303,19 @@ def test_lean_table_names_the_place_only_where_there_are_several():
     two = one.assign(where=["here", "there"], **{"MB on the GPU": [None, 3.0]})
     assert list(cost.lean(two)) == list(two)
     assert list(cost.lean(one.iloc[:0])) == list(one)
+
+
+def test_ten_times_the_challenge_is_held_against_what_a_part_of_it_took():
+    row = {"name": "tenfold, rank", "device": "cpu", "seconds": [2e8], "median": 2e8}
+    (found,) = prediction.tenfold_frame([result(growth=RANKED, lines=[row]) | {"scale": "full"}]).to_dict("records")
+    assert found["part"] == "rank" and found["times"] == pytest.approx(2e8 / (1e-3 * 1e6 * 1e5))
+    assert prediction.tenfold_frame([result(growth=RANKED, lines=[row]) | {"scale": "tiny"}]).empty
+    assert prediction.tenfold_frame([result(growth=RANKED) | {"scale": "full"}]).empty
+
+
+def test_drawing_classes_pays_from_the_first_size_after_which_it_is_always_faster():
+    whole = series("epoch", "identities", {100: 1, 200: 5, 300: 9, 400: 16}.get, (100, 200, 300, 400))
+    drawn = series("drawn epoch", "identities", {100: 0.5, 200: 6, 300: 3, 400: 4}.get, (100, 200, 300, 400))
+    assert prediction.pays_from([result(growth=[whole, drawn])]).startswith("300 on, and 4 times faster with 400")
+    assert prediction.pays_from([result(growth=[drawn, whole])]) == prediction.pays_from([result(growth=[whole, drawn])])
+    assert prediction.pays_from([result(growth=[whole])]) == "sizes that were not measured"
