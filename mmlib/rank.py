@@ -113,13 +113,18 @@ def combine_scores(cosines: Iterable[Tensor], how: str, *, scale: float) -> Tens
     how: ``"log softmax"`` or ``"softmax"`` of scale * cosine over the identities, ``"cosine"``. The released code of
     2019 averages softmax at scale 1, which is nearly flat and so nearly an average of cosines.
     """
-    total, members = torch.zeros(()), 0
+    total, members = torch.zeros(0), 0
     for cosine in cosines:
-        score = cosine if cosine.dtype == torch.float64 else cosine.float()
-        if how != "cosine":
-            score = (torch.log_softmax if how == "log softmax" else torch.softmax)(scale * score, dim=1)
-        total, members = total + score, members + 1
-    return total / members
+        scores = cosine if cosine.dtype == torch.float64 else cosine.float()
+        total = total if members else torch.zeros_like(scores)
+        members += 1
+        # In pieces whose memory is used again: new pages for every result take longer than what is computed.
+        step = len(scores) if scores.is_cuda else max(1, _PIECE // scores.shape[1])
+        for score, out in zip(scores.split(step), total.split(step)):
+            if how != "cosine":
+                score = (torch.log_softmax if how == "log softmax" else torch.softmax)(scale * score, dim=1)
+            out += score
+    return total.div_(members)
 
 
 @torch.no_grad()
