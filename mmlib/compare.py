@@ -37,6 +37,7 @@ def breakdown_frame(records: Iterable[Record], by: str, *, names: Iterable[str] 
 
     names: as for ``compare_arms``.
     """
+    records = list(records)
     rows = [
         (name, group, low, upper_edge(group, high), *measured)
         for name, record in _named(records, by, names)
@@ -50,7 +51,15 @@ def breakdown_frame(records: Iterable[Record], by: str, *, names: Iterable[str] 
     mean = frame.groupby(keys, sort=False)[measures].mean().reset_index()
     mean = mean.sort_values(["place", "low", "high"], kind="stable", ignore_index=True)
     mean["range"] = [_range(*edges) for edges in zip(mean["group"], mean["low"], mean["high"])]
-    return mean[[by, "group", "range", *measures]]
+    return with_source(mean[[by, "group", "range", *measures]], records)
+
+
+def with_source(frame: pd.DataFrame, records: Iterable[Record]) -> pd.DataFrame:
+    """Return a frame that remembers what it was made from, for the line under its figure (``attrs``, key ``made``)."""
+    records = list(records)
+    if records:
+        frame.attrs["made"] = provenance(records)
+    return frame
 
 
 def upper_edge(group: str, high: float | None) -> float:
@@ -113,6 +122,7 @@ def compare_arms(
         mean, points = np.mean([ap.mean() for ap in here]), [100 * value for value in found]
         rows.append((name, mean, *points, n, "worlds" if worlds else "identities"))
     frame = pd.DataFrame(rows, columns=[by, *COMPARED])
+    frame = with_source(frame, (record for group in groups.values() for record in group.values()))
     return frame.sort_values("map_at_100", ascending=False, ignore_index=True)
 
 
@@ -126,7 +136,7 @@ def steps_frame(steps: Mapping[str, tuple[str, str]], records: Iterable[Record],
         if {arm, against} <= set(names):
             table = compare_arms(records, "arm", against, names=names, arms=(arm, against)).set_index("arm")
             rows.append({"step": step, "arm": arm, "against": against, **table.loc[arm]})
-    return pd.DataFrame(rows, columns=["step", "arm", "against", *COMPARED])
+    return with_source(pd.DataFrame(rows, columns=["step", "arm", "against", *COMPARED]), records)
 
 
 def sign(row: Mapping, bound: float = 0.0) -> int | None:
@@ -167,12 +177,13 @@ def counts(frame: pd.DataFrame) -> dict[str, int]:
 
 
 def interval_text(row: Mapping, digits: int = 2) -> str:
-    """Write the interval of a difference, with the digits that it takes to see on which side of 0 it lies."""
+    """Write the interval of a difference, with the digits that it takes to see its length and its side of 0."""
     side = sign(row)
     if side is None:
         return "no interval"
     low, high = signed(row["low"], digits), signed(row["high"], digits)
-    hidden = side and signed(0, digits) in (low, high)
+    zero = signed(0, digits)
+    hidden = (side and zero in (low, high)) or (low == high == zero and row["low"] < row["high"])
     return interval_text(row, digits + 1) if hidden else f"[{low}, {high}]"
 
 
@@ -193,20 +204,27 @@ def whole(text: str) -> str:
     return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
-def table(frame: pd.DataFrame, digits: int = 4) -> Styler | None:
+def table(frame: pd.DataFrame, digits: int = 3) -> Styler | None:
     """Return a frame as a page shows it: headings in words, an interval in one column, no column without a value.
 
-    Nothing if it is empty.
+    The reference, which differs from itself by nothing, has a dash in place of a gain.  What intervals are over stands
+    in their heading, or in a column where it differs; spreads stay in the records.  Nothing if the frame is empty.
     """
     if frame.empty:
         return None
     shown, rows = frame.rename(columns=HEADINGS), frame.to_dict("records")
     if "interval" in frame:
-        gain = HEADINGS["difference"]
-        shown[gain] = [signed(row["difference"]) for row in rows]
-        shown.insert(shown.columns.get_loc(gain) + 1, "95 % interval", [whole(interval_text(row)) for row in rows])
-        shown["over"] = [whole(f"{row['n']:.0f} {row['interval']}") for row in rows]
+        gain, place = HEADINGS["difference"], list(frame).index("difference")
+        itself = [not np.nan_to_num([row["difference"], row["low"], row["high"]]).any() for row in rows]
+        shown[gain] = ["—" if same else signed(row["difference"]) for row, same in zip(rows, itself)]
+        texts = ["" if same else whole(interval_text(row)) for row, same in zip(rows, itself)]
+        over = [whole(f"{row['n']:.0f} {row['interval']}") for row in rows]
+        heading = "95 % interval" + (f", {over[0]}" if len(set(over)) == 1 else "")
+        shown.insert(place + 1, heading, texts)
+        if len(set(over)) > 1:
+            shown["over"] = over
         shown = shown.drop(columns=["low", "high", "n", "interval"])
+    shown = shown.drop(columns=[HEADINGS["sd"]], errors="ignore")
     return shown.dropna(axis=1, how="all").style.hide(axis="index").format(precision=digits, na_rep="")
 
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import html
 import io
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle, product
+from weakref import WeakKeyDictionary
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -49,19 +52,42 @@ COLOURS = {name: colour for colour, names in _METHODS.items() for name in names.
 MARKERS = "osD^vP*X<>"
 VERDICTS = {"supported": GREEN, "contradicted": RED, "open": GREY}
 DASHES = ("-", "--", "-.", ":")
+# Colours that follow the page, light or dark: its ink, its ground, and greys that are seen on either.
+ON_ANY_GROUND = {
+    BLACK: "currentColor",
+    to_hex(".15"): "currentColor",
+    to_hex("w"): "var(--pst-color-background, white)",
+    to_hex("0.4"): "rgb(128 128 128)",
+    to_hex("0.9"): "rgb(128 128 128 / .3)",
+    to_hex("0.93"): "rgb(128 128 128 / .2)",
+}
+SMALLEST = 0.55  # of its own size, to which a drawing may shrink before it scrolls
+WIDEST_LABEL = 34  # letters of a row
+MOST_IMAGES = 5  # of a drawing
+_INK, _CHALK = "#222222", "#fefefe"  # letters on a ground of their own
+_DRAWN: WeakKeyDictionary[Figure, list[pd.DataFrame]] = WeakKeyDictionary()  # what each figure was drawn from
 
 
 def set_style() -> None:
-    """Set the style of every figure: quiet axes, no titles, a white ground that also stands on a dark page.
+    """Set the style of every figure: quiet axes, no titles, letters as large as the page's.
 
-    In a notebook pictures go into it, whatever backend the environment asks for (``MPLBACKEND``).
+    In a notebook drawings go into it, whatever backend the environment asks for (``MPLBACKEND``).
     """
     if getattr(get_ipython(), "kernel", None):
         get_ipython().enable_matplotlib("inline")
-    shape = {"figure.figsize": (7, 4), "figure.dpi": 110, "savefig.bbox": "tight", "legend.frameon": False}
-    quiet = {"axes.edgecolor": "0.4", "grid.color": "0.9", "axes.spines.top": False, "axes.spines.right": False}
+        formatters = get_ipython().display_formatter.formatters
+        formatters["image/svg+xml"].for_type(Figure, lambda figure: None if _has_pictures(figure) else drawing(figure))
+        formatters["image/png"].for_type(Figure, lambda figure: _painted(figure) if _has_pictures(figure) else None)
+    shape = {"figure.figsize": (6.0, 3.6), "savefig.bbox": "tight", "figure.constrained_layout.use": True}
+    quiet = {
+        "legend.frameon": False,
+        "axes.edgecolor": "0.4",
+        "grid.color": "0.9",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     small = ("legend.fontsize", "legend.title_fontsize", "xtick.labelsize", "ytick.labelsize")
-    text = dict.fromkeys(("font.size", "axes.labelsize"), 10) | dict.fromkeys(small, 9)
+    text = dict.fromkeys(("font.size", "axes.labelsize"), 11) | dict.fromkeys(small, 10)
     palette = [BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK]
     sns.set_theme(context="notebook", style="whitegrid", palette=palette, rc=shape | quiet | text)
 
@@ -103,17 +129,58 @@ def notice(simulated: bool, detail: str = "") -> None:
     _record("notice", {"text/html": body, "text/plain": repr(title)})
 
 
-def glue_drawing(name: str, figure: Figure, alt: str) -> None:
-    """Make a figure available to other pages, as a drawing with the page's letters and ink; alt: what it shows."""
-    file, ink = io.StringIO(), {to_hex(".15"): "currentColor", to_hex("0.9"): "rgb(128 128 128 / .3)"}
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator")))
-    plt.close(figure)
+def drawing(figure: Figure) -> str:
+    """Return a figure as SVG with the letters and the ink of the page that it stands in.
+
+    Its metadata has what it was drawn from, as a table (``data``), and who made that (``made``).
+    """
+    file = io.StringIO()
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mmlib"}):
+        figure.savefig(file, format="svg", transparent=True, dpi=144, metadata=dict.fromkeys(("Date", "Creator")))
     drawn = file.getvalue().partition("<svg ")[2]
-    for colour, on_any_ground in ink.items():
+    wide = re.search(r'width="([\d.]+)pt"', drawn)
+    least = f'style="min-width: {SMALLEST * float(wide[1]):.0f}pt" ' if wide else ""
+    drawn = f'<svg {least}fill="currentColor" {drawn}'  # matplotlib leaves black, the default of SVG, out
+    for colour, on_any_ground in ON_ANY_GROUND.items():
         drawn = drawn.replace(colour, on_any_ground)
-    body = f'<div class="drawing"><svg role="img" aria-label="{html.escape(alt)}" {drawn}</div>'
-    _record(name, {"text/html": body, "text/plain": repr(alt)})
+    drawn = re.sub(r' id="[a-zA-Z]\w*_\d+"', "", drawn)  # to which nothing points
+    drawn = re.sub(r'<g id="tip ([^"]*)">', r"<g><title>\1</title>", drawn)
+    frames = _DRAWN.get(figure, [])
+    made = " ".join(dict.fromkeys(frame.attrs.get("made", "Computed when this page was built.") for frame in frames))
+    said = {"data": _as_csv(frames), "made": made}
+    texts = [f'<metadata class="{kind}">{html.escape(text)}</metadata>' for kind, text in said.items() if text]
+    return re.sub(r"<metadata>.*?</metadata>", lambda _: "".join(texts), drawn, count=1, flags=re.DOTALL)
+
+
+def _has_pictures(figure: Figure) -> bool:
+    """Say whether a figure is made of pictures, which are larger as a drawing."""
+    return sum(len(ax.images) for ax in figure.axes) > MOST_IMAGES
+
+
+def _painted(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=144)
+    return file.getvalue()
+
+
+def _as_csv(frames: Sequence[pd.DataFrame]) -> str:
+    """Write what a figure was drawn from as one table, with a column for its panel where there are several."""
+    if len(frames) > 1:
+        frames = [frame.assign(panel=number) for number, frame in enumerate(frames, start=1)]
+    return pd.concat(frames).to_csv(index=False, float_format="%.6g", lineterminator="\n") if frames else ""
+
+
+def _note(ax: Axes, frame: pd.DataFrame) -> None:
+    """Remember what axes are drawn from, for ``drawing``."""
+    _DRAWN.setdefault(ax.figure.get_figure(root=True), []).append(frame)
+
+
+def glue_drawing(name: str, figure: Figure, alt: str) -> None:
+    """Make a figure available to other pages; alt: what it shows."""
+    drawn = re.sub(r"<metadata.*?</metadata>", "", drawing(figure), flags=re.DOTALL)
+    plt.close(figure)
+    drawn = drawn.replace("<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ', 1)
+    _record(name, {"text/html": f'<div class="drawing">{drawn}</div>', "text/plain": repr(alt)})
 
 
 def _record(name: str, data: dict[str, str]) -> None:
@@ -137,20 +204,32 @@ def forest(
     by: in every row a mark for each value of it, rows in the order of the frame; without it one mark, best on top.
     colours: of a value of ``by``, or of a label.
     """
-    ax = ax or plt.gca()
+    alone, ax = ax is None, ax or plt.gca()
     frame = frame if by else frame.sort_values(value, ascending=False)
+    _note(ax, frame)
     rows, kinds = list(frame[label].unique()), list(frame[by or label].unique())
     aside = np.linspace(-0.25, 0.25, len(kinds)) if by else np.zeros(len(kinds))
     for kind, shift, marker in zip(kinds, aside, cycle(MARKERS if by else "o")):
         part = frame[frame[by or label] == kind]
         place = [-rows.index(name) - shift for name in part[label]]
-        style = {"fmt": marker, "capsize": 3, "label": kind, "color": colours.get(kind, "0.2")}
-        ax.errorbar(part[value], place, xerr=_error(part, value), **style)
+        style = {"fmt": marker, "capsize": 3, "label": kind, "color": colours.get(kind, BLACK)}
+        bar = ax.errorbar(part[value], place, xerr=_error(part, value), **style)
+        if not by:
+            said = part.iloc[0]
+            measured = (
+                f"{compare.signed(said[value])} {compare.interval_text(said)}" if said[value] else "the reference"
+            )
+            bar.lines[0].set_gid(f"tip {kind}: {measured}")
     ax.axvline(0, color="0.5", linewidth=0.8)
-    ax.set(yticks=[-i for i in range(len(rows))], yticklabels=rows, ylim=(-len(rows) + 0.4, 0.6), **axis)
+    labels = [textwrap.fill(str(name), WIDEST_LABEL) for name in rows]
+    ax.set(yticks=[-i for i in range(len(rows))], yticklabels=labels, ylim=(-len(rows) + 0.4, 0.6), **axis)
+    ax.locator_params(axis="x", nbins=7)
     ax.grid(axis="y", visible=False)
     if by and kinds:
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(kinds))
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(3, len(kinds)))
+    if alone:
+        lines = max(label.count("\n") + 1 for label in ["", *labels])
+        ax.figure.set_size_inches(6.0, 1 + len(rows) * max(0.3, 0.17 * lines + 0.05, 0.14 * len(kinds) if by else 0))
     return ax
 
 
@@ -179,9 +258,10 @@ def traces(
     scale: of ``x``: ``linear``, ``log``, ``doubling`` (ticks at its values) or ``categories``, evenly spaced in the
     order of the frame.  bars: from columns low to high.  dodge: how far apart marks of different lines stand, in units
     of ``x`` or doublings.  reference: a level to draw.  line: options of ``Axes.plot`` for all lines.  legend: where it
-    stands, or ``none``; a single line has none.
+    stands, ``above`` the axes, or ``none``; a single line has none.
     """
     ax = ax or plt.gca()
+    _note(ax, frame)
     ticks = {value: i if scale == "categories" else value for i, value in enumerate(dict.fromkeys(frame[x]))}
     groups = list(frame.groupby(by, sort=False)) if by else [("", frame)]
     for place, ((name, part), marker, dash) in enumerate(zip(groups, cycle(MARKERS), cycle(DASHES))):
@@ -204,7 +284,8 @@ def traces(
         ax.axhline(reference, color="0.5", linewidth=0.8)
     ax.set(**axis)
     if len(groups) > 1 and legend != "none":
-        ax.legend(loc=legend)
+        above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": min(3, len(groups))}
+        ax.legend(**(above if legend == "above" else {"loc": legend}))
     return ax
 
 
@@ -234,6 +315,7 @@ def curves(frames: Mapping[str, pd.DataFrame], *, x: str, y: str, ax: Axes | Non
     """Draw two named frames: a line, such as a distribution of the store, and points, such as the published ones."""
     ax = ax or plt.gca()
     for (name, frame), style, colour in zip(frames.items(), ("-", "o"), (BLUE, ORANGE)):
+        _note(ax, frame.assign(line=name))
         ax.plot(frame[x], frame[y], style, color=colour, markersize=5, label=name)
     ax.set(**axis)
     ax.legend()
@@ -245,7 +327,9 @@ def densities(frame: pd.DataFrame, *, value: str, by: str, ax: Axes | None = Non
     ax = ax or plt.gca()
     bins = np.linspace(frame[value].min(), frame[value].max(), 60)
     for dash, (name, part) in zip(cycle(DASHES), frame.groupby(by, sort=False)):
-        ax.hist(part[value], bins, density=True, histtype="step", linestyle=dash, label=name, color=COLOURS.get(name))
+        style = {"histtype": "step", "linestyle": dash, "color": COLOURS.get(name)}
+        density, edges, _ = ax.hist(part[value], bins, density=True, label=name, **style)
+        _note(ax, pd.DataFrame({by: name, f"{value} from": edges[:-1], "to": edges[1:], "density": density}))
     ax.set(ylabel="density", **axis)
     ax.legend()
     return ax
@@ -267,6 +351,7 @@ def frame_weights(frame: pd.DataFrame, axes: Sequence[Axes]) -> Sequence[Axes]:
 def attention_maps(maps: Mapping[str, np.ndarray], axes: Sequence[Axes]) -> None:
     """Draw a map (n, n) a panel, on one scale from 0 to 1; below it, its name."""
     for ax, (name, entries) in zip(axes, maps.items(), strict=True):
+        _note(ax, pd.DataFrame(entries).assign(map=name))
         drawn = ax.imshow(entries, cmap="magma_r", vmin=0, vmax=1)
         ax.set(xlabel=name, xticks=[], yticks=[])
         ax.grid(visible=False)
@@ -281,20 +366,30 @@ def verdict_grids(frame: pd.DataFrame) -> Figure:
     arms, reliabilities = frame["aggregator"].unique(), sorted(frame["reliability"].unique())
     high, wide = max(1, len(arms)), max(1, len(reliabilities))
     figure, axes = plt.subplots(high, wide, squeeze=False, layout="constrained", figsize=(3.0 * wide, 2.3 * high))
+    _note(axes[0, 0], frame)
     limit = max(0.5, frame["difference"].abs().max()) if len(frame) else 1.0
     rows, columns = sorted(frame["wrong quality"].unique(), reverse=True), sorted(frame["share"].unique())
-    style = {"cmap": "RdBu", "center": 0, "vmin": -limit, "vmax": limit, "annot": True, "fmt": "+.1f", "cbar": False}
+    style = {"cmap": "RdBu", "center": 0, "vmin": -limit, "vmax": limit, "fmt": "+.1f", "cbar": False}
     for (line, arm), (column, reliability) in product(enumerate(arms), enumerate(reliabilities)):
         ax, part = axes[line, column], frame[(frame["aggregator"] == arm) & (frame["reliability"] == reliability)]
         table = part.pivot(index="wrong quality", columns="share", values="difference")
-        sns.heatmap(table.reindex(index=rows, columns=columns), ax=ax, linewidths=1, annot_kws={"fontsize": 9}, **style)
+        table = table.reindex(index=rows, columns=columns)
+        sns.heatmap(table, annot=table.round(1) + 0.0, ax=ax, linewidths=1, annot_kws={"fontsize": 9}, **style)
+        _keep_ink(ax)
         for row in part.to_dict("records"):
             if compare.sign(row):
-                ax.plot(columns.index(row["share"]) + 0.88, rows.index(row["wrong quality"]) + 0.16, "k.", markersize=5)
+                place = columns.index(row["share"]) + 0.88, rows.index(row["wrong quality"]) + 0.16
+                ax.plot(*place, "o", color=_INK, markersize=3.5, markeredgecolor=_CHALK, markeredgewidth=0.6)
         ax.set(xlabel="share of wrong frames (factor)", ylabel="" if column else f"{arm}:\nquality of wrong faces")
         if line == 0:
             ax.text(0, 1.03, f"reliability {reliability:g}", transform=ax.transAxes, fontsize=9)
     return figure
+
+
+def _keep_ink(ax: Axes) -> None:
+    """Keep the letters of a heat map as they are on a page of any ground: their own is that of the map."""
+    for text in ax.texts:
+        text.set_color(_INK if to_hex(text.get_color()) == to_hex(".15") else _CHALK)
 
 
 def partition(frame: pd.DataFrame, *, ax: Axes | None = None, **axis) -> Axes:
@@ -303,7 +398,8 @@ def partition(frame: pd.DataFrame, *, ax: Axes | None = None, **axis) -> Axes:
     frame: columns member, start, stop (exclusive), width, all but the first in dimensions.
     """
     ax = ax or plt.gca()
-    ax.barh(frame["member"], frame["width"], height=0.7, color="0.88", label="kept")
+    _note(ax, frame)
+    ax.barh(frame["member"], frame["width"], height=0.7, color="0.9", label="kept")
     gap = frame["stop"] - frame["start"]
     ax.barh(frame["member"], gap, left=frame["start"], height=0.7, color=RED, label="discarded")
     ax.set(ylim=(frame["member"].max() + 0.6, -0.6), xlim=(0, frame["width"].max()), **axis)
@@ -365,7 +461,9 @@ def show_confusion(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     if table.empty:
         return _without_pictures(ax)
     style = {"cmap": "Blues", "vmin": 0, "vmax": 100, "linewidths": 0.5, "cbar": False, "annot_kws": {"fontsize": 8}}
+    _note(ax, table.rename_axis("show").reset_index())
     sns.heatmap(100 * table, mask=table == 0, annot=True, fmt=".0f", ax=ax, **style)
+    _keep_ink(ax)
     ax.grid(visible=False)
     ax.set(xlabel="show of the nearest train clip", ylabel="show of the val clip")
     ax.tick_params(axis="y", rotation=0)

@@ -4,15 +4,22 @@ import importlib.util
 import re
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import pytest
 from bs4 import BeautifulSoup
+from docutils import nodes
+from docutils.utils import new_document
+from sphinx import addnodes
 
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "_build" / "html"
 PAGES = sorted(SITE.rglob("*.html")) if (SITE / "index.html").exists() else []
 
+UNSAID = {"fig-cost-growth", "fig-cost-roofline"}  # drawn by benchmarks, from what the tables beside them say
+# What a section says that has nothing to say, and a row of a reference held against itself.
+EMPTY = re.compile(r"\(0\): none|no such records|\b[Oo]f 0 \w+|\[0\.00,\s0\.00\]")
 UNRENDERED = re.compile(r"\{glue|glue:|\{(?:numref|ref|eq|term|cite)[:\w]*\}|\$\$|\bnan\b|@[A-Z]+@")
 FOLDERS = "home|Users|root|tmp|var|mnt|opt|work|workspaces?"
 MACHINE_PATH = re.compile(rf"(?<![\w:./-])(?:/(?:{FOLDERS})/[\w.-]+|[A-Z]:\\\w+)")
@@ -40,6 +47,12 @@ def images(page: BeautifulSoup, file: Path) -> list[str]:
         caption = figure.find("figcaption") if figure else None
         if caption is None or not caption.get_text(strip=True):
             found.append(f"image {source} has no caption")
+    for drawn in article(page).select(".drawing > svg"):
+        if drawn.get("role") != "img" or not drawn.get("aria-label", "").strip():
+            found.append("a drawing has no alternative text")
+        figure = drawn.find_parent("figure")
+        if figure and figure.get("id") not in UNSAID and not figure.select_one("figcaption .source"):
+            found.append(f"{figure.get('id')} does not say who made it")
     return found
 
 
@@ -83,6 +96,7 @@ def text(page: BeautifulSoup, file: Path) -> list[str]:
     for code in body.select("pre, code"):
         code.extract()
     found += [f"not rendered: {match}" for match in UNRENDERED.findall(body.get_text())]
+    found += [f"says nothing: {match}" for match in EMPTY.findall(body.get_text())]
     return found
 
 
@@ -95,7 +109,18 @@ def provenance(page: BeautifulSoup, file: Path) -> list[str]:
     return [] if in_time else ["does not say at its top that its data is simulated"]
 
 
-CHECKS = [images, links, requests_elsewhere, text, provenance]
+def answer(page: BeautifulSoup, file: Path) -> list[str]:
+    """A chapter shows the figure that carries its answer before its first section, and no code before that."""
+    if file.parent.name != "chapters":
+        return []
+    section = article(page).find("h2")
+    before = section.find_all_previous(["figure", "pre"]) if section else []
+    found = [] if any(tag.name == "figure" for tag in before) else ["has no figure before its first section"]
+    seen = [tag for tag in before if tag.name == "pre" and not tag.find_parent("details")]
+    return found + [f"shows code before its first section: {tag.get_text()[:40]!r}" for tag in seen]
+
+
+CHECKS = [images, links, requests_elsewhere, text, provenance, answer]
 
 
 @pytest.mark.skipif(not PAGES, reason="no report is built: python3 tasks.py book")
@@ -106,8 +131,10 @@ def test_every_page_of_the_report(check):
 
 
 GOOD = """<html><head><script src="_static/a.js"></script></head><body><article>
-<div class="simulated admonition">Simulated.</div><h2>A section</h2>
+<div class="simulated admonition">Simulated.</div>
 <figure id="fig"><img src="a.png" alt="A line."><figcaption>A line goes up.</figcaption></figure>
+<h2>A section</h2><figure id="fig-b"><div class="drawing"><svg role="img" aria-label="Dots."></svg></div>
+<figcaption>Some dots.<div class="legend"><p class="source">data</p></div></figcaption></figure>
 <p>See <a href="page.html#fig">Fig. 1</a>, <a href="https://example.org/">elsewhere</a>: 0.871.</p>
 <pre>price = "$$" + "{glue:text}"</pre></article></body></html>"""
 
@@ -129,6 +156,11 @@ def test_a_sound_page_is_accepted(tmp_path):
     [
         ('src="a.png"', 'src="b.png"', "does not exist"),
         (' alt="A line."', "", "no alternative text"),
+        ('aria-label="Dots."', "", "a drawing has no alternative text"),
+        (' class="source"', "", "fig-b does not say who made it"),
+        ("0.871", "Not in these records (0): none.", "says nothing"),
+        ("0.871", "Of 0 differences, 0 have the same sign.", "says nothing"),
+        ("0.871", "0.00 [0.00, 0.00]", "says nothing"),
         ("A line goes up.", "", "no caption"),
         ("page.html#fig", "page.html#table", "no such place"),
         ("page.html#fig", "other.html", "no such file"),
@@ -138,6 +170,8 @@ def test_a_sound_page_is_accepted(tmp_path):
         ("0.871", "/Users/somebody/store", "path of a machine"),
         ('"simulated admonition"', '"admonition"', "simulated"),
         ('<div class="sim', '<h2>First</h2><div class="sim', "simulated"),
+        ('<figure id="fig">', '<h2>First</h2><figure id="fig">', "no figure before"),
+        ('<figure id="fig">', '<pre>import mmlib</pre><figure id="fig">', "shows code before"),
         ("<pre>", '<pre class="stderr">', "standard error"),
         ("<pre>", "<pre>Traceback (most recent call last)", "traceback"),
     ],
@@ -197,3 +231,54 @@ def test_unknown_formula_is_warned_of_and_shown_as_typed(study, monkeypatch):
     monkeypatch.setattr(study.LOGGER, "warning", lambda message, *rest, **_: warnings.append(message % rest))
     assert study.mathml(None, r"a < \nonsense", block=False) == r"<code>a &lt; \nonsense</code>"
     assert len(warnings) == 1 and "nonsense" in warnings[0]
+
+
+def a_page(study, *cells, heading="section"):
+    """A page with a section for every cell: (what it put out, its tags)."""
+    page = new_document("page")
+    for number, (outputs, tags) in enumerate(cells):
+        section = nodes.section("", nodes.title("", f"{heading} {number}"), ids=[f"{heading}-{number}"])
+        section += nodes.container("", *outputs, nb_element="cell_code", cell_metadata={"tags": tags})
+        section += nodes.paragraph("", "The same comparison, row for row.")
+        page += section
+    return page
+
+
+def test_a_section_whose_table_is_empty_is_not_on_the_page(study):
+    tags, table = ["remove-input", "section-if-output"], nodes.container()
+    page = a_page(study, ([], tags), ([table], tags), ([], ["remove-input"]))
+    study.drop_empty_sections(None, page)
+    assert [section["ids"] for section in page.findall(nodes.section)] == [["section-1"], ["section-2"]]
+
+
+def test_how_a_page_was_made_is_folded_and_begins_with_the_parameters(study):
+    page = a_page(study, ([], ["parameters", "hide-input"]), ([], ["remove-input"]))
+    page[1]["ids"] = [study.MADE]
+    study.fold_making(SimpleNamespace(env=SimpleNamespace(docname="chapters/01_data")), page)
+    first, made = page.findall(nodes.section)
+    assert not list(first.findall(nodes.container))
+    assert [type(node) for node in made][:3] == [nodes.title, nodes.raw, nodes.container]
+    assert made[2]["cell_metadata"]["tags"] == ["parameters", "hide-input"]
+    assert "papermill book/chapters/01_data.ipynb" in made[3].astext()
+    assert "<details" in made[1].astext() and made[-1].astext() == "</details>"
+
+
+DRAWN = (
+    '<svg width="1"><metadata class="data">arm,gain\na &amp; b,1\n</metadata><metadata class="made">Two records.'
+    '</metadata><path id="m1"/><use xlink:href="#m1" clip-path="url(#p2)"/></svg>'
+)
+
+
+def test_a_drawing_stands_in_its_page_and_its_numbers_beside_it(study, tmp_path):
+    (tmp_path / "a.svg").write_text(DRAWN)
+    places = SimpleNamespace(docname="page", relfn2path=lambda uri, page: (uri, str(tmp_path / uri)))
+    figure = nodes.figure("", nodes.image(uri="a.svg", alt='Dots "a"'), nodes.caption("", "Dots."), ids=["fig-dots"])
+    page = new_document("page")
+    page += figure
+    study.place_drawings(SimpleNamespace(env=places, srcdir=str(tmp_path)), page)
+    body = figure[0].astext()
+    assert 'role="img" aria-label="Dots &quot;a&quot;"' in body and "metadata" not in body
+    assert 'id="fig-dots-m1"' in body and 'href="#fig-dots-m1"' in body and "url(#fig-dots-p2)" in body
+    (data,) = page.findall(addnodes.download_reference)
+    assert (tmp_path / data["reftarget"].lstrip("/")).read_text() == "arm,gain\na & b,1\n"
+    assert figure[-1].astext() == "data · Two records."

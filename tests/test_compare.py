@@ -244,7 +244,15 @@ def test_counts_add_up_to_the_rows():
     assert compare.counts(frame[:0]) == {"all": 0, "gains": 0, "losses": 0, "open": 0}
 
 
-@pytest.mark.parametrize("low, high, text", [(-1, 0.5, "[-1.00, +0.50]"), (-0.5, -0.0004, "[-0.5000, -0.0004]")])
+WRITTEN = [
+    (-1, 0.5, "[-1.00, +0.50]"),
+    (-0.5, -0.0004, "[-0.5000, -0.0004]"),
+    (-0.0021, 0.0014, "[-0.002, +0.001]"),
+    (0, 0, "[0.00, 0.00]"),
+]
+
+
+@pytest.mark.parametrize("low, high, text", WRITTEN)
 def test_interval_has_the_digits_that_show_its_side(low, high, text):
     assert compare.interval_text({"low": low, "high": high}) == text
 
@@ -252,11 +260,26 @@ def test_interval_has_the_digits_that_show_its_side(low, high, text):
 def test_table_has_words_for_headings_and_one_column_an_interval():
     frame = compare_arms([record("mean", ap=[0.5, 0.5]), record("norm", ap=[0.6, 0.8])], "aggregator", "mean")
     shown = compare.table(frame).data
-    # two queries of one world have no spread over worlds, so no column of it
-    assert list(shown) == ["aggregator", "MAP@100", "gain, points", "95 % interval", "over"]
-    assert shown["gain, points"].tolist() == ["+20.00", "0.00"]
-    assert shown["95 % interval"].tolist() == ["[+10.00,\N{NO-BREAK SPACE}+30.00]", "[0.00,\N{NO-BREAK SPACE}0.00]"]
-    assert shown["over"].tolist() == ["2\N{NO-BREAK SPACE}identities"] * 2
+    # what the intervals are over stands in their heading, as it is the same in every row
+    heading = "95 % interval, 2\N{NO-BREAK SPACE}identities"
+    assert list(shown) == ["aggregator", "MAP@100", "gain, points", heading]
+    assert shown["gain, points"].tolist() == ["+20.00", "—"]  # the reference is not held against itself
+    assert shown[heading].tolist() == ["[+10.00,\N{NO-BREAK SPACE}+30.00]", ""]
+
+
+def test_table_says_row_by_row_what_intervals_are_over_where_that_differs():
+    frame = compare_arms([record("mean", ap=[0.5, 0.5]), record("norm", ap=[0.6, 0.8])], "aggregator", "mean")
+    shown = compare.table(frame.assign(n=[2, 3], sd=0.1)).data
+    assert list(shown)[2:] == ["gain, points", "95 % interval", "over"]
+    assert shown["over"].tolist() == ["2\N{NO-BREAK SPACE}identities", "3\N{NO-BREAK SPACE}identities"]
+
+
+def test_comparisons_say_where_their_records_come_from(current):
+    records = [record("mean"), record("norm")]
+    frames = [compare_arms(records, "aggregator", "mean"), compare.breakdown_frame(records, "aggregator")]
+    frames.append(compare.steps_frame({"a step": ("norm", "mean")}, records, ["mean", "norm"]))
+    assert [frame.attrs["made"] for frame in frames] == [provenance(records)] * 3
+    assert frames[0].sort_values("difference").assign(more=1).attrs["made"] == provenance(records)
 
 
 def test_empty_table_is_not_shown():

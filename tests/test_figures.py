@@ -1,3 +1,7 @@
+import html
+import io
+import re
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -75,9 +79,51 @@ def test_a_drawing_has_the_ink_of_the_page_and_says_what_it_shows(shown):
     assert 'role="img" aria-label="a row a claim, &quot;adds&quot; &amp; more"' in first
     assert "gain &lt;in points&gt;" in first  # letters, not outlines
     assert "currentColor" in first and "rgb(128 128 128 / .3)" in first  # letters, and the grid
-    assert (
-        to_hex(".15") not in first and to_hex("0.9") not in first and first.count("<svg") == first.count("</svg") == 1
-    )
+    assert to_hex(".15") not in first and to_hex("0.9") not in first
+    assert first.count("<svg") == first.count("</svg") == 1 and "metadata" not in first
+
+
+def metadata(figure):
+    found = re.findall(r'<metadata class="(\w+)">(.*?)</metadata>', figures.drawing(figure), re.DOTALL)
+    return {kind: html.unescape(text) for kind, text in found}
+
+
+def test_a_drawing_has_what_it_was_drawn_from_and_who_made_that():
+    figure, axes = figures.panels(2)
+    frame = FOREST.rename(columns={"arm": 'arm & "more"'})
+    frame.attrs["made"] = "Two <old> records."
+    frame.loc[0, 'arm & "more"'] = r"a \d back-slash"
+    figures.forest(frame, label='arm & "more"', value="difference", ax=axes[0])
+    figures.traces(TRACED.assign(gain=1 / 3), x="p", y="gain", by="arm", ax=axes[1])
+    said = metadata(figure)
+    table = pd.read_csv(io.StringIO(said["data"]))
+    assert table["panel"].tolist() == [1] * 3 + [2] * 6
+    assert table['arm & "more"'].tolist()[:3] == ["quality", r"a \d back-slash", "mean"]
+    assert table["gain"].tolist()[3:] == [0.333333] * 6
+    assert said["made"] == "Two <old> records. Computed when this page was built."
+
+
+def test_a_row_of_a_forest_says_its_value_where_the_pointer_rests():
+    figures.forest(FOREST, label="arm", value="difference", ax=plt.subplots()[1])
+    drawn = figures.drawing(plt.gcf())
+    assert "<title>quality: +1.00 [+0.70, +1.10]</title>" in drawn and "<title>mean: the reference</title>" in drawn
+
+
+def test_black_follows_the_page_and_ids_without_a_use_are_left_out():
+    figure, ax = plt.subplots()
+    ax.plot([0, 1], [0, 1], "o", color=figures.BLACK)
+    drawn = figures.drawing(figure)
+    assert drawn.startswith("<svg style=") and 'fill="currentColor"' in drawn[:200] and "#000000" not in drawn
+    assert 'id="axes_1"' not in drawn and re.search(r'<path id="m\w+"', drawn)
+
+
+def test_letters_of_a_heat_map_stay_dark_on_a_dark_page():
+    drawn = figures.drawing(figures.verdict_grids(GRID.assign(difference=[0.4, -8.0, 0.1])))
+    assert drawn.count(f"fill: {figures._INK}") >= 2 and drawn.count(f"fill: {figures._CHALK}") == 1  # a number a cell
+
+
+def test_nothing_is_said_to_be_drawn_from_what_is_not_drawn_by_us():
+    assert metadata(plt.subplots()[0]) == {}
 
 
 # -- style ---------------------------------------------------------------------------------------------------
@@ -176,7 +222,7 @@ def test_traces_can_be_left_unconnected():
     assert {line.get_linestyle() for line in traced(line={"linestyle": "none"}).get_lines()} == {"None"}
 
 
-LEGENDS = [(TRACED, "best", True), (TRACED, "none", False), (TRACED[:3], "best", False)]
+LEGENDS = [(TRACED, "best", True), (TRACED, "above", True), (TRACED, "none", False), (TRACED[:3], "best", False)]
 
 
 @pytest.mark.parametrize("frame, legend, there", [*LEGENDS, (TRACED[:0], "best", False)])

@@ -98,4 +98,6 @@ def test_signs_at_both_sizes_are_counted_by_the_intervals():
     rows = [row for arm, (a, b, c, d) in ends.items() for row in ((arm, "here", a, b), (arm, "challenge", c, d))]
     found = challenge.both_sizes(pd.DataFrame(rows, columns=["arm", "size", "low", "high"]), "base")
     del found["source"]
+    reading = str(found.pop("reading"))
+    assert reading.startswith("the same sign at both sizes in 2, opposite signs in 1") and reading.count(" in 1") == 5
     assert list(found.values()) == [7, 2, 1, 1, 1, 1, 1]

@@ -313,8 +313,8 @@ def test_distractors_are_compared_by_form_and_system():
 
 
 def test_a_page_shows_steps_with_both_intervals_and_leaves_out_what_was_not_run(steps, ran):
-    shown = ladder.table(steps).data
-    assert shown["published, points"].tolist()[:5] == ["+2.0", "+0.5", "+0.3", "", "+2.8"]
+    shown = ladder.table(steps, within=True).data
+    assert shown["published, points"].fillna("").tolist()[:5] == ["+2.0", "+0.5", "+0.3", "", "+2.8"]
     assert shown["over identities alone"].tolist()[0] == "[+3.00,\N{NO-BREAK SPACE}+3.00]"
     assert ladder.table(ladder.claims(*ran, [], [])).data["claim"].tolist() == [
         "aggregation with the loss adds",
@@ -396,7 +396,7 @@ def test_verdicts_are_read_off_the_intervals(claims):
 def test_claims_of_other_teams_are_of_what_other_teams_do(claims):
     """None of them has strangers in a class with the margin."""
     others = claims.index[claims["whose"] == "other teams"]
-    assert [claim.split(": ")[1] for claim in others] == ["one class without margin", "negatives only"] * 2
+    assert [claim.split(" as ")[1] for claim in others] == ["one class without margin", "negatives only"] * 2
     assert {*claims["whose"]} == {"One Name", "other teams", "nobody's"}
 
 

@@ -89,3 +89,36 @@ def test_record_of_no_arm_is_refused():
 def test_rates_are_the_best_short_ones_of_the_committed_searches(group, name):
     found = rates.search_frame(group, read_results(name)).set_index("arm")["lr"]
     assert found.to_dict() == {name: arm.training.lr for name, arm in systems.arms(group).items()}
+
+
+CAVEATS = {
+    "margin": "Twice the epochs would be worth +0.20 points to “margin”.",
+    "softmax": "The best rate lies at the edge of those tried for “softmax”.",
+    "cosine softmax": "The search for rates leaves nothing open for “cosine softmax”.",
+}
+
+
+@pytest.mark.parametrize("arm", CAVEATS)
+def test_what_a_search_leaves_open_of_an_arm_is_said_beside_its_headline(arm):
+    records = [
+        *search("margin", short=(0.1, 0.8, 0.6), long=(0.7, 0.6, 0.802)),
+        *search("softmax", short=(0.1, 0.2, 0.9), long=(0.1, 0.2, 0.9005)),
+        *search("cosine softmax", short=(0.1, 0.8, 0.6), long=(0.1, 0.8, 0.6)),
+    ]
+    assert rates.caveat(rates.search_frame(ARMS, records), [arm]) == CAVEATS[arm]
+
+
+def test_both_caveats_are_one_sentence_and_no_search_has_none():
+    frame = rates.search_frame(ARMS, search("margin", short=(0.1, 0.2, 0.8), long=(0.1, 0.2, 0.802)))
+    said = CAVEATS["margin"][:-1] + "; the best rate lies at the edge of those tried for “margin”."
+    assert rates.caveat(frame, ["margin"]) == said and rates.caveat(frame, ["softmax"]) == ""
+
+
+def test_table_of_a_search_has_rates_that_can_be_read():
+    shown = rates.table(rates.search_frame(ARMS, search("margin", short=(0.8, 0.1, 0.6), long=(0.802, 0.6, 0.7)))).data
+    assert shown.values.tolist() == [["margin", "0.001", "+0.20"]]
+    assert list(shown) == ["arm", "learning rate", "longer is worth, points"]
+    both = rates.table(
+        rates.search_frame(ARMS, search("margin", short=(0.8, 0.1, 0.6), long=(0.8, 0.6, 0.7))), rates.RATES
+    )
+    assert list(both.data)[1:3] == ["learning rate", "rate of the aggregator"]

@@ -1,14 +1,17 @@
-"""Sphinx hooks: the table of contents, the cache of executed chapters, glued numbers, formulas."""
+"""Sphinx hooks: contents, the cache of executed chapters, what a page shows of its notebook, formulas."""
 
 import hashlib
 import html
 import importlib.util
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.environment import BuildEnvironment
@@ -20,6 +23,9 @@ from sphinx.writers.html5 import HTML5Translator
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("mmlib", "benchmarks")  # what chapters compute with
 LOGGER = logging.getLogger(__name__)
+MADE = "how-this-page-was-made"  # the section that is folded, and takes the parameters
+METADATA = re.compile(r'<metadata class="(\w+)">(.*?)</metadata>', re.DOTALL)  # of a drawing
+SUMMARY = "Parameters, searches and reruns"
 
 
 def content_key(files: Iterable[Path], base: Path) -> str:
@@ -79,6 +85,62 @@ def require_pictures(app: Sphinx, doctree: nodes.document) -> None:
             )
 
 
+def cells(doctree: nodes.document) -> list[tuple[nodes.container, list[str]]]:
+    """Return the code cells of a page, each with its tags."""
+    found = [node for node in doctree.findall(nodes.container) if node.get("nb_element") == "cell_code"]
+    return [(cell, (cell.get("cell_metadata") or {}).get("tags", [])) for cell in found]
+
+
+def drop_empty_sections(app: Sphinx, doctree: nodes.document) -> None:
+    """Remove a section whose cell tagged ``section-if-output`` has put out nothing: it has nothing to say."""
+    for cell, tags in cells(doctree):
+        if "section-if-output" in tags and not cell.children and isinstance(cell.parent, nodes.section):
+            cell.parent.parent.remove(cell.parent)
+
+
+def fold_making(app: Sphinx, doctree: nodes.document) -> None:
+    """Fold the section on how a page was made, and have it begin with the parameters of the notebook."""
+    for section in doctree.findall(nodes.section):
+        if MADE in section["ids"]:
+            for cell, tags in cells(doctree):
+                if "parameters" in tags:
+                    cell.parent.remove(cell)
+                    cell["prompt_show"] = cell["prompt_hide"] = "Parameters of this page"
+                    again = f"papermill book/{app.env.docname}.ipynb out.ipynb -p NAME VALUE"
+                    section.insert(1, nodes.paragraph("", "To run it again: ", nodes.literal("", again)))
+                    section.insert(1, cell)
+            section.insert(1, nodes.raw("", f'<details class="making"><summary>{SUMMARY}</summary>', format="html"))
+            section.append(nodes.raw("", "</details>", format="html"))
+            break
+
+
+def place_drawings(app: Sphinx, doctree: nodes.document) -> None:
+    """Put drawings into their page, where they take its letters and ink, and what they are drawn from beside it.
+
+    A drawing is the SVG of ``figures.drawing``, whose metadata has its numbers and who made them.
+    """
+    for figure in doctree.findall(nodes.figure):
+        name = next(iter(figure["ids"] or figure["names"]), "figure")
+        for image in [image for image in figure.findall(nodes.image) if image["uri"].endswith(".svg")]:
+            file = Path(app.env.relfn2path(image["uri"], app.env.docname)[1])
+            drawn = file.read_text(encoding="utf-8")
+            said = {kind: html.unescape(text) for kind, text in METADATA.findall(drawn)}
+            # Ids are unique in a picture, and have to be in a page.
+            drawn = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", METADATA.sub("", drawn))
+            drawn = drawn.replace("<svg ", f'<svg role="img" aria-label="{html.escape(image.get("alt", ""))}" ', 1)
+            image.parent.replace(image, nodes.raw("", f'<div class="drawing">{drawn}</div>', format="html"))
+            line = nodes.paragraph(classes=["source"])
+            if said.get("data"):
+                beside = file.with_name(f"{name}.csv")
+                beside.write_text(said["data"], encoding="utf-8")
+                target = "/" + Path(os.path.relpath(beside, app.srcdir)).as_posix()
+                line += addnodes.download_reference("", "", nodes.Text("data"), reftarget=target)
+                line += nodes.Text(" · ")
+            line += nodes.Text(said.get("made", ""))
+            if line.astext():
+                figure += nodes.legend("", line)
+
+
 def write_all_pages(app: Sphinx, env: BuildEnvironment) -> list[str]:
     """Have every page written: a number glued from another may have changed under an unchanged one."""
     return sorted(env.found_docs)
@@ -112,7 +174,10 @@ def visit_display_math(self: HTML5Translator, node: nodes.math_block) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the hooks."""
     app.connect("config-inited", configure, priority=850)  # the table of contents is read at 900
-    app.connect("doctree-read", require_pictures)
+    app.connect("doctree-read", require_pictures, priority=400)
+    # Before Sphinx collects titles, pictures and downloads at 500.
+    for hook in (drop_empty_sections, fold_making, place_drawings):
+        app.connect("doctree-read", hook, priority=450)
     app.connect("env-updated", write_all_pages)
     # Browsers and screen readers read MathML themselves; MathJax would come from another site at each visit.
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_display_math, None))

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from mmlib.aggregate import CodedAttention, channel_map, frame_scores
-from mmlib.compare import COMPARED, compare_arms, counts
+from mmlib.compare import COMPARED, compare_arms, counts, with_source
 from mmlib.data.simulate import Settings
 from mmlib.data.store import ClipStore
 from mmlib.experiment import FEWEST
@@ -182,7 +182,8 @@ def grid_frame(records: Iterable[Record]) -> pd.DataFrame:
     for cell, members in sorted(cells.items()):
         frame = compare_arms(members, by="aggregator", baseline=GRID_REFERENCE).assign(**dict(zip(GRID_AXES, cell)))
         parts.append(frame.loc[frame["aggregator"] != GRID_REFERENCE, parts[0].columns])
-    return pd.concat(parts[1:] or parts, ignore_index=True)
+    every = (record for members in cells.values() for record in members)
+    return with_source(pd.concat(parts[1:] or parts, ignore_index=True), every)
 
 
 def grid_verdicts(cells: pd.DataFrame) -> pd.DataFrame:

@@ -6,12 +6,20 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from mmlib.compare import COMPARED, compare_arms, provenance, sign
+from mmlib.compare import COMPARED, compare_arms, listed, provenance, sign
 from mmlib.experiment import arm_key
 from mmlib.records import Record, read_results
 from mmlib.systems import SEARCH_SEEDS
 
 KEPT = "full.jsonl.gz"  # written by ``mmlib keep``
+READINGS = {  # of ``both_sizes``
+    "same": "the same sign at both sizes",
+    "opposite": "opposite signs",
+    "larger": "told from zero in the larger worlds alone",
+    "smaller": "told from zero in the smaller worlds alone",
+    "neither": "told from zero at neither size",
+    "unjudged": "without an interval",
+}
 
 
 def beside(records: Iterable[Record], names: Iterable[str], baseline: str) -> pd.DataFrame:
@@ -44,13 +52,13 @@ def both_sizes(frame: pd.DataFrame, baseline: str) -> dict[str, int | str]:
     """Count the differences of ``beside`` by what their intervals say at the two sizes.
 
     all; same and opposite signs; told from zero at the larger or the smaller size alone, or at neither; unjudged, where
-    an interval is missing; source, the provenance of the larger worlds.
+    an interval is missing; reading, those that there are, in words; source, the provenance of the larger worlds.
     """
     signs: dict[str, list[int | None]] = {}
     for row in frame[frame["arm"] != baseline].to_dict("records"):
         signs.setdefault(row["arm"], []).append(sign(row))
     judged = [(here, large) for here, large in signs.values() if here is not None and large is not None]
-    return {
+    found: dict[str, int | str] = {
         "all": len(signs),
         "same": sum(here == large != 0 for here, large in judged),
         "opposite": sum(here * large < 0 for here, large in judged),
@@ -58,5 +66,6 @@ def both_sizes(frame: pd.DataFrame, baseline: str) -> dict[str, int | str]:
         "smaller": sum(large == 0 != here for here, large in judged),
         "neither": judged.count((0, 0)),
         "unjudged": len(signs) - len(judged),
-        "source": provenance([] if frame.empty else read_results(KEPT)),
     }
+    said = listed(f"{words} in {found[name]}" for name, words in READINGS.items() if found[name])
+    return found | {"reading": said, "source": provenance([] if frame.empty else read_results(KEPT))}

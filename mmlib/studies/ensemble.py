@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from mmlib.compare import as_frame, compare_arms
+from mmlib.compare import as_frame, compare_arms, with_source
 from mmlib.data.calibration import clips_per_identity
 from mmlib.data.simulate import PROFILES, World, settings_for
 from mmlib.data.store import ClipStore
@@ -70,7 +70,8 @@ def against(runs: pd.DataFrame, by: str, baseline: str) -> pd.DataFrame:
     """Compare the values of a column with ``baseline`` within each system: system, and as ``compare_arms``."""
     systems = runs.groupby("system", sort=False)
     parts = {name: compare_arms(part["record"], by, baseline, names=part[by]) for name, part in systems}
-    return pd.concat(parts, names=["system", None]).reset_index("system").reset_index(drop=True)
+    frame = pd.concat(parts, names=["system", None]).reset_index("system").reset_index(drop=True)
+    return with_source(frame, runs["record"])
 
 
 def partition(width: int, regions: int, members: int) -> pd.DataFrame:

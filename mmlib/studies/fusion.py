@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
-from mmlib.compare import as_frame, breakdown_frame, compare_arms
+from mmlib.compare import as_frame, breakdown_frame, compare_arms, with_source
 from mmlib.data.store import ClipStore
 from mmlib.experiment import Experiment, arm_key
 from mmlib.rank import Fallback
@@ -114,7 +114,7 @@ def gains(found: pd.Series, chosen: Iterable[str], baseline: str = "face") -> pd
     frame = _over_clips(frame, ["arm", "group", "range"], "precision")
     start = frame[frame["arm"] == baseline].set_index(["group", "range"])["precision"].rename("start")
     frame = frame.join(start, on=["group", "range"])
-    return frame.assign(gain=100 * (frame["precision"] - frame.pop("start")))
+    return with_source(frame.assign(gain=100 * (frame["precision"] - frame.pop("start"))), part)
 
 
 def low_and_rest(groups: pd.DataFrame) -> pd.DataFrame:
@@ -177,7 +177,7 @@ def weight_lines(found: pd.Series) -> pd.DataFrame:
     rows = [(record.experiment["seed"], WEIGHTS[name], 100 * np.mean(record.ap)) for name, record in part.items()]
     frame = pd.DataFrame(rows, columns=["seed", "weight", "difference"]).sort_values("weight", kind="stable")
     frame["difference"] -= frame.groupby("seed")["difference"].transform("first")
-    return frame
+    return with_source(frame, part)
 
 
 def largest_gap(found: pd.Series) -> float:

@@ -174,6 +174,7 @@ def _beside_published(here: pd.DataFrame, values: Mapping[str, float]) -> pd.Dat
     """Add the published values of steps to the third column, and sort rows by step."""
     published = pd.DataFrame([("published", *pair) for pair in values.items()], columns=here.columns[:3])
     every = pd.concat([here, published])
+    every.attrs = here.attrs
     return every.sort_values("step", key=lambda step: step.map(STEPS.index), kind="stable", ignore_index=True)
 
 
@@ -216,8 +217,8 @@ def claims(
         "the fallback adds": ("", adds["fallback"]),
     }
     others = {AS_CODED: ("", ("", ""))}
-    others |= {f"training on distractors adds to {name}": ("", pair) for name, pair in DISTRACTORS.items()}
-    others |= {f"scaling the cosines before the softmax adds to {name}": ("", pair) for name, pair in SCALED.items()}
+    others |= {f"distractors help {name.replace(': ', ' as ')}": ("", pair) for name, pair in DISTRACTORS.items()}
+    others |= {f"scaled cosines at test help {_models(name)}": ("", pair) for name, pair in SCALED.items()}
     rows = [(claim, "One Name", PUBLISHED.get(step, np.nan)) for claim, (step, _) in asked.items()]
     rows += [(claim, "other teams" if claim.endswith(PRACTISED) else "nobody's", np.nan) for claim in others]
     pairs = {claim: pair for claim, (_, pair) in (asked | others).items()}
@@ -236,18 +237,26 @@ def claims(
     return frame
 
 
-def table(frame: pd.DataFrame) -> Styler | None:
-    """Return differences or claims that were run as a page shows them, with both intervals."""
+def _models(rung: str) -> str:
+    """Name the models of a rung, as in ``described: ensemble``."""
+    ladder, step = rung.split(": ")
+    return f"the {ladder.removeprefix('as ')} {'ensemble' if step == 'ensemble' else 'single model'}"
+
+
+def table(frame: pd.DataFrame, within: bool = False) -> Styler | None:
+    """Return differences or claims that were run as a page shows them; within: with the interval over identities."""
     shown = frame[frame["difference"].notna()].drop(columns=["arm", "against", "sd", "before"], errors="ignore")
     if "within_low" in shown:
-        within = zip(shown.pop("within_low"), shown.pop("within_high"))
-        texts = [compare.interval_text({"low": low, "high": high}) for low, high in within]
-        shown["over identities alone"] = [compare.whole(text) for text in texts]
+        pairs = zip(shown.pop("within_low"), shown.pop("within_high"))
+        if within:
+            texts = [compare.interval_text({"low": low, "high": high}) for low, high in pairs]
+            shown["over identities alone"] = [compare.whole(text) for text in texts]
     if "published" in shown:
-        shown["published"] = ["" if np.isnan(points) else compare.signed(points, 1) for points in shown["published"]]
+        shown["published"] = [None if np.isnan(points) else compare.signed(points, 1) for points in shown["published"]]
     if "verdict" in shown:
         shown = shown.drop(columns="map_at_100")  # the heights stand with the steps
-    if "told" in shown:
-        shown["told"] = [f"{points:.2f}" if np.isfinite(points) else "" for points in shown["told"]]
-    names = {"published": "published, points", "size": "beside published"}
-    return compare.table(shown.rename(columns=names))
+        shown = shown if shown["whose"].nunique() > 1 else shown.drop(columns="whose")
+        beside = shown.pop("size").map(lambda size: f", {size}" if size else "")
+        shown["verdict"] = [*(shown["verdict"] + beside)]
+        shown = shown.drop(columns="told")
+    return compare.table(shown.rename(columns={"published": "published, points"}))

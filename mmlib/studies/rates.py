@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
+from pandas.io.formats.style import Styler
 
-from mmlib.compare import listed
+from mmlib.compare import listed, signed
+from mmlib.compare import table as as_table
 from mmlib.experiment import Experiment, arm_key
 from mmlib.records import Record
 
@@ -53,3 +55,29 @@ def summary(best: pd.DataFrame) -> dict[str, int | float | str]:
     parts = {"most-arm": best[best["worth"] == most], "late-arms": late, "edge-arms": best[best["at the edge"]]}
     named = {name: listed(f"“{arm}”" for arm in part["arm"]) for name, part in parts.items()}
     return {"arms": len(best), "most": most, "late": len(late), **named}
+
+
+def table(best: pd.DataFrame, searched: Sequence[str] = ("lr",)) -> Styler | None:
+    """Return what a page shows of ``search_frame``: the rates that were searched for, and what longer is worth."""
+    shown = best[["arm", *searched, "worth"]].copy()
+    for name in searched:
+        shown[name] = [f"{rate:g}" if pd.notna(rate) else None for rate in shown[name]]
+    return as_table(shown.assign(worth=shown["worth"].map(signed)))
+
+
+def caveat(best: pd.DataFrame, arms: Iterable[str]) -> str:
+    """Say in a sentence what the search leaves open of the arms that a headline names."""
+    part = best[best["arm"].isin(list(arms))]
+    late = part[part["worth"] > UNDER_TRAINED].sort_values("worth", ascending=False)
+    edge = listed(f"“{arm}”" for arm in part.loc[part["at the edge"], "arm"])
+    said = []
+    if len(late):
+        worth = listed(f"{signed(row['worth'])} points to “{row['arm']}”" for row in late.to_dict("records"))
+        said.append(f"twice the epochs would be worth {worth}")
+    if edge != "none":
+        said.append(f"the best rate lies at the edge of those tried for {edge}")
+    if not said:
+        names = listed(f"“{arm}”" for arm in part["arm"])
+        return f"The search for rates leaves nothing open for {names}." if len(part) else ""
+    text = "; ".join(said)
+    return f"{text[0].upper()}{text[1:]}."
