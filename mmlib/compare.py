@@ -95,8 +95,8 @@ def compare_arms(
     column is called.  arms: those that count, else all.
 
     Returns, sorted by MAP: ``by``, map_at_100 (mean over seeds), difference, low and high (95 %, NaN for one identity),
-    sd (of the difference over worlds), n, and ``interval``: over worlds by a t interval where each seed is a world of
-    its own, else over identities by a bootstrap of APs averaged over seeds.
+    sd (of the difference over worlds), n, and ``interval``: over worlds, or splits of real clips, by a t interval where
+    each seed has clips of its own, else over identities by a bootstrap of APs averaged over seeds.
     """
     groups: dict[str, dict[int, Record]] = {}
     for name, record in _named(records, by, names):
@@ -112,7 +112,9 @@ def compare_arms(
         if sorted(members) != seeds:
             raise ValueError(f"{by} = {name!r} has seeds {sorted(members)}, the baseline {seeds}")
         here, there = ([np.array(group[s].ap) for s in seeds] for group in (members, groups[baseline]))
-        worlds = members[seeds[0]].experiment["data"] == "simulated" and len(seeds) > 1
+        data = {record.experiment["data"] for record in members.values()}
+        worlds = "worlds" if data == {"simulated"} else "splits" if len(data) == len(seeds) else ""
+        worlds = worlds if len(seeds) > 1 else ""
         if worlds:
             over = metrics.over_worlds(np.array([(a - b).mean() for a, b in zip(here, there)]))
             n, found = over.n, (over.mean, over.low, over.high, over.sd)
@@ -120,7 +122,7 @@ def compare_arms(
             pair = metrics.paired_test(np.mean(here, 0), np.mean(there, 0))
             n, found = pair.n, (pair.difference, pair.low, pair.high, np.nan)
         mean, points = np.mean([ap.mean() for ap in here]), [100 * value for value in found]
-        rows.append((name, mean, *points, n, "worlds" if worlds else "identities"))
+        rows.append((name, mean, *points, n, worlds or "identities"))
     frame = pd.DataFrame(rows, columns=[by, *COMPARED])
     frame = with_source(frame, (record for group in groups.values() for record in group.values()))
     return frame.sort_values("map_at_100", ascending=False, ignore_index=True)

@@ -115,14 +115,23 @@ def glue_difference(name: str, row: Mapping, **words: str) -> None:
     glue(f"{name}-verdict", compare.verdict(row, **words))
 
 
-def notice(simulated: bool, detail: str = "") -> None:
-    """Say on the page, and in a plain notebook, whether its numbers are simulated; pasted as ``notice``."""
-    title = "Simulated data" if simulated else "Data of one's own"
+def notice(simulated: bool, detail: str = "", *, public: str = "") -> None:
+    """Say on the page, and in a plain notebook, whether its numbers are simulated; pasted as ``notice``.
+
+    public: the public sets of real faces that they come from, instead of a store of the reader's.
+    """
+    title = "Real faces" if public else "Simulated data" if simulated else "Data of one's own"
     text = "The numbers on this page come from a data set of the reader's own, not from the simulator."
     if simulated:
         text = (
             "Every number and figure on this page comes from <b>simulated clips</b>, a stand-in calibrated on "
             "published marginals. None of them is a result on iQIYI-VID-2019."
+        )
+    if public:
+        text = (
+            f"Every number on this page comes from <b>real faces</b>, of {public}, where it does not say simulated. "
+            "Whether the networks were trained on any of these people is unchecked. "
+            "None of the numbers is a result on iQIYI-VID-2019."
         )
     head = f'<div class="simulated admonition"><p class="admonition-title">{title}</p>'
     body = f"{head}<p>{text} {html.escape(detail)}</p></div>"

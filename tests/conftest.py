@@ -127,3 +127,31 @@ def patchy(tmp_path_factory):
         clips = pd.DataFrame({"clip": [f"c{i:02d}" for i in place], "split": split, "identity": identity})
         writer.finish(clips, list("012345"), {name: (n.cumsum() - n, n) for name, n in count.items()})
     return ClipStore.open(path)
+
+
+@pytest.fixture(scope="session")
+def face_tables(tmp_path_factory):
+    """Small tables of faces as of YTF and LFW: people apart, frames of a clip alike in quality, clips not."""
+    folder, rng = tmp_path_factory.mktemp("faces"), np.random.default_rng(0)
+    people = [f"Person_{chr(65 + place)}" for place in range(24)]
+    clips = [(f"{name}/{video}", name) for place, name in enumerate(people) for video in range(3 + place % 2)]
+    rows = {
+        "ytf": [(clip, frame, name) for clip, name in clips for frame in range(5)],
+        "lfw": [(f"{name}_{k:04d}", 0, name) for place, name in enumerate(people) for k in range(1 + place % 9)],
+    }
+    for name, of in rows.items():
+        (folder / name).mkdir()
+        table = pd.DataFrame(of, columns=["clip", "frame", "identity"])
+        table["det"] = rng.uniform(0.9, 1, len(table))
+        level = table["clip"].map(dict(zip(table["clip"].unique(), rng.uniform(0.2, 0.6, len(table)))))
+        table["quality"] = level + rng.uniform(0, 0.01, len(table))
+        table.to_parquet(folder / name / "frames.parquet")
+        for network, dim in (("edgeface", 20), ("mobilefacenet", 18)):
+            centre = 3 * rng.normal(size=(len(people), dim))[[people.index(who) for who in table["identity"]]]
+            array = (centre + rng.normal(size=centre.shape)).astype(np.float16)
+            np.save(folder / name / f"{network}.npy", array)
+    check = pd.DataFrame(clips, columns=["clip", "identity"]).assign(label_check=0.5)
+    check.loc[:1, "label_check"] = 0.1
+    check.rename_axis("row").to_csv(folder / "ytf/clips.csv")
+    np.save(folder / "ytf/scene.npy", rng.normal(size=(len(check), 40)).astype(np.float16))
+    return folder

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 import yaml
 
-from mmlib.data.public import import_lfw
+from mmlib.data.public import import_lfw, import_public
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "book" / "chapters").glob("*.md"))
@@ -308,6 +308,16 @@ def test_chapter_says_of_real_faces_what_is_so(name, key, text, real_store, tiny
     # The rates were searched for on simulated clips, which a page of real faces has to say too.
     spoken = {key: said for key, said in found.items() if not key.endswith("-search-source")}
     assert text in found[key] and not any("imulated" in str(said) for said in spoken.values())
+
+
+@pytest.mark.chapters
+@pytest.mark.parametrize("chapter", CHAPTERS[:10], ids=lambda path: path.stem)
+def test_chapter_runs_on_clips_as_of_youtube_faces(chapter, face_tables, tiny_cache, tmp_path_factory, tmp_path):
+    """Five frames a clip, scores, a scene and distractors, as the tables of YTF have them."""
+    store = tmp_path_factory.mktemp("ytf") / "store"
+    import_public("ytf", face_tables, store)
+    found = glued(run_chapter(chapter, tmp_path, tiny_cache, data=str(store), seeds="[0]"))
+    assert "own" in found["notice"] and "imulated" not in found["notice"]
 
 
 # The rules themselves.

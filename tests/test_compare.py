@@ -44,6 +44,16 @@ def test_worlds_are_compared_by_the_t_interval_of_their_differences(over_worlds)
     )
 
 
+def test_splits_of_real_clips_are_compared_as_worlds_are(over_worlds):
+    """A store a seed; seeds on one store are trainings on the same identities, and no splits."""
+    for stores, interval in (["a", "b", "c"], "splits"), (["a"] * 3, "identities"):
+        records = [record(name, seed, ap, data=stores[seed]) for name in WORLDS for seed, ap in enumerate(WORLDS[name])]
+        row = compare_arms(records, by="aggregator", baseline="mean").set_index("aggregator").loc["norm"]
+        assert row["interval"] == interval
+        columns = ["difference", "low", "high", "sd", "n"]
+        assert (row[columns].tolist() == over_worlds.loc["norm", columns].tolist()) == (interval == "splits")
+
+
 def test_arms_that_differ_in_several_fields_are_compared_by_their_names():
     records = [record("mean", seed, ap) for seed, ap in enumerate([[0.5], [0.4]])]
     others = [record("norm", seed, [0.8], settings=(("no_face", 0.1),)) for seed in (0, 1)]

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from mmlib.data.content import read_table
-from mmlib.data.public import SETS, group_photographs, import_public, people_of, shared_names, split_clips
+from mmlib.data.public import NORM, SETS, group_photographs, import_public, people_of, shared_names, split_clips
 from mmlib.data.sources import known
 from mmlib.experiment import Experiment, Training
 from mmlib.retrieve import retrieve
@@ -66,7 +66,12 @@ def folder(written, tmp_path):
 
 def rows_of(store):
     """Say of each frame of a store which row of the table it is, by its embedding."""
-    return store.modalities["face"].feature[:, 0].astype(float).astype(int)
+    return (given(store)[:, 0] + 0.25).astype(int)
+
+
+def given(store):
+    """Return the embeddings of a store as they were before their norms were changed."""
+    return store.modalities["face"].feature.astype(float) / store.meta["provenance"]["times"]
 
 
 def clips_of(store, table):
@@ -79,7 +84,7 @@ def test_a_store_of_videos_has_every_frame_with_its_scores(written, tmp_path):
     store = import_public("ytf", written, tmp_path / "store").store
     table, face, rows = read_table(written / "ytf/frames.parquet"), store.modalities["face"], rows_of(store)
     assert sorted(rows) == list(range(len(table)))
-    np.testing.assert_array_equal(face.feature, np.load(written / "ytf/edgeface.npy")[rows])
+    np.testing.assert_allclose(given(store), np.load(written / "ytf/edgeface.npy")[rows], rtol=1e-3, atol=0.01)
     np.testing.assert_array_equal(face.columns["det"], table["det"][rows])
     np.testing.assert_array_equal(face.columns["frame"], table["frame"][rows])
     rank = table["quality"].rank()[rows]
@@ -105,12 +110,12 @@ def test_scenes_may_be_left_out(written, tmp_path):
 @pytest.mark.parametrize("name", SETS)
 def test_a_network_can_be_chosen(written, tmp_path, name):
     store = import_public(name, written, tmp_path / "store", network="mobilefacenet").store
-    assert (store.modalities["face"].feature[:, 0] % 1 == 0.5).any()
+    assert (abs(given(store)[:9, 0] % 1 - 0.5) < 0.4).any()
     assert store.modalities["face"].feature.shape[1] == 4
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_half_of_a_persons_clips_are_train_and_a_share_of_people_are_distractors(written, tmp_path, seed):
+def test_half_of_a_persons_clips_rounded_down_are_train_and_a_share_of_people_are_distractors(written, tmp_path, seed):
     store = import_public("ytf", written, tmp_path / "store", seed=seed).store
     found = clips_of(store, read_table(written / "ytf/frames.parquet"))
     code, split = store.clips["identity"], store.clips["split"]
@@ -119,8 +124,22 @@ def test_half_of_a_persons_clips_are_train_and_a_share_of_people_are_distractors
     assert {*store.identities} == {*found["identity"]} - hidden
     for person, rows in found.groupby("identity").groups.items():
         train = (split[rows] == "train").sum()
-        assert train == (0 if person in hidden else (len(rows) + 1) // 2)
+        assert train == (0 if person in hidden else len(rows) // 2)
         assert person in hidden or {*store.identities[code[rows]]} == {person}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_median_norm_is_the_challenges_and_angles_stay(written, tmp_path, name):
+    report = import_public(name, written, tmp_path / "store")
+    feature, table = report.store.modalities["face"].feature.astype(float), np.load(written / name / "edgeface.npy")
+    norm = np.linalg.norm(feature, axis=1)
+    assert np.median(norm) == pytest.approx(22, rel=1e-3) == NORM
+    before = table[rows_of(report.store)].astype(float)
+    np.testing.assert_allclose(
+        feature / norm[:, None], before / np.linalg.norm(before, axis=1, keepdims=True), atol=1e-3
+    )
+    factor = 22 / np.median(np.linalg.norm(table.astype(float), axis=1))
+    assert f"embeddings times {factor:.4g}, so that their median norm is 22" in report.lines()
 
 
 def test_names_tell_nothing_of_the_person_and_the_kind_of_clip():
@@ -237,6 +256,10 @@ def change_table(folder, **columns):
     read_table(path).assign(**columns).to_parquet(path)
 
 
+def frames_of(folder):
+    return len(read_table(folder / "ytf/frames.parquet"))
+
+
 def change_clips(folder, change):
     path = folder / "ytf/clips.csv"
     change(pd.read_csv(path)).to_csv(path, index=False)
@@ -248,6 +271,10 @@ def change_clips(folder, change):
         (lambda folder: (folder / "ytf/scene.npy").unlink(), "ytf/scene.npy: missing"),
         (lambda folder: np.save(folder / "ytf/edgeface.npy", np.ones((9, 8), "f2")), "edgeface.npy: 9 rows, but .*"),
         (lambda folder: np.save(folder / "ytf/scene.npy", np.ones((9, 8), "f2")), "scene.npy: 9 rows, but .*clips.csv"),
+        (
+            lambda folder: np.save(folder / "ytf/edgeface.npy", np.zeros((frames_of(folder), 8), "f2")),
+            "edgeface.npy: the median norm of its [0-9]+ rows is 0",
+        ),
         (lambda folder: change_table(folder, identity=None), "frames.parquet, row 1: clip Person_AA/0 has no identity"),
         (lambda folder: change_table(folder, identity="a b"), "row 1: clip Person_AA/0: identity is 'a b'"),
         (lambda folder: change_table(folder, quality=np.nan), "row 1: clip Person_AA/0: quality is nan"),

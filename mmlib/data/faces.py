@@ -34,7 +34,7 @@ VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".webm")
 CHUNK, BATCH = 16, 32  # pictures that one thread decodes and searches at once, faces that it embeds
 PIXELS = 2**25  # of pictures that are in memory together, in one thread, unless one alone has more
 SCENES = "faces.json"  # beside the clips' folders of scene pictures: what wrote them
-RULE = "half of a person's clips (and the odd one) to train, half to val, by seed {}; one clip alone is a distractor"
+RULE = "half of a person's clips, rounded down, to train, the others to val, by seed {}; one clip alone is a distractor"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from mmlib.data.store import ClipStore
 from mmlib.ensemble import KINDS
 from mmlib.experiment import CLASSIFIERS, LEARNED, Experiment, smaller
 from mmlib.retrieve import missing_scores
-from mmlib.studies import ensemble, fusion, inference, ladder, loss
+from mmlib.studies import aggregation as aggregation_study
+from mmlib.studies import ensemble, faces, fusion, inference, ladder, loss, materials
 
 Plan = dict[str, Experiment]
 VARIANTS = ("attention", "DANet + scores")  # without the scores, and with another published reading of the map
@@ -94,6 +95,50 @@ def rules(store: ClipStore) -> Plan:
 def ladders(store: ClipStore, *, members: int = 16) -> Plan:
     """The rungs of every ladder, and the arms beside them."""
     return ladder.plan(members=members, **ladder.has(store))
+
+
+def real_faces(store: ClipStore) -> Plan:
+    """All that chapter 12 runs on real clips as they are: the arms of chapters 04, 05, 08, 09 and 10, in one budget.
+
+    Of chapter 08 the ensembles of ``faces.MEMBERS``; of chapter 10 what starts at class means, and what the claims ask
+    of the released network.
+    """
+    asked = ladders(store, members=faces.MEMBERS)
+    wanted = {name for pair in [*faces.rungs().values(), *ladder.SCALED.values()] for name in pair}
+    out = {
+        name: arm for name, arm in asked.items() if name in wanted or name.startswith(("described: ", *ladder.SIDES))
+    }
+    out |= aggregation(store, variants=False)
+    out |= {f"{pool(store)}, linear": Experiment(aggregator=pool(store), classifier="linear")}
+    arms = {name: replace(arm, aggregator=pool(store)) for name, arm in systems.arms(systems.LOSSES).items()}
+    out |= {name: arm for name, arm in arms.items() if not missing_scores(arm, store)}
+    groups = ensembles(store, sizes=(faces.MEMBERS,), others=False).values()
+    main = [arm for arm in groups if (arm.combine, arm.scale) == tuple(ensemble.RULES[ensemble.MAIN].values())]
+    out |= {
+        f"{arm.ensemble}, {len(arm.members)}": arm for arm in main if arm.ensemble == "seeds" or len(arm.members) > 1
+    }
+    out |= {f"rule: {name}": arm for name, arm in inference.rules(inference.base(store)).items()}
+    return {name: _in_budget(arm) for name, arm in out.items()}
+
+
+def real(name: str, material: str, store: ClipStore) -> Plan:
+    """What chapter 12 runs on a material of a set: of clips of YTF as they are everything, of photographs the claims.
+
+    Of harder clips of YTF class means by every hand-made weight, and where other people stand in them the arms of the
+    grid of chapter 04 too, with the plain mean and NAN.
+    """
+    if material == materials.CLEAN:
+        every = real_faces(store)
+        wanted = {arm for pair in faces.claims_of("scene" in store.modalities).values() for arm in pair}
+        return {arm: e for arm, e in every.items() if name == "ytf" or arm in wanted}
+    asked = materials.MATERIALS[material]
+    grid = ("mean", *aggregation_study.GRID_ARMS, "NAN") if asked.share and not asked.score else ()
+    arms = aggregation(store, variants=False).items()
+    return {arm: _in_budget(e) for arm, e in arms if e.classifier != "mlp" or arm in grid}
+
+
+def _in_budget(arm: Experiment) -> Experiment:
+    return replace(arm, training=replace(arm.training, **faces.BUDGET))
 
 
 PLANS: dict[str, Callable[[ClipStore], Plan]] = {

@@ -1,0 +1,296 @@
+"""What chapter 12 reads: records of real faces as they may be kept, and the claims of the study held against them.
+
+They have nothing of a single person: one MAP@100 an arm and split, and intervals over people.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pandas.io.formats.style import Styler
+
+from mmlib import compare, metrics, systems
+from mmlib.aggregate import AGGREGATORS
+from mmlib.data.public import NETWORKS
+from mmlib.data.store import ClipStore
+from mmlib.experiment import KINDS, TRAINED, Experiment, Training
+from mmlib.records import Record, fetch, read_results
+from mmlib.studies import ladder
+from mmlib.studies.ladder import Pairs
+from mmlib.studies.materials import CLEAN, MATERIALS, STRANGERS, quality_between, store_of
+
+SPLITS = {"ytf": 10, "cfp": 1, "lfw": 1}
+TRAINED_SPLITS, HARDER_SPLITS = 3, 3  # of arms that are trained, on clips as they are and on harder ones
+TITLES = {"edgeface": "EdgeFace", "mobilefacenet": "MobileFaceNet", "ytf": "YTF", "cfp": "CFP", "lfw": "LFW"}
+# Of a tenth of the clips as many steps as in the worlds of chapter 04, some ninety.
+BUDGET: dict[str, Any] = {"epochs": 16, "batch": 64}
+MEMBERS = 4
+BASE, BETWEEN = "mean, class means", "quality_between_clips"
+WHITENING = "whitening adds to class means"
+QUALITY, NORMS = "quality weights beat the plain mean", "norm weights beat the plain mean"
+LEARNED, MARGIN = "learned weights of the scores beat quality weights", "an angular margin adds to the baseline"
+TRAINING, VIEWS = "training adds to class means", ladder.VIEWS
+POOLINGS: Pairs = {  # what chapter 04 can say of the simulator
+    QUALITY: ("quality", "mean"),
+    NORMS: ("norm", "mean"),
+    LEARNED: ("learned scores", "quality"),
+    "NAN beats the plain mean": ("NAN", "mean"),
+    **ladder.AGGREGATIONS,
+    WHITENING: ("quality, whitened means", "quality, class means"),
+    TRAINING: ("quality", "quality, class means"),
+}
+WEIGHTED: Pairs = {name: (f"{name}, class means", "mean, class means") for name in ("norm", "quality")}
+GRID = WEIGHTED | {name: (name, "mean") for name in ("learned scores", "NAN", "attention + scores")}  # of figures
+LOSSES: Pairs = {name: (name, "margin") for name in systems.LOSSES if name != "margin"}
+ENSEMBLES: Pairs = {f"{kind}, {MEMBERS}": (f"{kind}, {MEMBERS}", "seeds, 1") for kind in KINDS}
+RULES: Pairs = {
+    f"rule: {name}": (f"rule: {name}", "rule: no fallback") for name in ("described", "coded, scale 30")
+} | {"rule: coded": ("rule: coded", "rule: no fallback, scale 1")}
+CLASS_MEANS: Pairs = {
+    name: (f"{name} means", "mean, class means")
+    for name in ("quality, class", "norm, class", "mean, whitened", "quality, whitened")
+}
+
+
+def rungs(scene: bool = True) -> Pairs:
+    """Pair the rungs of the described ladder, and the arms beside it, as chapter 10 does; without a scene two fewer."""
+    steps = ["baseline", "aggregation and loss", *["scene"] * scene, "ensemble", *["fallback"] * scene]
+    names = [f"described: {step}" for step in steps]
+    said = {"aggregation and loss": "aggregation with the loss adds"}
+    pairs = {said.get(step, f"the {step} adds"): pair for step, pair in zip(steps[1:], zip(names[1:], names))}
+    return {MARGIN: (names[0], ladder.NO_MARGIN)} | pairs
+
+
+def claims_of(scene: bool = True) -> Pairs:
+    """Name the claims that real faces are held against: the arm that takes the step, and the one that does not."""
+    views = {VIEWS: (f"views, {MEMBERS}", f"bagging, {MEMBERS}")}
+    trained = {f"training on distractors adds to {name}": pair for name, pair in ladder.DISTRACTORS.items()}
+    scaled = {f"scaling the cosines before the softmax adds to {name}": pair for name, pair in ladder.SCALED.items()}
+    return POOLINGS | rungs(scene) | views | trained | scaled
+
+
+def measure(
+    plan: Callable[[str, str, ClipStore], Mapping[str, Experiment]],
+    tables: str | Path,
+    name: str,
+    network: str,
+    material: str,
+    splits: Iterable[int],
+    **options,
+) -> list[Record]:
+    """Make the records of a plan on some splits of a material of a set, as they are kept; see `kept`.
+
+    plan: of a set, a material and its store; options: as for `fetch`.  Trained arms have the first splits alone, of
+    clips as they are ``TRAINED_SPLITS``, of harder ones ``HARDER_SPLITS``.
+    """
+    stores = {split: store_of(name, tables, network, split, material) for split in splits}
+    arms = plan(name, material, next(iter(stores.values()))).items()
+    few = TRAINED_SPLITS if material == CLEAN else HARDER_SPLITS
+    asked = [
+        (arm, replace(e, data=str(stores[split].path), seed=split))
+        for arm, e in arms
+        for split in [*stores][: few if e.classifier in TRAINED else None]
+    ]
+    made = fetch([e for _, e in asked], **options)
+    made = [
+        replace(r, measures=r.measures | {BETWEEN: quality_between(stores[r.experiment["seed"]])}) if arm == BASE else r
+        for (arm, _), r in zip(asked, made)
+    ]
+    return kept([arm for arm, _ in asked], made, stores, {"set": name, "network": network, "material": material})
+
+
+def kept(arms: Sequence[str], records: Iterable[Record], stores: Mapping[int, ClipStore], said: dict) -> list[Record]:
+    """Return records as they may be kept: of no person, and of no place.
+
+    In the place of the APs stands their mean.  Where both arms of one of `pairs_of` are there, the record of the one
+    that takes the step has, in its first split, the interval of their difference over people, whose APs are averaged
+    over the splits of both.  What the experiment says is what differs from its defaults, ``said``, and the arm's name.
+    """
+    by_arm: dict[str, dict[int, Record]] = {}
+    for arm, record in zip(arms, records, strict=True):
+        by_arm.setdefault(arm, {})[record.experiment["seed"]] = record
+    people = {  # a row a person, a column a split
+        arm: pd.DataFrame({split: pd.Series(r.ap, stores[split].identities) for split, r in of.items()})
+        for arm, of in by_arm.items()
+    }
+    default, out = json.loads(json.dumps(asdict(Experiment()))), []
+    training = asdict(Training())
+    for arm, of in by_arm.items():
+        within: dict[str, float] = {}
+        for against in dict.fromkeys(against for one, against in pairs_of(by_arm) if one == arm):
+            gain = (people[arm] - people[against]).dropna(axis=1, how="all").mean(axis=1).dropna().to_numpy()
+            found = metrics.paired_test(gain, np.zeros(len(gain)))
+            within |= {f"{against}: low": 100 * found.low, f"{against}: high": 100 * found.high}
+        for split, record in of.items():
+            e = json.loads(json.dumps(record.experiment))
+            e = {key: value for key, value in e.items() if value != default[key] or key in ("seed", "settings")}
+            e["training"] = {k: v for k, v in record.experiment["training"].items() if v != training[k]}
+            e |= said | {"arm": arm, "data": f"{', '.join(said.values())}, split {split}"}
+            rounded = {key: round(value, 6) for key, value in (record.measures | within).items()}
+            cleared: dict[str, Any] = {"ap": [rounded["map_at_100"]], "breakdown": {}, "losses": []}
+            out.append(replace(record, experiment=e, measures=rounded, **cleared))
+            within = {}
+    return out
+
+
+def pairs_of(arms: Collection[str]) -> list[tuple[str, str]]:
+    """List the comparisons of the page whose arms were run."""
+    pairs = [*claims_of().values(), *claims_of(scene=False).values()]
+    pairs += [(name, "mean") for name in AGGREGATORS if name != "mean"] + [*CLASS_MEANS.values()]
+    pairs += [*LOSSES.values(), *ENSEMBLES.values(), *RULES.values()]
+    return [pair for pair in dict.fromkeys(pairs) if {*pair} <= {*arms} and pair[0] != pair[1]]
+
+
+def differences(pairs: Pairs, records: Iterable[Record]) -> pd.DataFrame:
+    """Compare the arms of pairs in every set, network and material: these, and the columns of `compare.steps_frame`.
+
+    low and high are the wider on each side of two intervals, over splits and over people: splits share people, so that
+    the first alone would be too narrow.
+    """
+    parts = [pd.DataFrame(columns=["set", "network", "material", "step", "arm", "against", *compare.COMPARED])]
+    for keys, part in _grouped(records):
+        frame = pd.concat(
+            [compare.steps_frame({step: pair}, *_on_splits_of_both(pair, part)) for step, pair in pairs.items()]
+        )
+        within = {(r.experiment["arm"], key): value for r in part for key, value in r.measures.items() if ": " in key}
+        pair = list(zip(frame["arm"], frame["against"]))
+        for end, widest in (("low", np.fmin), ("high", np.fmax)):
+            over = np.array([within.get((arm, f"{against}: {end}"), np.nan) for arm, against in pair])
+            frame[end] = widest(frame[end].astype(float), over)
+        parts.append(frame.assign(**dict(zip(("set", "network", "material"), keys))))
+    return pd.concat(parts[1:] or parts, ignore_index=True)
+
+
+def _on_splits_of_both(pair: tuple[str, str], records: list[Record]) -> tuple[list[Record], list[str]]:
+    """Return the records of two arms on the splits that both have, and the arm of each."""
+    named = [(r.experiment["arm"], r.experiment["seed"], r) for r in records if r.experiment["arm"] in pair]
+    splits = set.intersection(*({split for arm, split, _ in named if arm == one} for one in pair))
+    kept_here = [(r, arm) for arm, split, r in named if split in splits]
+    return [r for r, _ in kept_here], [arm for _, arm in kept_here]
+
+
+def _grouped(records: Iterable[Record]) -> Iterator[tuple[tuple[str, str, str], list[Record]]]:
+    groups: dict[tuple[str, str, str], list[Record]] = {}
+    for record in records:
+        e = record.experiment
+        groups.setdefault((e["set"], e["network"], e["material"]), []).append(record)
+    yield from groups.items()
+
+
+def verdicts(frame: pd.DataFrame, by: Sequence[str] = ("set", "step")) -> pd.Series:
+    """Say of each claim ``gains``, ``loses`` or ``cannot be told apart``: what both networks say, else the last."""
+
+    def word(part: pd.DataFrame) -> str:
+        signs = {compare.sign(row) for row in part.to_dict("records")}
+        both = {*part["network"]} == {*NETWORKS} and len(signs) == 1
+        return {1: "gains", -1: "loses"}.get(signs.pop() or 0 if both else 0, "cannot be told apart")
+
+    return frame.groupby([*by], sort=False)[[*frame.columns]].apply(word)
+
+
+def simulated() -> pd.DataFrame:
+    """Return what the kept records of simulated clips say of the same claims, as `compare.steps_frame`."""
+    pooled, ladders = read_results("04_arms.jsonl.gz"), read_results("10_ladder.jsonl.gz")
+    kinds = [(r.experiment["aggregator"], r.experiment["classifier"]) for r in pooled]
+    names = [aggregator + f", {kind}" * (kind != "mlp") for aggregator, kind in kinds]
+    rest = {claim: pair for claim, pair in claims_of().items() if claim not in POOLINGS}
+    parts = [
+        compare.steps_frame(POOLINGS, pooled, names),
+        compare.steps_frame(rest, ladders, ladder.names_of(ladders, ladder.plan())),
+        ladder.views_against_bagging(read_results("08_ensemble.jsonl.gz")),
+    ]
+    return pd.concat([part for part in parts if len(part)])
+
+
+def held(records: Iterable[Record]) -> pd.DataFrame:
+    """Hold the claims against clips as they are: `differences` for every set, and the simulated ones as a set."""
+    records = [record for record in records if record.experiment["material"] == CLEAN]
+    of = {name: [r for r in records if r.experiment["set"] == name] for name in SPLITS}
+    parts = [differences(claims_of(scene=name == "ytf"), part) for name, part in of.items()]
+    return pd.concat([simulated().assign(set="simulated", network=""), *parts], ignore_index=True)
+
+
+def words(frame: pd.DataFrame) -> pd.DataFrame:
+    """Say by claim (rows) and set (columns) what `held` says: a word, one of `WORDS`, or none where nobody ran it."""
+    said = verdicts(frame[frame["set"] != "simulated"])
+    world = frame[frame["set"] == "simulated"].set_index("step")
+    said = pd.concat([pd.Series({("simulated", step): compare.verdict(row) for step, row in world.iterrows()}), said])
+    order = [claim for claim in claims_of() if claim in {*frame["step"]}]
+    return said.unstack(0).reindex(index=order, columns=["simulated", *SPLITS])
+
+
+def agreement(said: pd.DataFrame) -> pd.Series:
+    """Say of each claim of `words` how YTF answers the simulator.
+
+    ``same`` and ``opposite`` where both tell a gain or a loss, else ``simulated only``, ``real only`` or ``neither``;
+    empty where one of them was not asked.
+    """
+    sign = {"gains": 1, "cannot be told apart": 0, "loses": -1}
+    one, two = (said[name].map(sign) for name in ("simulated", "ytf"))
+    kinds = [one.isna() | two.isna(), (one == two) & (one != 0), one * two < 0, (one != 0) & (two == 0)]
+    kinds.append((one == 0) & (two != 0))
+    return pd.Series(np.select(kinds, ["", "same", "opposite", "simulated only", "real only"], "neither"), said.index)
+
+
+def both(frame: pd.DataFrame) -> tuple[str, str]:
+    """Return what `verdicts` says of one comparison, a row a network, and the effects as a sentence has them."""
+    effects = [f"{TITLES[row['network']]} {_text(row)}" for row in frame.to_dict("records")]
+    return verdicts(frame.assign(all=0), ["all"]).get(0, "was not run"), ", ".join(effects) or "no numbers"
+
+
+def grid(records: Iterable[Record], pairs: Pairs = GRID) -> pd.DataFrame:
+    """Return `differences` by the share of wrong frames, per cent, and whose they are: share, strangers; 0 for both."""
+    shown = {
+        name: asked for name, asked in MATERIALS.items() if asked == asked._replace(frames=0, score="", suspects=True)
+    }
+    frame = differences(pairs, [record for record in records if record.experiment["material"] in shown])
+    frame = frame[frame["set"] == "ytf"]
+    said = [shown[name] for name in frame["material"]]
+    frame = frame.assign(share=[100 * asked.share for asked in said], strangers=[asked.strangers for asked in said])
+    other = frame[frame["material"] == CLEAN].assign(strangers=STRANGERS[1])
+    return pd.concat([frame, other]).sort_values(["strangers", "network", "share"], kind="stable", ignore_index=True)
+
+
+def in_materials(pairs: Pairs, records: Iterable[Record], chosen: Iterable[str]) -> pd.DataFrame:
+    """Return `differences` on clips of YTF in the chosen materials, in their order, which the step names too."""
+    by_name: dict[str, list[Record]] = {name: [] for name in chosen}
+    for record in records:
+        if record.experiment["set"] == "ytf" and record.experiment["material"] in by_name:
+            by_name[record.experiment["material"]].append(record)
+    frame = differences(pairs, [record for part in by_name.values() for record in part])
+    return frame.assign(step=frame["step"] + ", " + frame["material"])
+
+
+def table(frame: pd.DataFrame, heading: str = "arm", by: str = "step") -> Styler | None:
+    """Show differences as a page does: a row a value of ``by``, each network's with its interval, and the verdict."""
+    if frame.empty:
+        return None
+    said = verdicts(frame, [by])
+    rows: dict[str, dict[str, str]] = {}
+    for (key, network), row in frame.groupby([by, "network"], sort=False).first().iterrows():
+        rows.setdefault(key, {})[f"{TITLES[network]}: MAP@100"] = f"{row['map_at_100']:.4f}"
+        rows[key][f"{TITLES[network]}: gain, points"] = _text(row)
+    shown = pd.DataFrame(rows).T.rename_axis(heading).reset_index()
+    return compare.table(shown.assign(**{"both networks": shown[heading].map(said)}))
+
+
+def claims_table(frame: pd.DataFrame) -> Styler | None:
+    """Show `held` as a page does: a row a claim, a column a set, a word and each effect with its interval."""
+    said = words(frame)
+    cells = said.astype(object).where(said.notna(), "")
+    for (step, name), part in frame.groupby(["step", "set"], sort=False):
+        effects = [
+            f"{TITLES[row.network][0] if row.network else ''} {_text(row._asdict())}" for row in part.itertuples()
+        ]
+        cells.loc[step, name] = "; ".join([said.loc[step, name], *(compare.whole(text.strip()) for text in effects)])
+    return compare.table(cells.rename(columns=TITLES).rename_axis("claim").reset_index())
+
+
+def _text(row: Mapping) -> str:
+    return compare.whole(f"{compare.signed(row['difference'])} {compare.interval_text(row)}")

@@ -1,0 +1,199 @@
+"""Clips of real people, made harder from real frames alone, and simulated ones made like them, for chapter 12.
+
+A material is a store of a split of a public set (`mmlib.data.public`, which fixes the splits), changed in one way.
+Stores lie in `MMLIB_CACHE`, under the content of the tables that they were made of and the code that made them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from mmlib import metrics
+from mmlib.claims import cache_folder, claim, clear_partial
+from mmlib.data.features import digest
+from mmlib.data.public import import_public
+from mmlib.data.quality import rescale
+from mmlib.data.store import ClipStore
+from mmlib.experiment import Experiment
+from mmlib.records import code_hash
+from mmlib.retrieve import retrieve
+
+MAKING = ("data/features.py", "data/public.py", "data/quality.py", "studies/materials.py")
+LIKE = 20  # clips of other people, nearest in mean quality, of which a stranger of like quality is taken
+SHARES = (5, 10, 20, 50)  # wrong frames, per cent
+TWO = 113 / 347  # share of the people of YTF who have four clips, the others three
+STRANGERS = ("anyone", "like quality")
+SCORES = ("norm", "det", "shuffled", "oracle")
+
+
+class Material(NamedTuple):
+    """How a store differs from the clips as they are.
+
+    share: of all frames, that are of other people; strangers: whose.  frames: kept of a clip, 0 for all.  score: in the
+    place of the quality.  suspects: whether clips whose label looks wrong are there.
+    """
+
+    share: float = 0.0
+    strangers: str = STRANGERS[0]
+    frames: int = 0
+    score: str = ""
+    suspects: bool = True
+
+
+CLEAN, TRUSTED = "clean", "without labels that look wrong"
+MATERIALS = {
+    CLEAN: Material(),
+    **{f"{share} % wrong, {who}": Material(share / 100, who) for who, share in product(STRANGERS, SHARES)},
+    **{f"{n} frame{'s' * (n > 1)}": Material(frames=n) for n in (1, 2, 3)},
+    **{f"score: {score}": Material(score=score) for score in SCORES},
+    **{f"20 % wrong, {who}, score: oracle": Material(0.2, who, score="oracle") for who in STRANGERS},
+    TRUSTED: Material(suspects=False),
+}
+WRONG = {who: (CLEAN, *(f"{share} % wrong, {who}" for share in SHARES)) for who in STRANGERS}
+FEWER = (*(name for name, asked in MATERIALS.items() if asked.frames), CLEAN)
+SCORED = (
+    CLEAN,
+    *(name for name, asked in MATERIALS.items() if asked.score),
+    *(f"20 % wrong, {who}" for who in STRANGERS),
+)
+
+
+def store_of(name: str, folder: str | Path, network: str, split: int, material: str = CLEAN) -> ClipStore:
+    """Open the store of a material, `MATERIALS` has them, making it from the tables in `folder` if it is not there.
+
+    name, network: as for `import_public`; split: its seed, which draws the material too.
+    """
+    asked, names = MATERIALS[material], ("frames.parquet", f"{network}.npy", "clips.csv", "scene.npy")
+    files = [path for path in (Path(folder) / name / file for file in names) if path.exists()]
+    said = json.dumps([[digest(path)["sha256"] for path in files], code_hash(MAKING)])
+    place = cache_folder() / "faces" / hashlib.sha256(said.encode()).hexdigest()[:12] / f"{name}-{network}-{split}"
+    path = place / material.replace(" %", "").replace(":", "").replace(",", "").replace(" ", "-")
+    if not path.exists():
+        clean = store_of(name, folder, network, split) if asked[:-1] != Material()[:-1] else None
+        with claim(place.with_name(f"{place.name}-{path.name}.lock")):
+            if not path.exists():
+                clear_partial(path)
+                if clean is None:
+                    import_public(name, folder, path, network=network, seed=split, suspects=asked.suspects)
+                else:
+                    change(clean, path, asked, split)
+    return ClipStore.open(path)
+
+
+def change(store: ClipStore, path: Path, asked: Material, seed: int) -> None:
+    """Write a store of the same clips with other frames or scores; the seed draws them."""
+    rng, face = np.random.default_rng([seed, 12]), store.modalities["face"]
+    rows = [np.arange(start, start + count) for start, count in zip(face.start, face.count)]
+    if asked.frames:
+        rows = [np.sort(rng.permutation(each)[: asked.frames]) for each in rows]
+    count, taken = np.array([len(each) for each in rows]), np.concatenate(rows)
+    shown = replace_frames(store, asked, rng) if asked.share else taken
+    quality = face.columns["quality"][shown]
+    if asked.score:
+        quality = rescale(score_of(store, shown, asked.score, rng), "rank")[0]
+    columns = {"frame": face.columns["frame"][taken], "det": face.columns["det"][shown], "quality": quality}
+    if asked.share:
+        columns["wrong"] = shown != taken
+    provenance = store.meta["provenance"] | {"material": asked._asdict()}
+    spans = {"face": (np.cumsum(count) - count, count)}
+    with ClipStore.create(path, simulated=False, provenance=provenance) as writer:
+        writer.append("face", face.feature[shown], **columns)
+        if "scene" in store.modalities:
+            scene = store.modalities["scene"]
+            writer.append("scene", np.asarray(scene.feature))
+            spans["scene"] = scene.start, scene.count
+        writer.finish(store.clips, store.identities.tolist(), spans)
+
+
+def replace_frames(store: ClipStore, asked: Material, rng: np.random.Generator) -> np.ndarray:
+    """Return which row each frame (F,) shows when a share of all frames is of other people.
+
+    Every clip keeps a frame of its own, so that its label stays true; the others are drawn at random.  A stranger comes
+    from a clip of another person in the same split, so that no val frame is trained on and no training frame ranked:
+    from any such clip, or from one of the ``LIKE`` nearest in mean quality.  Who a distractor is a store does not say,
+    so that now and then one is his own stranger, in a clip that is nobody's answer.
+    """
+    face, clips = store.modalities["face"], store.clips
+    owner, shown = np.repeat(np.arange(len(clips)), face.count), np.arange(len(face.feature))
+    free = np.setdiff1d(shown, face.start + rng.integers(face.count))
+    wanted = round(asked.share * len(shown))
+    if wanted > len(free):
+        raise ValueError(f"share {asked.share}: at most {len(free)} of {len(shown)} frames can be wrong")
+    mean, whose = store.clip_means("face", "quality"), clips["identity"].to_numpy()
+    split = clips["split"].to_numpy()
+    for row in np.sort(rng.permutation(free)[:wanted]):
+        clip = owner[row]
+        others = (split == split[clip]) & (np.arange(len(clips)) != clip)
+        others = np.flatnonzero(others & ((whose != whose[clip]) | (whose < 0)))
+        if asked.strangers != STRANGERS[0]:
+            others = others[np.argsort(abs(mean[others] - mean[clip]), kind="stable")[:LIKE]]
+        stranger = rng.choice(others)
+        shown[row] = face.start[stranger] + rng.integers(face.count[stranger])
+    return shown
+
+
+def score_of(store: ClipStore, shown: np.ndarray, score: str, rng: np.random.Generator) -> np.ndarray:
+    """Return another score of the frames that are shown, rows of a clean store, clip by clip (F,).
+
+    oracle: the cosine with the mean direction of the person's other clips; in a clip of nobody all frames are equal.
+    """
+    face = store.modalities["face"]
+    feature = np.asarray(face.feature, np.float32)
+    if score == "norm":
+        return np.linalg.norm(feature, axis=1)[shown]
+    if score == "det":
+        return face.columns["det"][shown]
+    if score == "shuffled":
+        return rng.permutation(face.columns["quality"][shown])
+    unit = feature / np.maximum(np.linalg.norm(feature, axis=1, keepdims=True), 1e-9)
+    means = np.add.reduceat(unit, face.start) / face.count[:, None]
+    whose, out = store.clips["identity"].to_numpy(), np.zeros(len(shown))
+    place = np.split(np.arange(len(shown)), np.cumsum(face.count)[:-1])
+    for clip in np.flatnonzero(whose >= 0):
+        others = means[(whose == whose[clip]) & (np.arange(len(whose)) != clip)].sum(0)
+        out[place[clip]] = unit[shown[place[clip]]] @ (others / max(np.linalg.norm(others), 1e-9))
+    known = np.repeat(whose >= 0, face.count)
+    out[~known] = np.median(out[known])
+    return out
+
+
+def quality_between(store: ClipStore) -> float:
+    """Return the share of the variance of quality scores that lies between clips, 0 to 1; the rest is within them."""
+    face = store.modalities["face"]
+    quality, count = face.columns["quality"].astype(float), face.count[face.count > 0]
+    mean = store.clip_means("face", "quality")[face.count > 0]
+    return float(count @ (mean - quality.mean()) ** 2 / np.square(quality - quality.mean()).sum())
+
+
+def thinned(store: ClipStore, *, seed: int = 0) -> ClipStore:
+    """Return a store with as few labelled train clips as YTF has: one of a person, two of a share ``TWO`` of them."""
+    rng, table = np.random.default_rng([seed, 12]), store.clips
+    most = 1 + (rng.random(len(store.identities)) < TWO)
+    train = rng.permutation(np.intersect1d(store.select("train", labelled=True), store.select(having="face")))
+    place = table.iloc[train].groupby("identity").cumcount().to_numpy()
+    keep = np.full(len(table), True)
+    keep[store.select("train")] = False
+    keep[train[place < most[store.identity_of(train)]]] = True
+    face = store.modalities["face"]
+    few = replace(face, start=face.start[keep], count=face.count[keep])
+    return replace(store, clips=table[keep].reset_index(drop=True), modalities={"face": few})
+
+
+def whitening(stores: Mapping[str, ClipStore]) -> pd.DataFrame:
+    """Return what whitening adds to class means by quality on simulated clips: clips, train, difference, low, high."""
+    rows = []
+    for name, store in stores.items():
+        arms = [Experiment(classifier=kind) for kind in ("whitened means", "class means")]
+        found = metrics.paired_test(*(retrieve(e, store, device="cpu").ap for e in arms))
+        train = len(store.select("train", labelled=True)) / len(store.identities)
+        rows.append((name, train, *(100 * value for value in (found.difference, found.low, found.high))))
+    return pd.DataFrame(rows, columns=["clips", "train", "difference", "low", "high"])

@@ -1,0 +1,385 @@
+import json
+import os
+from dataclasses import asdict, replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mmlib import metrics
+from mmlib.aggregate import AGGREGATORS
+from mmlib.data.public import NETWORKS
+from mmlib.experiment import TRAINED, Experiment, Training, arm_key
+from mmlib.records import read_results
+from mmlib.retrieve import retrieve
+from mmlib.studies import faces, ladder, materials, plans
+from mmlib.studies.materials import CLEAN, MATERIALS, STRANGERS, Material, store_of
+
+REAL = os.environ.get("MMLIB_REAL_DATA")
+KEPT = read_results("12_faces.jsonl.gz")
+
+
+@pytest.fixture(scope="module")
+def tables(face_tables):
+    return face_tables
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("MMLIB_CACHE", str(tmp_path_factory.getbasetemp() / "faces-cache"))
+
+
+def frames(store):
+    """Return features, whose clip and whose person each frame is of, in the order of the store."""
+    face = store.modalities["face"]
+    clip = np.repeat(np.arange(len(store)), face.count)
+    return np.asarray(face.feature, float), clip, store.clips["identity"].to_numpy()[clip]
+
+
+def origin(store, clean):
+    """Return which frame of the clean store each one shows."""
+    mine, theirs = frames(store)[0], frames(clean)[0]
+    return np.array([np.flatnonzero((theirs == row).all(1))[0] for row in mine])
+
+
+# -- materials -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share, who", [(0.05, "anyone"), (0.2, "like quality"), (0.5, "anyone")])
+def test_wrong_frames_are_real_ones_of_other_people_of_the_same_split(tables, share, who):
+    name = f"{100 * share:g} % wrong, {who}"
+    store, clean = store_of("ytf", tables, "edgeface", 1, name), store_of("ytf", tables, "edgeface", 1)
+    shown, wrong = origin(store, clean), store.modalities["face"].columns["wrong"]
+    _, clip, person = frames(clean)
+    assert (shown != np.arange(len(shown))).tolist() == wrong.tolist() and wrong.sum() == round(share * len(shown))
+    split = clean.clips["split"].to_numpy()
+    assert (split[clip[shown]] == split[clip]).all()
+    assert (clip[shown] == clip)[~wrong].all() and (clip[shown] != clip)[wrong].all()
+    known = wrong & (person >= 0)
+    assert (person[shown] != person)[known].all() and known.any()
+    assert (np.bincount(clip[~wrong], minlength=len(clean)) > 0).all()  # a frame of its own is left
+    for column in ("quality", "det"):  # scores come with the frame
+        given = clean.modalities["face"].columns[column]
+        np.testing.assert_array_equal(store.modalities["face"].columns[column], given[shown])
+
+
+def test_strangers_of_like_quality_are_of_the_nearest_clips(tables, monkeypatch):
+    monkeypatch.setattr(materials, "LIKE", 3)
+    clean, rng = store_of("ytf", tables, "edgeface", 2), np.random.default_rng(0)
+    _, clip, person = frames(clean)
+    mean, split = clean.clip_means("face", "quality"), clean.clips["split"].to_numpy()
+    shown = materials.replace_frames(clean, Material(0.3, "like quality"), rng)
+    for row in np.flatnonzero(shown != np.arange(len(shown))):
+        at, of = clip[row], clip[shown[row]]
+        other = (split == split[at]) & (np.arange(len(mean)) != at)
+        other &= (clean.clips["identity"] != person[row]) | (person[row] < 0)
+        assert (abs(mean[other] - mean[at]) < abs(mean[of] - mean[at]) - 1e-12).sum() < 3
+    far = materials.replace_frames(clean, Material(0.3, "anyone"), np.random.default_rng(0))
+    gap = [abs(mean[clip[each]] - mean[clip])[each != np.arange(len(each))].mean() for each in (shown, far)]
+    assert gap[0] < gap[1] / 3
+
+
+def test_a_share_that_leaves_no_clip_a_frame_of_its_own_is_refused(tables):
+    clean = store_of("ytf", tables, "edgeface", 0)
+    with pytest.raises(ValueError, match="share 0.9: at most 336 of 420 frames can be wrong"):
+        materials.replace_frames(clean, Material(0.9), np.random.default_rng(0))
+
+
+def test_fewer_frames_are_some_of_the_same_clip_with_their_scores(tables):
+    clean = store_of("ytf", tables, "edgeface", 0)
+    for count in (1, 2, 3):
+        store = store_of("ytf", tables, "edgeface", 0, f"{count} frame{'s' * (count > 1)}")
+        shown, clip = origin(store, clean), frames(clean)[1]
+        assert (store.modalities["face"].count == count).all() and len({*shown}) == len(shown)
+        assert (clip[shown] == frames(store)[1]).all()
+        quality = clean.modalities["face"].columns["quality"]
+        np.testing.assert_array_equal(store.modalities["face"].columns["quality"], quality[shown])
+        np.testing.assert_array_equal(store.modalities["scene"].feature, clean.modalities["scene"].feature)
+
+
+def test_scores_are_replaced_on_the_same_scale(tables):
+    clean = store_of("ytf", tables, "edgeface", 0)
+    feature, clip, person = frames(clean)
+    norm = np.linalg.norm(feature, axis=1)
+    unit = feature / norm[:, None]
+    truth = np.zeros(len(unit))
+    for row in np.flatnonzero(person >= 0):
+        others = [unit[clip == other].mean(0) for other in {*clip[(person == person[row]) & (clip != clip[row])]}]
+        truth[row] = unit[row] @ np.mean(others, 0) / np.linalg.norm(np.mean(others, 0))
+    expected = {"norm": norm, "det": clean.modalities["face"].columns["det"], "oracle": truth}
+    for score, value in expected.items():
+        store = store_of("ytf", tables, "edgeface", 0, f"score: {score}")
+        found, known = store.modalities["face"].columns["quality"], person >= 0
+        np.testing.assert_array_equal(store.modalities["face"].feature, clean.modalities["face"].feature)
+        rank = np.corrcoef(pd.Series(found[known]).rank(), pd.Series(value[known]).rank())[0, 1]
+        assert rank > 0.9999 and np.median(found) == pytest.approx(59, abs=3)
+    before = clean.modalities["face"].columns["quality"]
+    shuffled = store_of("ytf", tables, "edgeface", 0, "score: shuffled").modalities["face"].columns["quality"]
+    assert np.allclose(np.sort(shuffled), np.sort(before)) and abs(np.corrcoef(shuffled, before)[0, 1]) < 0.2
+
+
+def test_suspects_are_left_out(tables):
+    assert (
+        len(store_of("ytf", tables, "edgeface", 0)) - len(store_of("ytf", tables, "edgeface", 0, materials.TRUSTED))
+        == 2
+    )
+
+
+def test_every_material_says_that_it_is_real_and_what_it_is(tables):
+    for name, asked in MATERIALS.items():
+        store = store_of("ytf", tables, "mobilefacenet", 0, name)
+        assert not store.meta["simulated"]
+        assert store.meta["provenance"].get("material") == (None if asked[:-1] == Material()[:-1] else asked._asdict())
+    assert len({store_of("ytf", tables, "mobilefacenet", 0, name).fingerprint for name in MATERIALS}) == len(MATERIALS)
+
+
+def test_a_store_is_made_once_and_anew_for_other_tables(tables, tmp_path, monkeypatch):
+    monkeypatch.setenv("MMLIB_CACHE", str(tmp_path))
+    first = store_of("ytf", tables, "edgeface", 0, "2 frames")
+    again = store_of("ytf", tables, "edgeface", 0, "2 frames")
+    assert first.path == again.path and first.path.stat().st_mtime_ns == again.path.stat().st_mtime_ns
+    other = tmp_path / "tables"
+    for name in ("frames.parquet", "edgeface.npy", "clips.csv", "scene.npy"):
+        (other / "ytf").mkdir(parents=True, exist_ok=True)
+        (other / "ytf" / name).write_bytes((tables / "ytf" / name).read_bytes())
+    assert store_of("ytf", other, "edgeface", 0, "2 frames").path == first.path
+    np.save(other / "ytf/edgeface.npy", -np.load(other / "ytf/edgeface.npy"))
+    assert store_of("ytf", other, "edgeface", 0, "2 frames").path != first.path
+
+
+def test_a_material_that_fails_leaves_nothing_behind(tables, tmp_path, monkeypatch):
+    monkeypatch.setenv("MMLIB_CACHE", str(tmp_path))
+    monkeypatch.setitem(MATERIALS, "impossible", Material(0.99))
+    with pytest.raises(ValueError, match="at most"):
+        store_of("ytf", tables, "edgeface", 0, "impossible")
+    assert sorted(path.name for path in tmp_path.rglob("*-0/*")) == ["clean"]
+
+
+# -- records -------------------------------------------------------------------------------------------------
+
+
+def small(name, material, store):
+    """A plan that takes no time."""
+    brief = Training(epochs=1, batch=16, frames=2)
+    arms = {"mean": "mean", "norm": "norm", "quality": "quality"}
+    out = {arm: Experiment(aggregator=pool, hidden=8, training=brief) for arm, pool in arms.items()}
+    return out | {f"{arm}, class means": replace(e, classifier="class means") for arm, e in out.items()}
+
+
+@pytest.fixture(scope="module")
+def kept(tables, tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MMLIB_CACHE", str(tmp_path_factory.getbasetemp() / "faces-cache"))
+    found = [
+        record
+        for network in NETWORKS
+        for material in (CLEAN, "20 % wrong, anyone")
+        for record in faces.measure(small, tables, "ytf", network, material, [0, 1, 2], device="cpu")
+    ]
+    patch.undo()
+    return found
+
+
+def test_kept_records_have_no_person_and_no_place(kept, tables):
+    text = json.dumps([asdict(record) for record in kept])
+    assert "Person" not in text and str(tables) not in text and "faces-cache" not in text
+    assert all(len(record.ap) == 1 and not record.breakdown and not record.losses for record in kept)
+    assert not any(record.simulated for record in kept)
+    assert {record.experiment["data"] for record in kept if record.experiment["seed"] == 1} == {
+        f"ytf, {network}, {material}, split 1" for network in NETWORKS for material in (CLEAN, "20 % wrong, anyone")
+    }
+
+
+def test_kept_records_say_what_was_run(kept):
+    arms = small("ytf", CLEAN, None)
+    for record in kept:
+        assert arm_key(record.experiment) == arm_key(arms[record.experiment["arm"]])
+    assert len({record.key for record in kept}) == len(kept) == 2 * 2 * 6 * 3
+
+
+def test_a_difference_has_the_wider_of_two_intervals(kept, tables):
+    frame = faces.differences({"quality": ("quality, class means", "mean, class means")}, kept)
+    assert frame["network"].tolist() == ["edgeface", "edgeface", "mobilefacenet", "mobilefacenet"]
+    row = frame[(frame["network"] == "edgeface") & (frame["material"] != CLEAN)].iloc[0]
+    aps, splits = {}, []
+    for split in range(3):
+        store = store_of("ytf", tables, "edgeface", split, "20 % wrong, anyone")
+        one, other = (
+            pd.Series(retrieve(replace(e, data=str(store.path), seed=split), store, device="cpu").ap, store.identities)
+            for e in (small("", "", None)[f"{name}, class means"] for name in ("quality", "mean"))
+        )
+        splits.append((one - other).mean())
+        aps[split] = one, other
+    over = metrics.over_worlds(np.array(splits))
+    one, other = (pd.concat([of[side] for of in aps.values()], axis=1).mean(axis=1) for side in (0, 1))
+    within = metrics.paired_test(one.to_numpy(), other.to_numpy())
+    assert row["difference"] == pytest.approx(100 * over.mean, abs=1e-3) and row["interval"] == "splits"
+    assert row["low"] == pytest.approx(100 * min(over.low, within.low), abs=1e-3)
+    assert row["high"] == pytest.approx(100 * max(over.high, within.high), abs=1e-3)
+
+
+def test_arms_are_compared_on_the_splits_that_both_have(kept):
+    pair = {"norm": ("norm, class means", "mean, class means")}
+    of = [r for r in kept if r.experiment["network"] == "edgeface" and r.experiment["material"] != CLEAN]
+    few = [r for r in of if r.experiment["arm"] != "norm, class means" or r.experiment["seed"] < 2]
+    row = faces.differences(pair, few).iloc[0]
+    value = {(r.experiment["arm"], r.experiment["seed"]): r.measures["map_at_100"] for r in of}
+    gains = [value["norm, class means", split] - value["mean, class means", split] for split in (0, 1)]
+    assert row["n"] == 2 and row["difference"] == pytest.approx(100 * np.mean(gains))
+
+
+def test_an_interval_over_people_that_is_wider_counts(kept):
+    pair = {"quality": ("quality, class means", "mean, class means")}
+    before = faces.differences(pair, kept)
+    ends = {"mean, class means: low": -90.0, "mean, class means: high": 90.0}
+    wide = [replace(r, measures=r.measures | ends) if r.experiment["seed"] == 0 else r for r in kept]
+    after = faces.differences(pair, wide)
+    assert (before["low"] > -90).all() and (after["low"] == -90).all() and (after["high"] == 90).all()
+
+
+def test_the_grid_has_the_clean_clips_in_both_halves(kept):
+    frame = faces.grid(kept, faces.WEIGHTED)
+    shares = frame.groupby(["strangers", "network"])["share"].apply(lambda part: sorted({*part}))
+    assert shares["anyone", "edgeface"] == [0, 20] and shares["like quality", "edgeface"] == [0]
+
+
+def row(network, low, high, step="a", name="ytf"):
+    return {"set": name, "network": network, "step": step, "low": low, "high": high, "difference": (low + high) / 2}
+
+
+@pytest.mark.parametrize(
+    "one, two, word",
+    [
+        ((1, 2), (1, 3), "gains"),
+        ((-2, -1), (-3, -1), "loses"),
+        ((1, 2), (-1, 3), "cannot be told apart"),
+        ((1, 2), (-3, -1), "cannot be told apart"),
+        ((-1, 2), (-1, 3), "cannot be told apart"),
+        ((1, 2), None, "cannot be told apart"),
+        ((np.nan, np.nan), (np.nan, np.nan), "cannot be told apart"),
+    ],
+)
+def test_a_verdict_needs_both_networks(one, two, word):
+    rows = [row("edgeface", *one), *([row("mobilefacenet", *two)] if two else [])]
+    assert faces.verdicts(pd.DataFrame(rows))["ytf", "a"] == word
+
+
+def test_agreement_counts_what_simulator_and_video_say():
+    words = pd.DataFrame(
+        {
+            "simulated": ["gains", "gains", "gains", "cannot be told apart", "loses", "gains"],
+            "ytf": ["gains", "loses", "cannot be told apart", "loses", "loses", np.nan],
+        },
+        index=list("abcdef"),
+    )
+    expected = ["same", "opposite", "simulated only", "real only", "same", ""]
+    assert faces.agreement(words).tolist() == expected
+
+
+def test_tables_say_both_networks_and_nothing_of_nothing(kept):
+    shown = faces.table(faces.differences(faces.WEIGHTED, [r for r in kept if r.experiment["material"] == CLEAN]))
+    assert shown.data["arm"].tolist() == ["norm", "quality"]
+    assert {"EdgeFace: gain, points", "MobileFaceNet: gain, points", "both networks"} <= {*shown.data.columns}
+    assert faces.table(faces.differences(faces.WEIGHTED, [])) is None
+    assert faces.both(faces.differences(faces.WEIGHTED, [])) == ("was not run", "no numbers")
+
+
+def test_quality_that_belongs_to_the_clip_varies_between_clips(tables, kept):
+    clean = store_of("ytf", tables, "edgeface", 0)
+    shuffled = store_of("ytf", tables, "edgeface", 0, "score: shuffled")
+    assert materials.quality_between(clean) > 0.99 and materials.quality_between(shuffled) < 0.35  # a fifth by chance
+    quality, clip = clean.modalities["face"].columns["quality"], frames(clean)[1]
+    within = pd.Series(quality).groupby(clip).var(ddof=0).mean() / quality.var()
+    assert materials.quality_between(clean) == pytest.approx(1 - within)
+    said = [r for r in kept if faces.BETWEEN in r.measures]
+    assert {r.experiment["arm"] for r in said} == {faces.BASE} and len(said) == 12
+
+
+def test_a_thinned_world_trains_on_as_few_clips_as_video(store):
+    thin = materials.thinned(store)
+    train = thin.clips[thin.clips["split"] == "train"]
+    had = store.clips["identity"].to_numpy()[
+        np.intersect1d(store.select("train", labelled=True), store.select(having="face"))
+    ]
+    assert {*train.groupby("identity").size()} == {1, 2} and {*train["identity"]} == {*had}
+    assert thin.clips[thin.clips["split"] == "val"].equals(
+        store.clips[store.clips["split"] == "val"].set_index(thin.clips.index[thin.clips["split"] == "val"])
+    )
+    found = materials.whitening({"all": store, "few": thin})
+    assert found["train"].iloc[1] == pytest.approx(len(train) / len(store.identities))
+    assert found["train"].iloc[1] < found["train"].iloc[0]
+    assert np.isfinite(found[["difference", "low", "high"]].to_numpy()).all()
+
+
+# -- what the chapter runs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("material, few", [("2 frames", 1), (CLEAN, 2)])
+def test_what_is_trained_has_the_first_splits_alone(tables, monkeypatch, material, few):
+    monkeypatch.setattr(faces, "HARDER_SPLITS", 1)
+    monkeypatch.setattr(faces, "TRAINED_SPLITS", 2)
+    found = faces.measure(small, tables, "ytf", "edgeface", material, [2, 1, 0], device="cpu")
+    ran = {arm: [r.experiment["seed"] for r in found if r.experiment["arm"] == arm] for arm in small("", "", None)}
+    assert ran == {arm: [2, 1, 0][: None if "class means" in arm else few] for arm in ran}
+
+
+def test_every_arm_of_the_chapter_runs_on_clips_and_on_photographs(tables):
+    for name in ("ytf", "lfw"):
+        store = store_of(name, tables, "mobilefacenet", 0)
+        arms = plans.real(name, CLEAN, store)
+        assert {e.training.epochs for e in arms.values() if e.classifier == "mlp"} == {faces.BUDGET["epochs"]}
+        missing = {arm for pair in faces.claims_of(name == "ytf").values() for arm in pair} - {*arms}
+        assert all("scene" in arm for arm in missing) if name == "lfw" else not missing
+    store = store_of("ytf", tables, "mobilefacenet", 0, "20 % wrong, anyone")
+    assert {*AGGREGATORS} & {*plans.real("ytf", "20 % wrong, anyone", store)} == {
+        "mean", "quality", "learned scores", "NAN", "NAN + scores", "attention + scores"
+    }  # fmt: skip
+    assert not {*AGGREGATORS} & {*plans.real("ytf", "2 frames", store)}
+
+
+def test_the_claims_of_simulated_clips_are_those_of_the_ladder():
+    """One claim has one answer: what chapter 10 says of simulated clips stands in this table too."""
+    world = faces.simulated().set_index("step")
+    records = read_results("10_ladder.jsonl.gz")
+    others = [read_results(f"{name}.jsonl.gz") for name in ("04_arms", "08_ensemble")]
+    claims = ladder.claims(records, ladder.names_of(records, ladder.plan()), *others).set_index("claim")
+    both = claims.index.intersection(world.index)
+    assert len(both) == len(claims) - 1  # the aggregation beside a baseline without a margin is in chapter 10 alone
+    for name in ("difference", "low", "high"):
+        np.testing.assert_allclose(world.loc[both, name].astype(float), claims.loc[both, name].astype(float))
+
+
+@pytest.mark.skipif(not KEPT, reason="no records of real faces are kept")
+def test_kept_records_are_of_the_arms_of_the_chapter(tables):
+    """An arm that changed without a word would find no record."""
+    found: dict = {}
+    for record in KEPT:
+        e = record.experiment
+        found.setdefault((e["set"], e["network"], e["material"]), set()).add((arm_key(e), e["arm"], e["seed"]))
+    wanted = {(name, n, m) for name in faces.SPLITS for n in NETWORKS for m in MATERIALS if name == "ytf" or m == CLEAN}
+    assert {*found} == wanted
+    for (name, _, material), kept_here in found.items():
+        store = store_of("ytf" if name == "ytf" else "lfw", tables, "edgeface", 0, material)
+        planned = plans.real(name, material, store).items()
+        few = min(faces.TRAINED_SPLITS if material == CLEAN else faces.HARDER_SPLITS, faces.SPLITS[name])
+        splits = {arm: few if e.classifier in TRAINED else faces.SPLITS[name] for arm, e in planned}
+        assert kept_here == {(arm_key(e), arm, split) for arm, e in planned for split in range(splits[arm])}
+
+
+@pytest.mark.skipif(not KEPT, reason="no records of real faces are kept")
+def test_kept_records_hold_no_person(tables):
+    assert all(len(record.ap) == 1 and not record.breakdown for record in KEPT)
+
+
+@pytest.mark.skipif(not REAL, reason="MMLIB_REAL_DATA names no folder with the tables of public faces")
+def test_sharp_strangers_take_over_poor_clips_of_real_people():
+    """The finding of the chapter, on one split: quality weights lose far more by anyone's frames than by like ones."""
+    loss = {}
+    for who in STRANGERS:
+        store = store_of("ytf", REAL, "mobilefacenet", 0, f"20 % wrong, {who}")
+        arms = [
+            Experiment(data=str(store.path), aggregator=name, classifier="class means") for name in ("mean", "quality")
+        ]
+        mean, quality = (retrieve(e, store, device="cpu").ap.mean() for e in arms)
+        loss[who] = mean - quality
+    assert loss["anyone"] > 0.15 and 0.02 < loss["like quality"] < 0.15
