@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 from benchmarks.data import SCALES
 from benchmarks.meter import measure
 from mmlib.data import detector, faces
-from mmlib.data.embedder import Embedder
+from mmlib.data.embedder import MOBILEFACENET, Embedder, MobileFaceNet
 from mmlib.threads import one_thread
 
 ROW = np.array([[400, 100, 700, 500, 0.9, 500, 250, 600, 250, 550, 330, 510, 410, 590, 410]], np.float32)
 HOW = ("edgenext_x_small", 512, 112, 0.5, 0.5)
+MOBILE = (MOBILEFACENET, 128, 112, 0.5, 0.5)
 
 
 def make_video(folder: str, scale: str, **_) -> dict:
@@ -40,6 +41,7 @@ def make_video(folder: str, scale: str, **_) -> dict:
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     save_file(timm.create_model(HOW[0], num_classes=HOW[1]).state_dict(), Path(folder, "embedder.safetensors"))
+    save_file(MobileFaceNet().state_dict(), Path(folder, "mobilefacenet.safetensors"))
     torch.save(detector.RetinaFace().state_dict(), Path(folder, "detector.pth"))
     return {}
 
@@ -48,18 +50,24 @@ def _crops(scale: str) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (SCALES[scale].crops, 112, 112, 3), np.uint8)
 
 
-def embed(folder: str, scale: str, **_) -> dict:
+def _embedder(folder: str, architecture: str) -> Embedder:
+    name, how = ("mobilefacenet", MOBILE) if architecture == MOBILEFACENET else ("embedder", HOW)
+    return Embedder(Path(folder, f"{name}.safetensors"), *how)
+
+
+def embed(folder: str, scale: str, architecture: str = HOW[0], **_) -> dict:
     """Embed crops as `import_faces` does: batches, a thread a core.  Bytes: pixels, features."""
-    crops, network = _crops(scale), Embedder(Path(folder, "embedder.safetensors"), *HOW)
+    crops, network = _crops(scale), _embedder(folder, architecture)
     batches = [crops[at : at + faces.BATCH] for at in range(0, len(crops), faces.BATCH)]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool, one_thread(torch.device("cpu")):
         found = measure(lambda: [*pool.map(network, batches)], repeats=1, warm=0)
-    return found | {"work": f"{len(crops):,} crops, {HOW[0]}", "flops": 0, "bytes": crops.size + 4 * 512 * len(crops)}
+    work, wide = f"{len(crops):,} crops, {architecture}", MOBILE[1] if architecture == MOBILEFACENET else HOW[1]
+    return found | {"work": work, "flops": 0, "bytes": crops.size + 4 * wide * len(crops)}
 
 
-def embed_singly(folder: str, scale: str, **_) -> dict:
+def embed_singly(folder: str, scale: str, architecture: str = HOW[0], **_) -> dict:
     """Embed the same crops one by one on one thread."""
-    crops, network = _crops(scale), Embedder(Path(folder, "embedder.safetensors"), *HOW)
+    crops, network = _crops(scale), _embedder(folder, architecture)
     with one_thread(torch.device("cpu")):
         return measure(lambda: [network(crop[None]) for crop in crops], repeats=1) | {"work": "one by one, one thread"}
 
@@ -82,7 +90,7 @@ def import_video(folder: str, scale: str, **_) -> dict:
 
 
 def import_video_singly(folder: str, scale: str, **_) -> dict:
-    """Take the same steps a frame at a time, with the networks as they are built."""
+    """Take the same steps a frame at a time, the networks as they are built, every frame searched at full size."""
     find = detector.load_weights(detector.RetinaFace(), Path(folder, "detector.pth")).eval()
     network = Embedder(Path(folder, "embedder.safetensors"), *HOW)
 

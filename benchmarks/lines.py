@@ -140,6 +140,14 @@ LINES = [
         bars=(Bar("seconds", most=30), Bar("seconds", "baseline", 1.6)),
     ),
     Line(
+        "faces, embed, MobileFaceNet",
+        "faces:embed",
+        (VIDEO,),
+        "faces:embed_singly",
+        bars=(Bar("seconds", most=60), Bar("seconds", "baseline", 1.6)),
+        arguments={"architecture": "mobilefacenet"},
+    ),
+    Line(
         "faces, video",
         "faces:import_video",
         (VIDEO,),

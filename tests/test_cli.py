@@ -609,7 +609,7 @@ def test_places_and_terms_are_said_before_anything_is_fetched(tmp_path, monkeypa
         monkeypatch.setattr(sources, name, "http://127.0.0.1:9/{repository}/{commit}/{path}")
     result = run("fetch", "cfp")
     lines = result.stdout.splitlines()
-    assert result.exit_code == 1 and len(lines) == 5 and lines[-1] == f"to {tmp_path / 'sources'}"
+    assert result.exit_code == 1 and len(lines) == 6 and lines[-1] == f"to {tmp_path / 'sources'}"
     assert all("github.com/" in line and "terms: " in line for line in lines[:-1])
     assert re.fullmatch("mmlib: error: http://127.0.0.1:9/.*cannot be downloaded .*\n", result.stderr)
 

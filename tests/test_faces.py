@@ -1,5 +1,7 @@
 import os
+import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -214,6 +216,20 @@ def test_of_several_faces_the_largest_is_taken(tmp_path, weights, red):
     assert any("2, 0 without a face, 2 with several" in line for line in report.lines())
 
 
+def test_a_larger_face_that_is_less_sure_is_left(tmp_path, weights, monkeypatch):
+    def unsure(network, pictures, long):
+        found = find_red(network, pictures, long)
+        for rows in found:
+            rows[np.prod(rows[:, 2:4] - rows[:, :2], 1).argmax(), 4] = 0.85
+        return found
+
+    monkeypatch.setattr(faces, "detect", unsure)
+    for clip in "ab":
+        save(tmp_path / f"people/ann/{clip}.png", draw((5, 5, 20), (60, 40, 50), (120, 5, 30)))
+    store, _ = run(tmp_path / "people", weights)
+    np.testing.assert_allclose(frames_of(store, "ann-a", "box"), [[120, 5, 150, 35]])
+
+
 def test_in_a_video_a_face_is_followed(tmp_path, weights, red):
     folder = tmp_path / "people/ann"
     folder.mkdir(parents=True)
@@ -365,6 +381,54 @@ def test_a_video_gives_so_many_frames_a_second(tmp_path, rate, number):
     np.testing.assert_allclose(grey, 5 * np.ceil(times * 24 - 1e-6), atol=4)
 
 
+def test_frames_of_a_video_are_searched_at_half_the_size_where_faces_are_large(people, weights, monkeypatch):
+    asked = []
+
+    def look(network, pictures, long):
+        asked.extend([long] * len(pictures))
+        return find_red(network, pictures, long)
+
+    monkeypatch.setattr(faces, "detect", look)
+    run(people, weights, detect_size=600)  # 40 of 160 pixels are 75 of 300
+    assert sorted(asked) == [300] * 8 + [600] * 7
+    asked.clear()
+    run(people, weights, detect_size=480, overwrite=True)
+    assert sorted(asked) == [240] * 8 + [480] * 15
+    save_video(people / "ann/film.mp4", [draw()] * 8, rate=8)
+    asked.clear()
+    run(people, weights, detect_size=600, overwrite=True)
+    assert sorted(asked) == [300] * 8 + [600] * 15
+
+
+@pytest.mark.parametrize("turn", [0, 90, 180, 270])
+def test_a_video_is_turned_as_it_says(tmp_path, turn):
+    upright = draw((20, 10, 40))
+    stored = upright.rotate(turn, expand=True)  # as a camera stores it that is held so
+    save_video(tmp_path / "plain.mp4", [stored] * 9, rate=8)
+    with av.open(str(tmp_path / "plain.mp4")) as source, av.open(str(tmp_path / "film.mp4"), "w") as film:
+        stream = film.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                film.mux(packet)
+    turn_matrix(tmp_path / "film.mp4", turn)
+    frames = [*read_video(tmp_path / "film.mp4", 8)]
+    assert len(frames) == 9
+    for frame in frames:
+        assert frame.shape == (120, 160, 3)
+        assert np.abs(frame.astype(int) - np.asarray(upright)).mean() < 12
+
+
+def turn_matrix(path, turn):
+    """Write into the header of a video's track that it is shown turned clockwise by so many degrees."""
+    content = bytearray(path.read_bytes())
+    at = content.index(b"tkhd") + 4 + 40  # version 0: the matrix of nine numbers stands after 40 bytes
+    angle = np.radians(turn)
+    a, b = round(np.cos(angle)) * 65536, round(np.sin(angle)) * 65536
+    content[at : at + 36] = struct.pack(">9i", a, b, 0, -b, a, 0, 0, 0, 1 << 30)
+    path.write_bytes(bytes(content))
+
+
 def test_a_video_that_breaks_off_gives_what_is_good_and_says_so(tmp_path, people, weights, red, monkeypatch):
     def breaks(path, rate):
         yield np.asarray(draw((20, 10, 40)))
@@ -384,6 +448,24 @@ def test_crops_that_are_aligned_are_taken_as_they_are(people, weights):
     with Image.open(people / "bob/b.png") as picture:
         crop = np.array(picture.resize((32, 32), Image.Resampling.BILINEAR))
     np.testing.assert_allclose(frames_of(store, "bob-b"), embed(crop[None]), atol=2e-3)
+
+
+def test_features_are_held_a_few_batches_at_once_and_written_in_order(people, weights, red, monkeypatch):
+    expected = run(people, weights)[0]
+    seen = []
+    spill = faces.Taken._spill
+
+    def look(self, most):
+        spill(self, most)
+        seen.append(len(self._jobs))
+
+    for name, value in {"BATCH": 2, "WAITING": 1, "BLOCK": 3 * 8}.items():
+        monkeypatch.setattr(faces, name, value)
+    monkeypatch.setattr(faces.Taken, "_spill", look)
+    store, _ = run(people, weights, overwrite=True)
+    assert len(seen) > 7 and max(seen) == 1
+    np.testing.assert_allclose(store.modalities["face"].feature, expected.modalities["face"].feature, atol=2e-3)
+    np.testing.assert_array_equal(store.modalities["face"].columns["box"], expected.modalities["face"].columns["box"])
 
 
 def test_an_interrupt_leaves_nothing(people, weights, red, monkeypatch):
@@ -572,6 +654,44 @@ def test_batch_norms_are_made_part_of_convolutions(weights):
     with torch.no_grad():
         for one, other in zip(plain(pixels), fused(pixels)):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def ultra(tmp_path, monkeypatch):
+    """UltraFace whose network answers with what is given, and keeps what it is asked."""
+
+    class Answers:
+        net = SimpleNamespace(getUnconnectedOutLayersNames=lambda: ["scores", "boxes"])
+
+        def __init__(self, path, read):
+            assert read == "readNetFromONNX"
+
+        def __call__(self, blob, *outputs):
+            assert outputs == ("scores", "boxes") and blob.shape[1:] == (3, 240, 320)
+            self.blob = blob
+            return tuple(np.repeat(of, len(blob), 0) for of in self.answer)
+
+    monkeypatch.setattr(detector, "Graph", Answers)
+    return load_detector(tmp_path / "ultra.onnx")
+
+
+def test_boxes_of_ultraface_are_of_the_picture_with_points_in_them(ultra):
+    scores = np.array([[[0.1, 0.9], [0.2, 0.8], [0.3, 0.7], [0.6, 0.4]]], np.float32)
+    boxes = [[0.25, 0.5, 0.5, 0.75], [0.26, 0.5, 0.5, 0.75], [0.75, 0, 1, 0.25], [0, 0, 1, 1]]
+    ultra.graph.answer = scores, np.array([boxes], np.float32)
+    pictures = [np.full((300, 400, 3), 255, np.uint8), np.full((300, 200, 3), 255, np.uint8)]
+    for rows in detect(ultra, pictures, 640):  # grey beside the second makes it as wide as the first
+        np.testing.assert_allclose(rows[:, :5], [[100, 150, 200, 225, 0.9], [300, 0, 400, 75, 0.7]], rtol=1e-5)
+        points = rows[0, 5:].reshape(5, 2)
+        np.testing.assert_allclose(points, np.array(detector.BOXED) * [100, 75] + [100, 150], rtol=1e-5)
+    assert (ultra.graph.blob[0] == 1).all()
+    assert (ultra.graph.blob[1, :, :, :160] == 1).all() and (ultra.graph.blob[1, :, :, 161:] == 0).all()
+
+
+def test_a_network_that_is_no_ultraface_is_refused(tmp_path):
+    write_onnx(tmp_path / "net.onnx", np.ones((48, 5)))
+    with pytest.raises(ValueError, match=r"net.onnx: of another architecture.* no scores and boxes"):
+        load_detector(tmp_path / "net.onnx")
 
 
 @pytest.mark.parametrize("turn, scale", [(0, 1), (0.5, 2), (-2.5, 0.7), (np.pi, 3)])

@@ -166,8 +166,13 @@ def test_what_is_fetched_is_announced_with_place_and_terms(host, tmp_path):
 
 def test_every_source_is_fixed_to_a_commit_and_a_sum():
     for source in known().values():
-        assert len(bytes.fromhex(source.commit)) == 20 and len(bytes.fromhex(source.sha256)) == 32
-        assert source.commit in source.url and source.repository in source.url and source.terms
+        package = source.repository.startswith("pypi.org/")
+        assert len(bytes.fromhex(source.commit)) == (32 if package else 20) and len(bytes.fromhex(source.sha256)) == 32
+        if package:
+            assert source.commit in source.url.replace("/", "") and source.url.endswith(source.path)
+        else:
+            assert source.repository in source.url and source.commit in source.url
+        assert source.terms and str(source).count(source.repository) == 1
 
 
 @pytest.mark.skipif(

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from mmlib.data.store import ClipStore
 
 Profile = StrEnum("Profile", ["tiny", "quick", "full"])
-PublicSet = StrEnum("PublicSet", ["ytf", "cfp", "lfw"])
+PublicSource = StrEnum(
+    "PublicSource", ["ytf", "cfp", "lfw", "edgeface", "mobilefacenet", "lightqnet", "retinaface", "ultraface"]
+)
 Network = StrEnum("Network", ["edgeface", "mobilefacenet"])
 Scene = StrEnum("Scene", ["masked", "whole", "none"])
 
@@ -127,7 +129,7 @@ def import_faces(
     folder: Annotated[Path, argument("FOLDER", "<person>/<video>, <person>/<picture> or <person>/<clip>/<n>.jpg.")],
     store: NewStore,
     weights: Annotated[Path, option("Embedder: safetensors, weights of torch, or .onnx.", metavar="FILE")],
-    detector: Annotated[Path | None, option("Weights of RetinaFace mobilenet0.25.", metavar="FILE")] = None,
+    detector: Annotated[Path | None, option("RetinaFace mobilenet0.25, or UltraFace (.onnx).", metavar="FILE")] = None,
     aligned: Annotated[bool, option("Pictures are crops, aligned already.", "--aligned")] = False,
     quality: Annotated[Path | None, option("Graph of LightQNet (.pb).", metavar="FILE")] = None,
     table: Annotated[
@@ -136,7 +138,7 @@ def import_faces(
     scenes: Annotated[
         Path | None, option("Folder for whole pictures, of a video one a second.", metavar="FOLDER")
     ] = None,
-    architecture: Annotated[str, option("The embedder's name in timm.")] = "edgenext_x_small",
+    architecture: Annotated[str, option("The embedder's name in timm; mobilefacenet.")] = "edgenext_x_small",
     width: Annotated[int, option("Its outputs.", least=1)] = 512,
     size: Annotated[int, option("Side of its pictures in pixels.", least=1)] = 112,
     mean: Annotated[float, option("What it takes from pixels in [0, 1].")] = 0.5,
@@ -189,13 +191,16 @@ def import_lfw(
 
 
 @command(
-    "fetch ytf", "fetch ytf store/ --folder data/", "fetch cfp store/ --folder data/ --network mobilefacenet --seed 3"
+    "fetch ytf store/",
+    "fetch cfp store/ --network mobilefacenet --seed 3",
+    "fetch ytf store/ --folder data/",
+    "fetch ultraface",
 )
 def fetch(
-    name: Annotated[PublicSet, argument("NAME", "ytf (YouTube Faces frames), cfp or lfw (photographs).")],
-    store: Annotated[Path | None, argument("[STORE]", "Clip store to write of its tables, a folder.")] = None,
+    name: Annotated[PublicSource, argument("NAME", "ytf (YouTube Faces frames), cfp, lfw (photographs); a network.")],
+    store: Annotated[Path | None, argument("[STORE]", "Clip store to make of its photographs, a folder.")] = None,
     folder: Annotated[
-        Path | None, option("Folder of tables, NAME/frames.parquet and others; nothing is fetched.", metavar="FOLDER")
+        Path | None, option("Folder of tables or photographs that are there; nothing is fetched.", metavar="FOLDER")
     ] = None,
     network: Annotated[Network, option("Whose embeddings.")] = Network.edgeface,
     scene: Annotated[Scene, option("Of ytf: scene features, with the face masked or of whole frames.")] = Scene.masked,
@@ -209,34 +214,43 @@ def fetch(
 
     Its photographs and the networks that read them go from their public places to the user's cache (MMLIB_CACHE),
     each checked by its sha256; what is there already stays. Places and terms are said first: they are for
-    research. With STORE, tables of the set, embeddings and scores of every photograph, become a clip store, split into
-    train and val clips and distractors by the seed.
+    research. With STORE, faces are found, aligned, embedded and scored, once, into tables in the cache, and become a
+    clip store, split into train and val clips and distractors by the seed. FOLDER has tables, NAME/frames.parquet and
+    its arrays, or the photographs and networks: those of the cache's sources/, or ytf-frames.tar, cfp-aligned.tar,
+    lfw-pairs-aligned-*.tar.gz beside edgeface-xs.safetensors and the others.
     """
     import rich
 
     from mmlib.claims import cache_folder
-    from mmlib.data import public, sources
+    from mmlib.data import photographs, public, sources
 
     rich.reconfigure(stderr=True)  # standard output is for the report
-    progress, place = sys.stderr.isatty(), cache_folder() / "sources"
-    tables = folder or place.with_name("faces")
+    progress, place, shown = sys.stderr.isatty(), cache_folder() / "sources", None if scene == "none" else scene.value
+    tables, made = cache_folder() / "faces", Path(name.value, "frames.parquet")
+    if folder is not None and store is None:
+        raise ValueError(f"--folder {folder}: needs a STORE to make of it")
+    if store is not None and name.value not in public.SETS:
+        raise ValueError(f"{name.value}: a network, of which no STORE can be made")
     if folder is None:
-        wanted = (name.value, network.value, "retinaface", "lightqnet")
+        also = (*photographs.NEEDED, *[photographs.SCENE_NETWORK] * (name == "ytf" and shown is not None))
+        wanted = (name.value, *also) if name.value in public.SETS else (name.value,)
         print(*sources.announce(wanted, place), f"to {place}", sep="\n", flush=True)
         with writing(place):
             for source in wanted:
                 sources.fetch_source(source, place, progress=progress)
-    elif store is None:
-        raise ValueError(f"--folder {folder}: needs a STORE to make of it")
     if store is None:
         return
-    if folder is None and not (tables / name.value).exists():
-        what = "no tables, of which to make a STORE; give a folder that has them by --folder"
-        raise ValueError(f"{tables / name.value}: {what}")
-    shown, kept = None if scene == "none" else scene.value, not without_suspects
-    options = {"network": network.value, "scene": shown, "seed": seed, "suspects": kept, "overwrite": overwrite}
+    if folder is not None and (folder / made).exists():
+        tables = folder
+    elif not (tables / made).exists() or (shown and name == "ytf" and not (tables / "ytf/scene.npy").exists()):
+        options: dict = {"scenes": shown is not None, "overwrite": True, "progress": progress}
+        with writing(tables):
+            print(*photographs.make_tables(name.value, folder or place, tables, **options), sep="\n", flush=True)
+    else:
+        print(f"tables: made before, in {tables / name.value}")
+    options = {"network": network.value, "scene": shown, "seed": seed, "overwrite": overwrite, "progress": progress}
     with writing(store):
-        report = public.import_public(name.value, tables, store, progress=progress, **options)
+        report = public.import_public(name.value, tables, store, suspects=not without_suspects, **options)
     print(*report.lines(), sep="\n")
 
 

@@ -1,8 +1,11 @@
-"""Where the faces of a picture are, with their eyes, noses and mouths (RetinaFace), and crops by these points."""
+"""Where the faces of a picture are, with their eyes, noses and mouths (RetinaFace, UltraFace), and crops by them."""
 
 from __future__ import annotations
 
 import importlib
+import threading
+import warnings
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 PACKAGES = {"av": "PyAV (av)", "cv2": "opencv-python-headless"}  # of the extra `faces`
 # Where the eyes, the nose and the mouth's corners of an aligned face are, of 112 pixels a side (ArcFace).
 TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
+# Where they are in a box of UltraFace, as shares of its sides: medians over frames of YouTube Faces, made symmetric.
+BOXED = ((0.26, 0.415), (0.74, 0.415), (0.5, 0.61), (0.31, 0.767), (0.69, 0.767))
 ANCHORS = {8: (16, 32), 16: (64, 128), 32: (256, 512)}  # sides in pixels, by stride
 VARIANCE = (0.1, 0.2)  # of the offsets of places, of the logarithms of sides
 MEAN = (123, 117, 104)  # of red, green and blue
@@ -87,13 +92,71 @@ class RetinaFace(nn.Module):
         return read(self.ClassHead, 2).softmax(-1)[..., 1], read(self.BboxHead, 4), read(self.LandmarkHead, 10)
 
 
-def load_detector(path: Path) -> nn.Module:
-    """Load RetinaFace, every batch norm made part of the convolution before it, which takes a quarter of its time."""
-    network = load_weights(RetinaFace(), path).eval()
+class Graph:
+    """A network that OpenCV runs, which keeps its input: one thread at a time."""
+
+    def __init__(self, path: Path, read: str):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file of weights")
+        cv2 = need("cv2")
+        try:
+            self.net: Any = getattr(cv2.dnn, read)(str(path))
+        except cv2.error as error:
+            raise ValueError(f"{path}: not a network that OpenCV reads ({error.err})") from None
+        self.lock = threading.Lock()
+
+    def __call__(self, blob: np.ndarray, *outputs: str) -> Any:
+        with self.lock:
+            self.net.setInput(blob)
+            return self.net.forward(outputs) if outputs else self.net.forward()
+
+
+class UltraFace:
+    """Find boxes of faces, of pictures at 320 x 240 pixels: `version-RFB-320.onnx` of its repository.
+
+    github.com/Linzaer/Ultra-Light-Fast-Generic-Face-Detector-1MB, which gives no points: `BOXED` stands for them.
+    """
+
+    def __init__(self, path: Path):
+        self.graph = Graph(path, "readNetFromONNX")
+        if {*self.graph.net.getUnconnectedOutLayersNames()} != {"scores", "boxes"}:
+            raise ValueError(f"{path}: of another architecture: it makes no scores and boxes, as UltraFace does")
+
+    def __call__(self, pictures: list[np.ndarray], least: float, overlap: float) -> list[np.ndarray]:
+        """Find faces as `detect` does."""
+        cv2, sides, canvases = need("cv2"), [], []
+        for picture in pictures:  # grey at the right and below makes it 4 : 3
+            height, width = picture.shape[:2]
+            sides.append([max(width, height * 4 / 3), max(height, width * 3 / 4)])
+            wide, high = (max(1, round(side * 320 / sides[-1][0])) for side in (width, height))
+            canvases.append(np.full((240, 320, 3), 127, np.uint8))
+            canvases[-1][:high, :wide] = cv2.resize(picture, (wide, high), interpolation=cv2.INTER_AREA)
+        blob = cv2.dnn.blobFromImages(canvases, 1 / 128, (320, 240), (127, 127, 127))
+        found = []
+        for score, box, side in zip(*self.graph(blob, "scores", "boxes"), np.array(sides)):
+            best = np.flatnonzero(score[:, 1] >= least)
+            best = best[(-score[best, 1]).argsort(kind="stable")]
+            corners = box[best].reshape(-1, 2, 2) * side
+            kept = _suppress(corners.reshape(-1, 4), overlap)
+            corners, score = corners[kept], score[best[kept], 1]
+            points = corners[:, :1] + np.array(BOXED) * (corners[:, 1:] - corners[:, :1])
+            row = np.concatenate([corners.reshape(-1, 4), score[:, None], points.reshape(-1, 10)], 1)
+            found.append(row.astype(np.float32))
+        return found
+
+
+def load_detector(path: Path) -> nn.Module | UltraFace:
+    """Load RetinaFace's weights, or UltraFace, an ONNX file."""
+    return UltraFace(path) if path.suffix.lower() == ".onnx" else fuse(load_weights(RetinaFace(), path))
+
+
+def fuse(network: nn.Module) -> nn.Module:
+    """Make every batch norm part of the convolution before it: they take a quarter of the time."""
+    network.eval()
     for block in network.modules():
         if isinstance(block, nn.Sequential):
             for (name, conv), (after, norm) in pairwise(list(block.named_children())):
-                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                if isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d:  # subclasses do more
                     setattr(block, name, fuse_conv_bn_eval(conv, norm))
                     setattr(block, after, nn.Identity())
     return network.to(memory_format=torch.channels_last)
@@ -101,14 +164,16 @@ def load_detector(path: Path) -> nn.Module:
 
 @torch.inference_mode()
 def detect(
-    network: nn.Module, pictures: list[np.ndarray], long: int, *, least: float = 0.5, overlap: float = 0.3
+    network: nn.Module | UltraFace, pictures: list[np.ndarray], long: int, *, least: float = 0.5, overlap: float = 0.3
 ) -> list[np.ndarray]:
     """Find the faces of pictures (h, w, 3) uint8, RGB, of any sizes: of each an array (n, 15), best first.
 
     A row has the box x1, y1, x2, y2, the score, at least `least`, and x, y of five points: the eyes, left of the
     picture first, nose, mouth corners; in pixels of the picture.  Of boxes that overlap by more than `overlap`,
-    intersection over union, the best is kept.  long: pixels of the longer side in which faces are looked for.
+    intersection over union, the best is kept.  long: pixels of the longer side in which RetinaFace looks for faces.
     """
+    if isinstance(network, UltraFace):
+        return network(pictures, least, overlap)
     fitted = [_fit(picture, long) for picture in pictures]
     found = [np.empty((0, 15), np.float32) for _ in pictures]
     for shape in {canvas.shape for canvas, *_ in fitted}:
@@ -166,14 +231,14 @@ def _suppress(boxes: np.ndarray, overlap: float) -> list[int]:
     return kept
 
 
-def align(picture: np.ndarray, points: np.ndarray, size: int) -> np.ndarray:
+def align(picture: np.ndarray, points: np.ndarray, size: int, which: Sequence[int] = (0, 1, 2, 3, 4)) -> np.ndarray:
     """Cut faces out of a picture (h, w, 3) by their points (n, 5, 2): (n, S, S, 3), bilinear, black outside.
 
-    The similarity that brings the points nearest to `TEMPLATE` (Umeyama, 1991) is a product and a sum of complex
-    numbers, fitted by least squares.
+    The similarity that brings the points nearest to `TEMPLATE`, or to `which` of it, (Umeyama, 1991) is a product and a
+    sum of complex numbers, fitted by least squares.
     """
     cv2 = need("cv2")
-    source, target = points.astype(float) @ [1, 1j], np.array(TEMPLATE) @ [1, 1j] * (size / 112)
+    source, target = points.astype(float) @ [1, 1j], np.array(TEMPLATE)[[*which]] @ [1, 1j] * (size / 112)
     middle = source.mean(1, keepdims=True)
     spread = np.square(abs(source - middle)).sum(1).clip(1e-9)
     turn = np.conj(source - middle) @ (target - target.mean()) / spread
@@ -185,11 +250,17 @@ def align(picture: np.ndarray, points: np.ndarray, size: int) -> np.ndarray:
 
 
 def load_weights(network: nn.Module, path: Path) -> nn.Module:
-    """Load a state dict, safetensors or what torch's `weights_only` reads, into a network of the same architecture."""
+    """Load a state dict, safetensors or what torch's `weights_only` reads, into a network of the same architecture.
+
+    Linear layers whose weights are int8 (torch's dynamic quantisation) are loaded as numbers.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such file of weights")
     try:
-        state = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, that quantised tensors are an old kind
+            state = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
+        state = _as_numbers(state.get("net_state_dict", state))
         if not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError("no state dict, which maps names to tensors")
     except Exception as error:  # unpickling may raise anything
@@ -200,6 +271,24 @@ def load_weights(network: nn.Module, path: Path) -> nn.Module:
     except RuntimeError as error:
         raise ValueError(f"{path}: of another architecture: {' '.join(str(error).split())[:200]} ...") from None
     return network
+
+
+def _as_numbers(state: dict) -> dict:
+    """Return a state dict in which weights are numbers: of a quantised one each packed layer's weight and bias."""
+    packed = "._packed_params._packed_params"
+    if not any(name.endswith(packed) for name in state):
+        return state
+    plain = {}
+    for name, value in state.items():
+        name = name.removeprefix("model.")
+        if name.endswith(packed):
+            stem, (weight, bias) = name.removesuffix(packed), value
+            plain[f"{stem}.weight"] = weight.dequantize()
+            if bias is not None:
+                plain[f"{stem}.bias"] = bias.data
+        elif not name.endswith((".scale", ".zero_point", "._packed_params.dtype")):
+            plain[name] = value
+    return plain
 
 
 def need(module: str) -> Any:

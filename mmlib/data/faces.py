@@ -10,7 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryFile
+from typing import IO, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ from rich.progress import track
 
 from mmlib.data.detector import align, detect, load_detector, need
 from mmlib.data.embedder import Embedder, Quality
-from mmlib.data.features import digest
+from mmlib.data.features import BLOCK, digest
 from mmlib.data.foreign import ImportReport, count_lost, read_rows, to_half
 from mmlib.data.images import SUFFIXES, by_number, read_image
 from mmlib.data.quality import BY_RANK, rescale, said
@@ -32,6 +33,9 @@ from mmlib.threads import one_thread
 PICTURES = (*SUFFIXES, ".bmp", ".webp")
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".webm")
 CHUNK, BATCH = 16, 32  # pictures that one thread decodes and searches at once, faces that it embeds
+WAITING = 16  # batches of faces whose features are in memory
+ALIKE = 0.99  # of the best score, of faces of which the largest is taken: a poster, or no face at all, has less
+LARGE = 64  # pixels of a face at half the size of a search, of which the points are nearly as good as of a larger one
 PIXELS = 2**25  # of pictures that are in memory together, in one thread, unless one alone has more
 SCENES = "faces.json"  # beside the clips' folders of scene pictures: what wrote them
 RULE = "half of a person's clips, rounded down, to train, the others to val, by seed {}; one clip alone is a distractor"
@@ -42,9 +46,9 @@ class FaceSettings:
     """With what faces are found and embedded.
 
     weights, architecture, width, size, mean, std: see `Embedder`; size is the side of a crop in pixels.  detector:
-    weights of `RetinaFace`; None takes every picture for a face that is aligned already.  quality: the graph of
-    `Quality`, or None.  detect_size: pixels of the longer side of a picture in which faces are looked for.  rate:
-    frames a second of a video.  seed: of the split.
+    weights of `RetinaFace`, or `UltraFace`; None takes every picture for a face that is aligned already.  quality: the
+    graph of `Quality`, or None.  detect_size: pixels of the longer side of a picture in which faces are looked for.
+    rate: frames a second of a video.  seed: of the split.
     """
 
     weights: Path
@@ -95,10 +99,10 @@ def import_faces(
     """Turn photographs, crops or videos into a store of faces.
 
     `folder` has a folder a person, as `list_faces` reads it; a `table` of files in it, with the columns path, clip,
-    identity (or empty) and split, says otherwise.  Of several faces the largest is taken, in a video the one nearest to
-    that of the frame before.  Frames without a face are left out; a clip without any stands in the store without
-    frames.  scenes: a folder for whole pictures as `<clip>/<n>.jpg`, of a video one a second.  A file that cannot be
-    read is refused, or left out and counted.
+    identity (or empty) and split, says otherwise.  Of several faces the largest of those as sure as the best (`ALIKE`)
+    is taken, in a video the one nearest to that of the frame before.  Frames without a face are left out; a clip
+    without any stands in the store without frames.  scenes: a folder for whole pictures as `<clip>/<n>.jpg`, of a video
+    one a second.  A file that cannot be read is refused, or left out and counted.
     """
     began, folder = time.perf_counter(), Path(folder)
     if not folder.is_dir():
@@ -126,7 +130,8 @@ def import_faces(
         stack.callback(pool.shutdown, cancel_futures=True)
         stack.enter_context(one_thread(torch.device("cpu")))  # each of the pool
         find = Finder(detector, settings, kept, [*clips["clip"]])
-        taken = Taken(lambda crops: pool.submit(work, crops))
+        spilled = stack.enter_context(TemporaryFile(dir=writer.partial))
+        taken = Taken(lambda crops: pool.submit(work, crops), spilled)
         for source, found in _ahead(pool, workers + 1, find, _chunks(files, folder, settings.rate, progress)):
             if isinstance(found, ValueError) and not skip_bad_files:
                 raise found
@@ -135,9 +140,6 @@ def import_faces(
             raise ValueError(f"{folder}: no face in any of {sum(taken.seen.values())} pictures")
         feature, loss, quality = taken.embedded()
         owner, frame, rows = (np.array(column) for column in zip(*taken.rows))
-        for row in nonfinite_rows(feature):
-            where = f"clip {clips['clip'][owner[row]]}, frame {frame[row]}"
-            raise ValueError(f"{settings.weights}: {where}: a number of its feature is none that float16 can hold")
         lost = count_lost(loss, settings.weights)
         columns = {"frame": frame}
         if detector:
@@ -146,7 +148,13 @@ def import_faces(
             # The scores of a network have a unit of their own.
             columns["quality"], done = rescale(quality, BY_RANK, str(settings.quality))
             provenance["quality"] |= done
-        writer.append("face", feature, **columns)
+        step = max(1, BLOCK // feature.shape[1])
+        for first in range(0, len(feature), step):
+            block = np.array(feature[first : first + step])
+            for row in first + nonfinite_rows(block):
+                where = f"clip {clips['clip'][owner[row]]}, frame {frame[row]}"
+                raise ValueError(f"{settings.weights}: {where}: a number of its feature is none that float16 can hold")
+            writer.append("face", block, **{name: of[first : first + step] for name, of in columns.items()})
         count = np.bincount(owner, minlength=len(clips))
         clips = clips.assign(start=np.cumsum(count) - count, count=count).iloc[sorted(taken.seen)]
         named = pd.Categorical(clips["identity"])
@@ -164,7 +172,7 @@ def import_faces(
     report.notes = [
         f"split: {'as the table says' if table else RULE.format(settings.seed)}",
         f"pictures: {sum(taken.seen.values())}, {taken.empty} without a face, {taken.several} with several",
-        "of several faces the largest was taken, in a video the nearest to the last",
+        "of several faces the largest that is as sure as the best was taken, in a video the nearest to the last",
     ]
     if quality is not None:
         report.notes.append(said(done))
@@ -292,7 +300,8 @@ class Finder:
             except ValueError as error:
                 found[at] = error
             if sum(picture.size for picture in held.values()) >= 3 * PIXELS or at == len(chunk) - 1:
-                found |= zip(held, self._search([*held.values()]))
+                filmed = [chunk[place].frame is not None for place in held]
+                found |= zip(held, self._search([*held.values()], filmed))
                 held = {}
         return [found[at] for at in range(len(chunk))]
 
@@ -307,28 +316,40 @@ class Finder:
             Image.fromarray(picture).save(self.folder / clip / f"{source.number}.jpg", quality=92)
         return picture
 
-    def _search(self, pictures: list[np.ndarray]) -> list[Found]:
+    def _search(self, pictures: list[np.ndarray], filmed: list[bool]) -> list[Found]:
         size = self.settings.size
         if self.detector is None:
             row = np.zeros((1, 15), np.float32)
             fitted = (Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR) for picture in pictures)
             return [Found(row, np.asarray(crop)[None]) for crop in fitted]
-        rows = detect(self.detector, pictures, self.settings.detect_size)
+        found: list[np.ndarray | None] = [None] * len(pictures)
+        for long in (self.settings.detect_size // 2, self.settings.detect_size):
+            half = long < self.settings.detect_size
+            asked = [at for at, rows in enumerate(found) if rows is None and (filmed[at] or not half)]
+            for at, rows in zip(asked, detect(self.detector, [pictures[at] for at in asked], long)):
+                side = np.sqrt(np.prod(rows[:, 2:4] - rows[:, :2], 1)).min(initial=np.inf) if len(rows) else 0
+                if not half or side * long >= LARGE * max(pictures[at].shape):
+                    found[at] = rows
+        rows = [of for of in found if of is not None]
         return [Found(of, align(picture, of[:, 5:].reshape(-1, 5, 2), size)) for picture, of in zip(pictures, rows)]
 
 
 class Taken:
-    """The face that is taken of each picture, in order; batches of them are embedded while others are found."""
+    """The face that is taken of each picture, in order; batches of them are embedded while others are found.
 
-    def __init__(self, embed: Callable[[np.ndarray], Future]):
+    Features go to the open file `spilled`, so that no more than some batches of them are in memory.
+    """
+
+    def __init__(self, embed: Callable[[np.ndarray], Future], spilled: IO[bytes]):
         self.rows: list[tuple[int, int, np.ndarray]] = []  # clip, number, row as `detect` has it
         self.seen: Counter[int] = Counter()  # pictures that could be read, by clip
         self.bad: list[str] = []
         self.empty = self.several = 0
-        self._embed, self._jobs, self._crops = embed, list[Future](), list[np.ndarray]()
+        self._embed, self._jobs, self._crops = embed, deque[Future](), list[np.ndarray]()
+        self._spilled, self._width, self._scores = spilled, 0, list[tuple[np.ndarray, np.ndarray | None]]()
 
     def add(self, source: Source, found: Found | ValueError) -> None:
-        """Take the largest face, in a video the one nearest to the last of its clip."""
+        """Take the largest face of those as sure as the best, in a video the one nearest to the last of its clip."""
         if isinstance(found, ValueError):
             self.bad.append(str(found))
             return
@@ -338,7 +359,8 @@ class Taken:
         self.empty += not len(rows)
         if not len(rows):
             return
-        at = np.prod(rows[:, 2:4] - rows[:, :2], 1).argmax()
+        sure = rows[:, 4] >= ALIKE * rows[:, 4].max()
+        at = np.where(sure, np.prod(rows[:, 2:4] - rows[:, :2], 1), 0).argmax()
         if source.frame is not None and self.rows and self.rows[-1][0] == source.clip:
             before = self.rows[-1][2]
             at = np.square(rows[:, :2] + rows[:, 2:4] - before[:2] - before[2:4]).sum(1).argmin()
@@ -350,13 +372,25 @@ class Taken:
     def embedded(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Return of the faces taken features (F, D) float16, their losses and scores, see `to_half`."""
         self._submit()
-        feature, loss, quality = zip(*(job.result() for job in self._jobs))
-        return np.concatenate(feature), np.concatenate(loss), None if quality[0] is None else np.concatenate(quality)
+        self._spill(0)
+        self._spilled.flush()
+        feature = np.memmap(self._spilled, np.float16, "r", shape=(len(self.rows), self._width))
+        loss, quality = zip(*self._scores)
+        return feature, np.concatenate(loss), None if quality[0] is None else np.concatenate(quality)
 
     def _submit(self) -> None:
         if self._crops:
             self._jobs.append(self._embed(np.stack(self._crops)))
             self._crops = []
+            self._spill(WAITING)
+
+    def _spill(self, most: int) -> None:
+        """Write features out, in order, until at most so many batches of them are in memory."""
+        while len(self._jobs) > most:
+            feature, *scores = self._jobs.popleft().result()
+            self._spilled.write(feature.tobytes())
+            self._width = feature.shape[1]
+            self._scores.append(tuple(scores))
 
 
 def _ahead(

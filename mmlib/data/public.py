@@ -85,7 +85,7 @@ def import_public(
     files = {"table": folder / name / "frames.parquet", "array": array}
     if name == "ytf":
         files |= {"clips": folder / name / "clips.csv"} | ({"scene": folder / name / SCENES[scene]} if scene else {})
-    digests, notes = _checked(folder, files)
+    digests, notes = check_sums(folder, files)
     table, features = _read_faces(files["table"], name), open_array(array)
     if len(table) != len(features):
         raise ValueError(f"{array}: {len(features)} rows, but {files['table']} has {len(table)}")
@@ -206,7 +206,7 @@ def _read_checks(path: Path, identity: pd.Series) -> pd.Series:
     return checks
 
 
-def _checked(folder: Path, files: dict[str, Path]) -> tuple[dict, list[str]]:
+def check_sums(folder: Path, files: dict[str, Path]) -> tuple[dict, list[str]]:
     """Digest files, hold them to what SHA256SUMS in the folder lists, and say for how many it did."""
     sums, listed = folder / "SHA256SUMS", {}
     for number, line in enumerate(sums.read_text().splitlines() if sums.exists() else [], 1):

