@@ -108,7 +108,8 @@ def pays_from(results: list[dict]) -> str:
             ahead = (took["drawn epoch"] < took["epoch"])[::-1].cummin()[::-1]
             factor = took["epoch"] / took["drawn epoch"]
             if ahead.any():
-                return f"{ahead.idxmax():,} on, and {factor.iloc[-1]:.2g} times faster with {factor.index[-1]:,} ({place})"
+                most = f"{factor.iloc[-1]:.2g} times faster with {factor.index[-1]:,}"
+                return f"{ahead.idxmax():,} on, and {most} ({place})"
             return f"none of the sizes measured, up to {factor.index[-1]:,}, on ({place})"
     return "sizes that were not measured"
 

@@ -2,7 +2,6 @@ import hashlib
 import os
 import shutil
 import tarfile
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from typer.testing import CliRunner
 
 from mmlib.cli import app
 from mmlib.data import photographs
-from mmlib.data.degrade import STRENGTHS, choose_frames, degrade, degrade_frames
+from mmlib.data.degrade import STRENGTHS, choose_frames, degrade
 from mmlib.data.detector import TEMPLATE, RetinaFace, load_detector, load_weights
 from mmlib.data.embedder import Embedder, MobileFaceNet
 from mmlib.data.photographs import check_labels, make_tables
@@ -338,23 +337,6 @@ def test_a_share_of_each_clip_is_chosen_and_a_larger_one_has_it_all():
     assert len({tuple(row) for row in chosen[1]}) == 5 and (choose_frames(clip, 0.4, 1) != chosen[2].ravel()).any()
     with pytest.raises(ValueError, match="share must be in"):
         choose_frames(clip, 1.5)
-
-
-def test_only_the_chosen_frames_of_a_table_are_degraded(ytf, small):
-    plain, _ = make(ytf)
-    change = partial(degrade_frames, kind="exposure", strength=2, share=0.4)
-    tables = ytf.parent / "degraded"
-    make_tables("ytf", ytf, tables, scenes=False, degrade=change)
-    table = pd.read_parquet(plain / "frames.parquet")
-    chosen = choose_frames(table["clip"], 0.4)
-    off = [
-        np.abs(np.load(plain / f) - np.load(tables / "ytf" / f)).max(1) for f in ("edgeface.npy", "mobilefacenet.npy")
-    ]
-    assert (off[0][chosen] > 0).all() and (off[0][~chosen] == 0).all() and (off[1][chosen] > 0).all()
-    quality = pd.read_parquet(tables / "ytf/frames.parquet")["quality"]
-    np.testing.assert_array_equal(quality != table["quality"], chosen)
-    make_tables("ytf", ytf, tables, scenes=False, degrade=change, overwrite=True)
-    np.testing.assert_array_equal(quality, pd.read_parquet(tables / "ytf/frames.parquet")["quality"])
 
 
 # Real faces

@@ -57,16 +57,3 @@ def choose_frames(clip: pd.Series, share: float, seed: int = 0) -> np.ndarray:
     order = pd.Series(np.random.default_rng(seed).random(len(clip)), clip.index).groupby(clip).rank()
     size = clip.groupby(clip).transform("size")
     return (order <= (share * size).round()).to_numpy()
-
-
-def degrade_frames(
-    table: pd.DataFrame, crops: np.ndarray, *, kind: str, strength: float, share: float = 1, seed: int = 0
-) -> np.ndarray:
-    """Return crops (F, S, S, 3) of a table, a share of those of each clip degraded; a frame's draws are its own.
-
-    With its options set it is what `photographs.make_tables` takes as `degrade`.
-    """
-    changed = crops.copy()
-    for row in np.flatnonzero(choose_frames(table["clip"], share, seed)):
-        changed[row] = degrade(crops[row], kind, strength, np.random.default_rng((seed, row)))
-    return changed

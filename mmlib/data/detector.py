@@ -145,7 +145,10 @@ class UltraFace:
         return found
 
 
-def load_detector(path: Path) -> nn.Module | UltraFace:
+Detector = nn.Module | UltraFace
+
+
+def load_detector(path: Path) -> Detector:
     """Load RetinaFace's weights, or UltraFace, an ONNX file."""
     return UltraFace(path) if path.suffix.lower() == ".onnx" else fuse(load_weights(RetinaFace(), path))
 
@@ -164,7 +167,7 @@ def fuse(network: nn.Module) -> nn.Module:
 
 @torch.inference_mode()
 def detect(
-    network: nn.Module | UltraFace, pictures: list[np.ndarray], long: int, *, least: float = 0.5, overlap: float = 0.3
+    network: Detector, pictures: list[np.ndarray], long: int, *, least: float = 0.5, overlap: float = 0.3
 ) -> list[np.ndarray]:
     """Find the faces of pictures (h, w, 3) uint8, RGB, of any sizes: of each an array (n, 15), best first.
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps
 from rich.progress import track
 
-from mmlib.data.detector import align, detect, load_detector, need
+from mmlib.data.detector import Detector, align, detect, load_detector, need
 from mmlib.data.embedder import Embedder, Quality
 from mmlib.data.features import BLOCK, digest
 from mmlib.data.foreign import ImportReport, count_lost, read_rows, to_half
@@ -287,7 +287,7 @@ def read_video(path: Path, rate: float) -> Iterator[np.ndarray | ValueError]:
 class Finder:
     """Find and cut the faces of a chunk of pictures, and keep whole pictures where that is asked for."""
 
-    def __init__(self, detector: torch.nn.Module | None, settings: FaceSettings, folder: Path | None, clips: list[str]):
+    def __init__(self, detector: Detector | None, settings: FaceSettings, folder: Path | None, clips: list[str]):
         self.detector, self.settings, self.folder, self.clips = detector, settings, folder, clips
 
     def __call__(self, chunk: list[Source]) -> list[Found | ValueError]:
@@ -330,8 +330,8 @@ class Finder:
                 side = np.sqrt(np.prod(rows[:, 2:4] - rows[:, :2], 1)).min(initial=np.inf) if len(rows) else 0
                 if not half or side * long >= LARGE * max(pictures[at].shape):
                     found[at] = rows
-        rows = [of for of in found if of is not None]
-        return [Found(of, align(picture, of[:, 5:].reshape(-1, 5, 2), size)) for picture, of in zip(pictures, rows)]
+        whole = [of for of in found if of is not None]
+        return [Found(of, align(picture, of[:, 5:].reshape(-1, 5, 2), size)) for picture, of in zip(pictures, whole)]
 
 
 class Taken:

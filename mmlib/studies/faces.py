@@ -25,8 +25,8 @@ from mmlib.studies import ladder
 from mmlib.studies.ladder import Pairs
 from mmlib.studies.materials import CLEAN, MATERIALS, STRANGERS, quality_between, store_of
 
-SPLITS = {"ytf": 10, "cfp": 1, "lfw": 1}
-TRAINED_SPLITS, HARDER_SPLITS = 3, 3  # of arms that are trained, on clips as they are and on harder ones
+SPLITS = {"ytf": 10, "cfp": 3, "lfw": 3}
+TRAINED_SPLITS, HARDER_SPLITS = 10, 3  # of arms that are trained, on clips as they are and on harder ones
 TITLES = {"edgeface": "EdgeFace", "mobilefacenet": "MobileFaceNet", "ytf": "YTF", "cfp": "CFP", "lfw": "LFW"}
 # Of a tenth of the clips as many steps as in the worlds of chapter 04, some ninety.
 BUDGET: dict[str, Any] = {"epochs": 16, "batch": 64}

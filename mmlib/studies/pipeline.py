@@ -110,7 +110,7 @@ class Frames:
 
     def embed(self, crops: np.ndarray, scored: bool = True) -> dict[str, np.ndarray]:
         """Return features of crops by network, and their quality."""
-        networks = {**self.embedders, **({"quality": self.score} if scored else {})}
+        networks: dict[str, Callable] = {**self.embedders, **({"quality": self.score} if scored else {})}
         return {kind: in_batches(of, crops) for kind, of in networks.items()}
 
 
@@ -131,7 +131,7 @@ def degraded(frames: Frames, scratch: Path) -> Iterator[dict]:
         for strength in strengths:
 
             def embed(kind: str = kind, strength: float = strength) -> dict[str, np.ndarray]:
-                rngs = (np.random.default_rng((0, row)) for row in rows)
+                rngs = (np.random.default_rng((0, int(row))) for row in rows)
                 changed = [degrade(crops[row], kind, strength, rng) for row, rng in zip(rows, rngs)]
                 return frames.embed(np.stack(changed))
 
@@ -146,8 +146,9 @@ def degraded(frames: Frames, scratch: Path) -> Iterator[dict]:
         for (kind, strength), of in {("clean", 0.0): None, **made}.items():
             for share in SHARES if of else (0.0,):
                 chosen, at = choose_frames(table["clip"], share), {name: clean[name].copy() for name in clean}
-                for name in (network, "quality") if of else ():
-                    at[name][chosen[asked]] = of[name][chosen[rows]]
+                if of:
+                    for name in (network, "quality"):
+                        at[name][chosen[asked]] = of[name][chosen[rows]]
                 x, quality = at[network].reshape(true.shape), at["quality"].reshape(shape)
                 arms = pool_arms(x, quality, det, usefulness(x, identity, true))
                 ap = {arm: leave_one_out(cosines(clips), identity) for arm, clips in arms.items()}
@@ -169,7 +170,7 @@ def _kept(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np
     """Read arrays that were made before, or make and keep them."""
     if not path.exists():
         part = path.with_suffix(".part.npz")
-        np.savez(part, **make())
+        np.savez(part, **make())  # type: ignore[arg-type]  # numpy's hint has its option among the names
         part.rename(path)
     with np.load(path) as file:
         return dict(file)
@@ -225,7 +226,6 @@ def decisions(frames: Frames, scratch: Path) -> Iterator[dict]:
         for arm in ("score", "score to the fourth power", "quality", "best frame", "oracle"):
             yield row("weights of five frames", "MAP@100", ap[arm], ap["mean"], a=arm, b="mean", **names)
         yield from _scenes(frames, scratch.parent, cosines(arms["mean"]), partial(row, **names))
-        yield from _boxes(frames, scratch, network, x, partial(row, **names))
     yield from _int8(frames, row)
     yield from _profiles(frames, scratch, row)
 
@@ -251,25 +251,6 @@ def _scenes(frames: Frames, tables: Path, face: np.ndarray, row: Callable[..., d
         for share in (0.1, 0.2):
             ap = leave_one_out(face + share * scene, frames.identity)
             yield row("a scene beside the face", "MAP@100", ap, plain, a=f"{share} of a scene, {kind}", b="face alone")
-
-
-def _boxes(frames: Frames, scratch: Path, network: str, x: np.ndarray, row: Callable[..., dict]) -> Iterator[dict]:
-    """Align on the box of UltraFace instead of five points."""
-    try:
-        detector = load_detector(find_source("ultraface", frames.sources))
-    except ValueError as error:
-        yield {"decision": "a box for five points", "missing": str(error)}
-        return
-
-    def embed() -> dict[str, np.ndarray]:
-        with photographs_of("ytf", frames.sources, scratch) as place:
-            table, _ = list_photographs("ytf", place)
-            _, _, crops = cut_faces("ytf", place, table, frames.points, detector, own=True)
-        return frames.embed(crops, scored=False)
-
-    made = _kept(scratch / "boxes.npz", embed)[network].reshape(x.shape)
-    ap = [leave_one_out(cosines(_unit(of).mean(1)), frames.identity) for of in (made, x)]
-    yield row("what a face is aligned on", "MAP@100", *ap, a="the box of UltraFace", b="five points")
 
 
 def _int8(frames: Frames, row: Callable[..., dict]) -> Iterator[dict]:
