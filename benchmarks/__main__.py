@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         options = {"scale": asked.scale, "reference": path, "folder": str(Path(folder).resolve()), "limit": limit}
         for found in measure_all(lines, growth, scene, device=asked.device, known=known, **options):
-            save(asked.save, found)
+            save(asked.save, with_known(found, known))
     if parity and path:
         found["parity"] = hold(path)
         save(asked.save, found)
@@ -71,6 +71,14 @@ def earlier(path: str | None, scale: str) -> list[dict]:
     same = same and found["machine"].get("library") in libraries
     every = [*found["lines"], *found["growth"]] if same and found["scale"] == scale else []
     return [row for row in every if "seconds" in row or "points" in row]
+
+
+def with_known(found: dict, known: list[dict]) -> dict:
+    """Return what was found with the known rows that are still to come, so that none is lost where a run ends early."""
+    there = {(row["name"], row["device"]) for row in found["lines"] + found["growth"]}
+    rest = [row for row in known if (row["name"], row["device"]) not in there]
+    parts = {"lines": [row for row in rest if "points" not in row], "growth": [row for row in rest if "points" in row]}
+    return found | {part: found[part] + rows for part, rows in parts.items()}
 
 
 def save(path: str | None, found: dict) -> None:
@@ -243,7 +251,8 @@ def finish(row: dict, ceilings: dict[str, float], bars: tuple[Bar, ...]) -> dict
     }
     row["bars"] = []
     for bar in bars if row["scale"] == "full" else ():
-        value = row["ratios"].get(bar.other, {}).get(bar.quantity) if bar.other else row[bar.quantity]
+        own = {"seconds": row["median"], "memory": row["memory"]}
+        value = (row["ratios"].get(bar.other, {}) if bar.other else own).get(bar.quantity)
         if value is not None:
             met = value >= bar.ratio if bar.other else value <= bar.most
             row["bars"].append(

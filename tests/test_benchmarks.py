@@ -76,9 +76,24 @@ def test_shares_are_those_of_the_ceilings_in_the_median_time():
 
 def test_bars_hold_medians_and_memory_against_the_other():
     bars = (lines.Bar("seconds", "reference", 2), lines.Bar("memory", "reference", 3), lines.Bar("memory", most=49))
+    bars += (lines.Bar("seconds", most=2), lines.Bar("seconds", most=4))
     other = {"seconds": [6.0], "memory": 149}
     found = command.finish(row(reference=other), CEILINGS, bars)
-    assert [(bar["value"], bar["met"]) for bar in found["bars"]] == [(2, True), (2.98, False), (50, False)]
+    assert [(bar["value"], bar["met"]) for bar in found["bars"]] == [
+        (2, True),
+        (2.98, False),
+        (50, False),
+        (3, False),
+        (3, True),
+    ]
+
+
+def test_known_rows_that_are_still_to_come_are_saved_too():
+    line, series = {"name": "rank", "device": "cpu", "seconds": [1]}, {"name": "growth", "device": "cpu", "points": []}
+    found = {"lines": [line], "growth": [], "scale": "full"}
+    saved = command.with_known(found, [line, line | {"device": "cuda"}, series])
+    assert saved == {"lines": [line, line | {"device": "cuda"}], "growth": [series], "scale": "full"}
+    assert found["growth"] == []
 
 
 def test_bars_without_a_reference_and_at_a_small_scale_are_left_out():
