@@ -152,7 +152,7 @@ def test_the_keyboard_reaches_what_can_be_clicked(browser, page, width):
     assert unreached(browser, SITE, page, width) == []
 
 
-GOOD = """<!doctype html><html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,"><title>A page</title>
+GOOD = """<!doctype html><html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,"><title>A</title>
 <meta name="viewport" content="width=device-width"><style>body { margin: 8px; color: #222; background: white }</style>
 </head><body><article><h1 id="top">A page</h1><p>It answers its question.</p><figure><div class="drawing">
 <svg role="img" aria-label="A dot." viewBox="0 0 300 99" width="300"><text y="20" font-size="14">dot</text></svg></div>
