@@ -74,7 +74,8 @@ def look(browser, folder: Path, pages, theme="light", width=WIDE, shots: Path | 
     with served(folder) as site, opened(browser, site, theme, width) as (tab, said):
         for page in pages:
             tab.goto(site + page, wait_until="load")
-            found = faults[page] = []
+            drawn = tab.evaluate("document.documentElement.dataset.theme")
+            found = faults[page] = [] if drawn in (theme, None) else [f"is {drawn}"]
             if shots:
                 name = f"{page.removesuffix('.html').replace('/', '-')}-{width}-{theme}.jpg"
                 tab.screenshot(path=shots / name, full_page=True, type="jpeg", quality=80)
@@ -112,7 +113,8 @@ def report() -> list[str]:
 @pytest.mark.parametrize("width", [WIDE, PHONE])
 def test_every_page_is_sound(browser, width, theme):
     SHOTS.mkdir(exist_ok=True)
-    assert look(browser, SITE, report(), theme, width, SHOTS) == {}
+    found = look(browser, SITE, report(), theme, width, SHOTS)
+    assert not found, "\n".join(f"{page}: {fault}" for page, faults in found.items() for fault in faults)
 
 
 @needs_browser
@@ -181,6 +183,7 @@ FAULTS = [  # what is written instead of what, and what is then said
     ("color: #222", "color: #999", "contrast"),
     (">above<", "><", "discernible text"),
     ("h2>", "h5>", "Heading levels"),
+    ('lang="en"', 'lang="en" data-theme="dark"', "is dark"),
 ]
 
 
