@@ -169,7 +169,7 @@ FAULTS = [  # what is written instead of what, and what is then said
     ("<pre>", '<pre style="overflow-x: auto">' + 400 * "x", "cut: pre"),
     ("<p>It answers", "<pre>import mmlib</pre><p>It answers", "code on the first screen"),
     ("<p>It answers", '<p style="margin-top: 900px">It answers', "no sentence is whole"),
-    ('"drawing">\n<svg', '"drawing" style="overflow-x: auto"><svg style="width: 2000px"', "cut: div"),
+    ('"drawing">\n<svg', '"drawing" style="overflow-x: auto"><svg class="wide" style="width: 2000px"', "cut: div"),
     ('font-size="14"', 'font-size="7"', "small letters"),
     (' alt="A line."', "", "no alternative text"),
     (' aria-label="A dot."', "", "no alternative text"),

@@ -154,6 +154,11 @@ def write_minus(app: Sphinx, doctree: nodes.document, page: str) -> None:
         raw.children = [nodes.Text(text)]
 
 
+def mend_citations(app: Sphinx, page: str, template: str, context: dict, doctree: nodes.document | None) -> None:
+    """Take the role of a list from citations, which are no items of one to a screen reader."""
+    context["body"] = context.get("body", "").replace('<div role="list" class="citation-list">', "<div>")
+
+
 def write_all_pages(app: Sphinx, env: BuildEnvironment) -> list[str]:
     """Have every page written: a number glued from another may have changed under an unchanged one."""
     return sorted(env.found_docs)
@@ -192,6 +197,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     for hook in (drop_empty_sections, fold_making, place_drawings):
         app.connect("doctree-read", hook, priority=450)
     app.connect("doctree-resolved", write_minus)
+    app.connect("html-page-context", mend_citations)
     app.connect("env-updated", write_all_pages)
     # Browsers and screen readers read MathML themselves; MathJax would come from another site at each visit.
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_display_math, None))
