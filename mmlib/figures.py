@@ -26,7 +26,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from mmlib import compare
 
@@ -65,6 +65,7 @@ ON_ANY_GROUND = {
 }
 NARROW, LOW = 4.2, 2.8  # inches, of a drawing and of one of its panels on a phone, where letters stay legible
 WIDEST_LABEL = 34  # letters of a row
+MOST_LETTERS = 30  # of the ticks of a narrow axis
 MOST_NAMES = 3  # beside each other in a legend
 MOST_IMAGES = 5  # of a drawing
 _INK, _CHALK = "#222222", "#fefefe"  # letters on a ground of their own
@@ -185,6 +186,11 @@ def _narrow(figure: Figure) -> str:
             ax.set_subplotspec(place)
     figure.set_size_inches(min(NARROW, figure.get_figwidth()), height)
     for ax in figure.axes:
+        ticks = [label.get_text() for label in ax.get_xticklabels()]
+        if isinstance(ax.xaxis.get_major_locator(), MaxNLocator):
+            ax.locator_params(axis="x", nbins=4)
+        elif len("".join(ticks)) > MOST_LETTERS:
+            ax.tick_params(axis="x", rotation=60)
         names = ax.get_legend_handles_labels()[1] if ax.get_legend() else []
         for columns in range(min(MOST_NAMES, len(names)) - 1, 0, -1):
             if ax.get_legend().get_window_extent().width > 0.9 * figure.bbox.width:

@@ -149,6 +149,16 @@ def test_a_legend_on_a_phone_is_no_wider_than_the_drawing():
     assert float(re.search(r'width="([\d.]+)pt"', narrow)[1]) / 72 < figures.NARROW + 0.3
 
 
+def test_ticks_of_a_drawing_for_a_phone_do_not_run_into_each_other():
+    figures.forest(
+        FOREST.assign(arm=["a long name of an arm, " + name for name in "abc"]), label="arm", value="difference"
+    )
+    assert len(re.findall(r">−?[\d.]+</text>", metadata(plt.gcf())["narrow"])) <= 5
+    names = TRACED.assign(p=["baseline", "aggregation and loss", "scene"] * 2)
+    figures.traces(names, x="p", y="gain", by="arm", scale="categories", ax=plt.subplots()[1])
+    assert "rotate(-60" in metadata(plt.gcf())["narrow"]
+
+
 def test_a_negative_number_in_a_drawing_has_a_minus():
     drawn = figures.drawing(figures.verdict_grids(GRID.assign(difference=[0.4, -8.0, 0.1])))
     assert ">−8.0</text>" in drawn and "&gt;−8.0&lt;/text" in drawn and ">-8.0" not in drawn
