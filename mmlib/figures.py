@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import io
+import pickle
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,8 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.gridspec import GridSpec
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from mmlib import compare
 
@@ -61,8 +63,10 @@ ON_ANY_GROUND = {
     to_hex("0.9"): "rgb(128 128 128 / .3)",
     to_hex("0.93"): "rgb(128 128 128 / .2)",
 }
-SMALLEST = 0.55  # of its own size, to which a drawing may shrink before it scrolls
+NARROW, LOW = 4.2, 2.8  # inches, of a drawing and of one of its panels on a phone, where letters stay legible
 WIDEST_LABEL = 34  # letters of a row
+MOST_LETTERS = 30  # of the ticks of a narrow axis
+MOST_NAMES = 3  # beside each other in a legend
 MOST_IMAGES = 5  # of a drawing
 _INK, _CHALK = "#222222", "#fefefe"  # letters on a ground of their own
 _DRAWN: WeakKeyDictionary[Figure, list[pd.DataFrame]] = WeakKeyDictionary()  # what each figure was drawn from
@@ -141,24 +145,64 @@ def notice(simulated: bool, detail: str = "", *, public: str = "") -> None:
 def drawing(figure: Figure) -> str:
     """Return a figure as SVG with the letters and the ink of the page that it stands in.
 
-    Its metadata has what it was drawn from, as a table (``data``), and who made that (``made``).
+    Its metadata has what it was drawn from, as a table (``data``), who made that (``made``), and the same for a narrow
+    screen (``narrow``).
     """
+    frames = _DRAWN.get(figure, [])
+    made = dict.fromkeys(frame.attrs.get("made", "Computed when this page was built.") for frame in frames)
+    said = {"data": _as_csv(frames), "made": " ".join([*made, *_intervals(frames)]), "narrow": _narrow(figure)}
+    texts = [f'<metadata class="{kind}">{html.escape(text)}</metadata>' for kind, text in said.items() if text]
+    return _svg(figure, "wide").replace(">", ">" + "".join(texts), 1)
+
+
+def _svg(figure: Figure, kind: str) -> str:
+    """Return a figure as SVG of a class, without metadata."""
     file = io.StringIO()
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mmlib"}):
         figure.savefig(file, format="svg", transparent=True, dpi=144, metadata=dict.fromkeys(("Date", "Creator")))
     drawn = file.getvalue().partition("<svg ")[2]
-    wide = re.search(r'width="([\d.]+)pt"', drawn)
-    least = f'style="min-width: {SMALLEST * float(wide[1]):.0f}pt" ' if wide else ""
-    drawn = f'<svg {least}fill="currentColor" {drawn}'  # matplotlib leaves black, the default of SVG, out
+    drawn = f'<svg class="{kind}" fill="currentColor" {drawn}'  # matplotlib leaves black, the default of SVG, out
     for colour, on_any_ground in ON_ANY_GROUND.items():
         drawn = drawn.replace(colour, on_any_ground)
-    drawn = re.sub(r' id="[a-zA-Z]\w*_\d+"', "", drawn)  # to which nothing points
-    drawn = re.sub(r'<g id="tip ([^"]*)">', r"<g><title>\1</title>", drawn)
-    frames = _DRAWN.get(figure, [])
-    made = " ".join(dict.fromkeys(frame.attrs.get("made", "Computed when this page was built.") for frame in frames))
-    said = {"data": _as_csv(frames), "made": made}
-    texts = [f'<metadata class="{kind}">{html.escape(text)}</metadata>' for kind, text in said.items() if text]
-    return re.sub(r"<metadata>.*?</metadata>", lambda _: "".join(texts), drawn, count=1, flags=re.DOTALL)
+    drawn = re.sub(r' id="[a-zA-Z]\w*_\d+"|\s*<metadata>.*?</metadata>', "", drawn, flags=re.DOTALL)
+    drawn = re.sub(r"(<text[^>]*>)-(?=[.\d])", r"\1−", drawn)  # a minus, where a format has left a hyphen
+    return re.sub(r'<g id="tip ([^"]*)">', r"<g><title>\1</title>", drawn)
+
+
+def _narrow(figure: Figure) -> str:
+    """Return a figure for a narrow screen: as wide as that, with panels below each other, each with its own labels."""
+    figure = pickle.loads(pickle.dumps(figure))  # the one that is shown stays as it is
+    plt.close(figure)
+    placed = [ax for ax in figure.axes if ax.get_subplotspec()]
+    rows, columns = placed[0].get_gridspec().get_geometry() if placed else (1, 1)
+    height = figure.get_figheight()
+    if columns > 1:
+        height = len(placed) * min(height / rows, LOW)
+        for ax in placed:
+            first = placed[ax.get_subplotspec().num1 // columns * columns]
+            ax.set_ylabel(ax.get_ylabel() or first.get_ylabel())
+            ax.tick_params(labelleft=True, labelbottom=True)
+        for ax, place in zip(placed, GridSpec(len(placed), 1, figure)):
+            ax.set_subplotspec(place)
+    figure.set_size_inches(min(NARROW, figure.get_figwidth()), height)
+    for ax in figure.axes:
+        ticks = [label.get_text() for label in ax.get_xticklabels()]
+        if isinstance(ax.xaxis.get_major_locator(), MaxNLocator):
+            ax.locator_params(axis="x", nbins=4)
+        elif len("".join(ticks)) > MOST_LETTERS:
+            ax.tick_params(axis="x", rotation=60)
+        names = ax.get_legend_handles_labels()[1] if ax.get_legend() else []
+        for columns in range(min(MOST_NAMES, len(names)) - 1, 0, -1):
+            if ax.get_legend().get_window_extent().width > 0.9 * figure.bbox.width:
+                _legend_above(ax, columns)
+    return _svg(figure, "narrow")
+
+
+def _intervals(frames: Sequence[pd.DataFrame]) -> list[str]:
+    """Say over what the intervals of frames are, where they know it."""
+    known = [frame[["n", "interval"]].dropna() for frame in frames if {"n", "interval"} <= set(frame)]
+    over = [f"{n:g} {kind}" for frame in known for n, kind in frame.itertuples(index=False)]
+    return [f"Intervals over {compare.listed(dict.fromkeys(over))}."] if over else []
 
 
 def _has_pictures(figure: Figure) -> bool:
@@ -186,9 +230,9 @@ def _note(ax: Axes, frame: pd.DataFrame) -> None:
 
 def glue_drawing(name: str, figure: Figure, alt: str) -> None:
     """Make a figure available to other pages; alt: what it shows."""
-    drawn = re.sub(r"<metadata.*?</metadata>", "", drawing(figure), flags=re.DOTALL)
+    drawn = _svg(figure, "wide") + re.sub(r'(\bid="|url\(#|href="#)', r"\1narrow-", _narrow(figure))
     plt.close(figure)
-    drawn = drawn.replace("<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ', 1)
+    drawn = drawn.replace("<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ')
     _record(name, {"text/html": f'<div class="drawing">{drawn}</div>', "text/plain": repr(alt)})
 
 
@@ -225,9 +269,8 @@ def forest(
         bar = ax.errorbar(part[value], place, xerr=_error(part, value), **style)
         if not by:
             said = part.iloc[0]
-            measured = (
-                f"{compare.signed(said[value])} {compare.interval_text(said)}" if said[value] else "the reference"
-            )
+            measured = f"{compare.signed(said[value])} {compare.interval_text(said)}".replace("-", "−")
+            measured = measured if said[value] else "the reference"
             bar.lines[0].set_gid(f"tip {kind}: {measured}")
     ax.axvline(0, color="0.5", linewidth=0.8)
     labels = [textwrap.fill(str(name), WIDEST_LABEL) for name in rows]
@@ -235,7 +278,7 @@ def forest(
     ax.locator_params(axis="x", nbins=7)
     ax.grid(axis="y", visible=False)
     if by and kinds:
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(3, len(kinds)))
+        _legend_above(ax, min(MOST_NAMES, len(kinds)))
     if alone:
         lines = max(label.count("\n") + 1 for label in ["", *labels])
         ax.figure.set_size_inches(6.0, 1 + len(rows) * max(0.3, 0.17 * lines + 0.05, 0.14 * len(kinds) if by else 0))
@@ -293,9 +336,15 @@ def traces(
         ax.axhline(reference, color="0.5", linewidth=0.8)
     ax.set(**axis)
     if len(groups) > 1 and legend != "none":
-        above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": min(3, len(groups))}
-        ax.legend(**(above if legend == "above" else {"loc": legend}))
+        if legend == "above":
+            _legend_above(ax, min(MOST_NAMES, len(groups)))
+        else:
+            ax.legend(loc=legend)
     return ax
+
+
+def _legend_above(ax: Axes, columns: int) -> None:
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns)
 
 
 def plain_log(ax: Axes, *axes: str) -> Axes:
@@ -390,8 +439,7 @@ def verdict_grids(frame: pd.DataFrame) -> Figure:
                 place = columns.index(row["share"]) + 0.88, rows.index(row["wrong quality"]) + 0.16
                 ax.plot(*place, "o", color=_INK, markersize=3.5, markeredgecolor=_CHALK, markeredgewidth=0.6)
         ax.set(xlabel="share of wrong frames (factor)", ylabel="" if column else f"{arm}:\nquality of wrong faces")
-        if line == 0:
-            ax.text(0, 1.03, f"reliability {reliability:g}", transform=ax.transAxes, fontsize=9)
+        ax.text(0, 1.03, f"reliability {reliability:g}", transform=ax.transAxes, fontsize=9)
     return figure
 
 

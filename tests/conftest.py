@@ -27,6 +27,7 @@ WAITED_FOR = {
     "MMLIB_REAL_DATA": "MMLIB_REAL_DATA=folder",
     "snakemake": "snakemake on the PATH",
     "report": "tasks.py book",
+    "chromium": "a chromium",
 }
 
 

@@ -265,7 +265,8 @@ def test_how_a_page_was_made_is_folded_and_begins_with_the_parameters(study):
 
 DRAWN = (
     '<svg width="1"><metadata class="data">arm,gain\na &amp; b,1\n</metadata><metadata class="made">Two records.'
-    '</metadata><path id="m1"/><use xlink:href="#m1" clip-path="url(#p2)"/></svg>'
+    '</metadata><metadata class="narrow">&lt;svg width="2"&gt;&lt;path id="m1"/&gt;&lt;/svg&gt;</metadata>'
+    '<path id="m1"/><use xlink:href="#m1" clip-path="url(#p2)"/></svg>'
 )
 
 
@@ -279,6 +280,17 @@ def test_a_drawing_stands_in_its_page_and_its_numbers_beside_it(study, tmp_path)
     body = figure[0].astext()
     assert 'role="img" aria-label="Dots &quot;a&quot;"' in body and "metadata" not in body
     assert 'id="fig-dots-m1"' in body and 'href="#fig-dots-m1"' in body and "url(#fig-dots-p2)" in body
+    assert body.count('<svg role="img"') == 2 and 'id="fig-dots-narrow-m1"' in body
     (data,) = page.findall(addnodes.download_reference)
     assert (tmp_path / data["reftarget"].lstrip("/")).read_text() == "arm,gain\na & b,1\n"
     assert figure[-1].astext() == "data · Two records."
+
+
+def test_a_negative_number_has_a_minus_but_not_code_and_no_range(study):
+    page = new_document("page")
+    prose = "from -0.51 [-1.02, -.1] to 3-5 on 2026-11-28, CC-BY-4, 1e-3, x-1"
+    page += nodes.paragraph("", prose, nodes.literal("", "-p -1"))
+    page += nodes.raw("", "<style>a { top: -1px }</style><td class='-1'>-0.2</td>", format="html")
+    study.write_minus(None, page, "page")
+    written = prose.replace("-0.51", "−0.51").replace("-1.02", "−1.02").replace("-.1", "−.1")
+    assert page.astext() == written + "-p -1" + "\n\n" + "<style>a { top: -1px }</style><td class='-1'>−0.2</td>"

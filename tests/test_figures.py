@@ -80,7 +80,7 @@ def test_a_drawing_has_the_ink_of_the_page_and_says_what_it_shows(shown):
     assert "gain &lt;in points&gt;" in first  # letters, not outlines
     assert "currentColor" in first and "rgb(128 128 128 / .3)" in first  # letters, and the grid
     assert to_hex(".15") not in first and to_hex("0.9") not in first
-    assert first.count("<svg") == first.count("</svg") == 1 and "metadata" not in first
+    assert first.count("<svg role=") == first.count("</svg") == 2 and "metadata" not in first  # wide and narrow
 
 
 def metadata(figure):
@@ -113,17 +113,60 @@ def test_black_follows_the_page_and_ids_without_a_use_are_left_out():
     figure, ax = plt.subplots()
     ax.plot([0, 1], [0, 1], "o", color=figures.BLACK)
     drawn = figures.drawing(figure)
-    assert drawn.startswith("<svg style=") and 'fill="currentColor"' in drawn[:200] and "#000000" not in drawn
+    assert drawn.startswith('<svg class="wide"') and 'fill="currentColor"' in drawn[:200] and "#000000" not in drawn
     assert 'id="axes_1"' not in drawn and re.search(r'<path id="m\w+"', drawn)
 
 
 def test_letters_of_a_heat_map_stay_dark_on_a_dark_page():
     drawn = figures.drawing(figures.verdict_grids(GRID.assign(difference=[0.4, -8.0, 0.1])))
-    assert drawn.count(f"fill: {figures._INK}") >= 2 and drawn.count(f"fill: {figures._CHALK}") == 1  # a number a cell
+    assert (
+        drawn.count(f"fill: {figures._INK}") >= 2 and drawn.count(f"fill: {figures._CHALK}") == 2
+    )  # of a number a cell, wide and narrow
 
 
 def test_nothing_is_said_to_be_drawn_from_what_is_not_drawn_by_us():
-    assert metadata(plt.subplots()[0]) == {}
+    assert set(metadata(plt.subplots()[0])) == {"narrow"}
+
+
+def test_on_a_phone_panels_stand_below_each_other_each_with_its_labels():
+    figure, axes = figures.panels(3, sharey=True)
+    for ax in axes:
+        figures.traces(
+            TRACED, x="p", y="gain", by="arm", ax=ax, xlabel="share", ylabel="" if ax is not axes[0] else "gain"
+        )
+    size, narrow = figure.get_size_inches().tolist(), metadata(figure)["narrow"]
+    wide, high = (float(re.search(rf'{side}="([\d.]+)pt"', narrow)[1]) / 72 for side in ("width", "height"))
+    assert wide < figures.NARROW + 0.3 and high > 2 * figures.LOW
+    assert narrow.count(">gain</text>") == narrow.count(">share</text>") == 3
+    assert narrow.count(">4</text>") == 3  # a tick of a shared axis
+    assert figure.get_size_inches().tolist() == size and plt.get_fignums() == [figure.number]
+
+
+def test_a_legend_on_a_phone_is_no_wider_than_the_drawing():
+    names = TRACED.assign(arm=["a method with a long name"] * 3 + ["another one with a name as long"] * 3)
+    figures.traces(names, x="p", y="gain", by="arm", legend="above")
+    narrow = metadata(plt.gcf())["narrow"]
+    assert float(re.search(r'width="([\d.]+)pt"', narrow)[1]) / 72 < figures.NARROW + 0.3
+
+
+def test_ticks_of_a_drawing_for_a_phone_do_not_run_into_each_other():
+    figures.forest(
+        FOREST.assign(arm=["a long name of an arm, " + name for name in "abc"]), label="arm", value="difference"
+    )
+    assert len(re.findall(r">−?[\d.]+</text>", metadata(plt.gcf())["narrow"])) <= 5
+    names = TRACED.assign(p=["baseline", "aggregation and loss", "scene"] * 2)
+    figures.traces(names, x="p", y="gain", by="arm", scale="categories", ax=plt.subplots()[1])
+    assert "rotate(-60" in metadata(plt.gcf())["narrow"]
+
+
+def test_a_negative_number_in_a_drawing_has_a_minus():
+    drawn = figures.drawing(figures.verdict_grids(GRID.assign(difference=[0.4, -8.0, 0.1])))
+    assert ">−8.0</text>" in drawn and "&gt;−8.0&lt;/text" in drawn and ">-8.0" not in drawn
+
+
+def test_a_drawing_says_over_what_its_intervals_are():
+    figures.forest(FOREST.assign(n=[10, NAN, 10.0], interval="worlds"), label="arm", value="difference")
+    assert metadata(plt.gcf())["made"] == "Computed when this page was built. Intervals over 10 worlds."
 
 
 # -- style ---------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ PACKAGES = ("mmlib", "benchmarks")  # what chapters compute with
 LOGGER = logging.getLogger(__name__)
 MADE = "how-this-page-was-made"  # the section that is folded, and takes the parameters
 METADATA = re.compile(r'<metadata class="(\w+)">(.*?)</metadata>', re.DOTALL)  # of a drawing
+HYPHEN = re.compile(r"(?<![\w.,)\]-])-(?=\.?\d)")  # that stands for a minus
 SUMMARY = "Parameters, searches and reruns"
 
 
@@ -126,8 +127,10 @@ def place_drawings(app: Sphinx, doctree: nodes.document) -> None:
             drawn = file.read_text(encoding="utf-8")
             said = {kind: html.unescape(text) for kind, text in METADATA.findall(drawn)}
             # Ids are unique in a picture, and have to be in a page.
-            drawn = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", METADATA.sub("", drawn))
-            drawn = drawn.replace("<svg ", f'<svg role="img" aria-label="{html.escape(image.get("alt", ""))}" ', 1)
+            kinds = {name: METADATA.sub("", drawn), f"{name}-narrow": said.get("narrow", "")}
+            each = [re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{kind}-", svg) for kind, svg in kinds.items()]
+            alt = html.escape(image.get("alt", ""))
+            drawn = "".join(each).replace("<svg ", f'<svg role="img" aria-label="{alt}" ')
             image.parent.replace(image, nodes.raw("", f'<div class="drawing">{drawn}</div>', format="html"))
             line = nodes.paragraph(classes=["source"])
             if said.get("data"):
@@ -139,6 +142,21 @@ def place_drawings(app: Sphinx, doctree: nodes.document) -> None:
             line += nodes.Text(said.get("made", ""))
             if line.astext():
                 figure += nodes.legend("", line)
+
+
+def write_minus(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    """Write a minus before a negative number, in prose and in the cells of tables, where formats leave a hyphen."""
+    for text in list(doctree.findall(nodes.Text)):
+        if not isinstance(text.parent, (nodes.literal, nodes.FixedTextElement, nodes.raw, nodes.math)):
+            text.parent.replace(text, nodes.Text(HYPHEN.sub("−", text)))
+    for raw in doctree.findall(nodes.raw):
+        text = re.sub(r"(?<=>)[^<]+(?=</td>)", lambda cell: HYPHEN.sub("−", cell[0]), raw.astext())
+        raw.children = [nodes.Text(text)]
+
+
+def mend_citations(app: Sphinx, page: str, template: str, context: dict, doctree: nodes.document | None) -> None:
+    """Take the role of a list from citations, which are no items of one to a screen reader."""
+    context["body"] = context.get("body", "").replace('<div role="list" class="citation-list">', "<div>")
 
 
 def write_all_pages(app: Sphinx, env: BuildEnvironment) -> list[str]:
@@ -178,6 +196,8 @@ def setup(app: Sphinx) -> dict[str, bool]:
     # Before Sphinx collects titles, pictures and downloads at 500.
     for hook in (drop_empty_sections, fold_making, place_drawings):
         app.connect("doctree-read", hook, priority=450)
+    app.connect("doctree-resolved", write_minus)
+    app.connect("html-page-context", mend_citations)
     app.connect("env-updated", write_all_pages)
     # Browsers and screen readers read MathML themselves; MathJax would come from another site at each visit.
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_display_math, None))
