@@ -8,16 +8,8 @@ import pytest
 
 from mmlib.data.degrade import STRENGTHS
 from mmlib.studies import pipeline
-from mmlib.studies.pipeline import (
-    SHARES,
-    cosines,
-    degraded,
-    leave_one_out,
-    pool_arms,
-    read_degraded,
-    told_apart,
-    usefulness,
-)
+from mmlib.studies.faces import read_degraded
+from mmlib.studies.pipeline import SHARES, cosines, degraded, leave_one_out, pool_arms, told_apart, usefulness
 
 pytest.importorskip("cv2", reason="opencv-python-headless is not installed (extra faces)")
 
