@@ -277,6 +277,8 @@ def test_agreement_counts_what_simulator_and_video_say():
 
 
 def test_tables_say_both_networks_and_nothing_of_nothing(kept):
+    same = faces.table(pd.DataFrame([row(network, 0, 0) | {"map_at_100": 0.5} for network in NETWORKS])).data
+    assert same["EdgeFace: gain, points"].tolist() == ["—"]
     shown = faces.table(faces.differences(faces.WEIGHTED, [r for r in kept if r.experiment["material"] == CLEAN]))
     assert shown.data["arm"].tolist() == ["norm", "quality"]
     assert {"EdgeFace: gain, points", "MobileFaceNet: gain, points", "both networks"} <= {*shown.data.columns}

@@ -111,7 +111,7 @@ def test_decisions_are_compared_and_what_is_missing_is_named(frames, tmp_path):
     frames.score = lambda crops: crops[..., 0].mean((1, 2)) / 255
     rows = pd.DataFrame(pipeline.decisions(frames, tmp_path))
     missing = rows[rows["missing"].notna()]
-    assert {*missing["decision"]} == {"scenes", "a box for five points", "int8 weights", "profiles"}
+    assert {*missing["decision"]} == {"scenes", "int8 weights", "profiles"}
     told = rows[rows["missing"].isna()]
     assert {*told["network"]} == {"edgeface", "mobilefacenet"} and (told["photographs"] == 100).all()
     both = told.dropna(subset="value_b")

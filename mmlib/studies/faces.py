@@ -314,10 +314,7 @@ def effects_table(frame: pd.DataFrame, sets: Sequence[str]) -> Styler | None:
     """Show the effects of `held` in some sets, points with their intervals: a row a claim, a column a network."""
     shown = frame[frame["set"].isin(sets)]
     heads = [f"{TITLES.get(a, a)} {TITLES.get(b, b)}".strip() for a, b in zip(shown["set"], shown["network"])]
-    texts = [
-        f"{compare.signed(row['difference'])} {compare.whole(compare.interval_text(row))}"
-        for row in shown.to_dict("records")
-    ]
+    texts = [_text(row) for row in shown.to_dict("records")]
     cells = shown.assign(head=heads, text=texts).pivot(index="step", columns="head", values="text")
     cells = cells.reindex(index=shown["step"].unique(), columns=dict.fromkeys(heads)).fillna("")
     return compare.table(cells.rename_axis("claim, effect in points").reset_index()) if len(cells) else None
@@ -341,6 +338,11 @@ def degraded_frame(made: Mapping, rows: pd.DataFrame) -> pd.DataFrame:
     people = f"{shown['clips'].iloc[0]} real clips of {shown['identities'].iloc[0]} people of YTF"
     shown.attrs["made"] = f"{people}, embedded {made['made']}, commit {made['commit']}."
     return shown
+
+
+def read_decisions() -> pd.DataFrame:
+    """Read the committed result of `pipeline.decisions`."""
+    return pd.read_csv(RESULTS / "12_pipeline.csv")
 
 
 def decisions_table(rows: pd.DataFrame) -> Styler | None:
@@ -370,4 +372,6 @@ def decisions_table(rows: pd.DataFrame) -> Styler | None:
 
 
 def _text(row: Mapping) -> str:
-    return compare.whole(f"{compare.signed(row['difference'])} {compare.interval_text(row)}")
+    """Write a difference with its interval; arms that are the same, as all weights of one frame are, have a dash."""
+    same = not np.nan_to_num([row["difference"], row["low"], row["high"]]).any()
+    return "—" if same else f"{compare.signed(row['difference'])} {compare.whole(compare.interval_text(row))}"
