@@ -35,14 +35,14 @@ BLACK, BLUE, ORANGE, GREEN, RED = "#000000", "#0072B2", "#E69F00", "#009E73", "#
 PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#777777"
 # One colour a method for the whole book; the names are those of arms and groups.
 _METHODS = {
-    BLACK: "learned scores | published | seeds | margin + focal, raw scores | margin 0.7 | show and set",
+    BLACK: "learned scores | oracle | published | seeds | margin + focal, raw scores | margin 0.7 | show and set",
     BLUE: "quality | mlp | one identity | labelled person | paired | described | lowest 1% | views | as stored | margin"
     " | margin 0.5 | gamma 0 | cross-entropy | face | faces alone | fine-tuned network | val | this store | within",
     ORANGE: "NAN | NAN, two blocks | NAN + scores | linear | two identities | unpaired | coded, scale 30 | lowest 5%"
     " | stratified | principal axes | margin + focal | margin 0.5, gamma 2 | gamma 2 | focal, clip by clip"
     " | score fusion | simulated vectors | own vectors | as coded, alive",
     GREEN: "attention | attention + scores | DANet + scores | margin, scores | margin 0.3 | gamma 1 | scene 32"
-    " | scene 64 | scene 128 | scene 256",
+    " | scene 64 | scene 128 | scene 256 | the score itself",
     RED: "as coded | another person | coded | bagging | margin + batch focal | gamma 4 | focal, over the batch | all"
     " | missed",
     PURPLE: "best half | whitened means | margin + focal, scores | scene 128, gated",

@@ -277,11 +277,62 @@ def test_agreement_counts_what_simulator_and_video_say():
 
 
 def test_tables_say_both_networks_and_nothing_of_nothing(kept):
+    same = faces.table(pd.DataFrame([row(network, 0, 0) | {"map_at_100": 0.5} for network in NETWORKS])).data
+    assert same["EdgeFace: gain, points"].tolist() == ["—"]
     shown = faces.table(faces.differences(faces.WEIGHTED, [r for r in kept if r.experiment["material"] == CLEAN]))
     assert shown.data["arm"].tolist() == ["norm", "quality"]
     assert {"EdgeFace: gain, points", "MobileFaceNet: gain, points", "both networks"} <= {*shown.data.columns}
     assert faces.table(faces.differences(faces.WEIGHTED, [])) is None
     assert faces.both(faces.differences(faces.WEIGHTED, [])) == ("was not run", "no numbers")
+
+
+def test_a_difference_and_a_grid_say_what_they_were_made_from(kept):
+    for frame in (faces.differences(faces.WEIGHTED, kept), faces.grid(kept, faces.WEIGHTED)):
+        assert frame.attrs["made"].startswith(f"{len(kept)} records on real clips")
+    held = faces.held(kept)
+    assert "records on real clips" in held.attrs["made"] and "records on simulated clips" in held.attrs["made"]
+    assert faces.pictured(held).attrs["made"] == held.attrs["made"]
+
+
+def test_effects_are_said_with_their_networks():
+    rows = [row("edgeface", 1, 2), row("mobilefacenet", -1, 3)]
+    assert faces.both(pd.DataFrame(rows))[1] == "+1.50 points with EdgeFace and +1.00 with MobileFaceNet"
+
+
+def test_the_picture_has_claims_alone_by_their_effect_on_simulated_clips():
+    rows = [row("", -2, -1, "the scene adds", "simulated"), row("", 1, 2, "views beat bagging", "simulated")]
+    rows += [row(n, 5, 6, "the scene adds", name) for name in ("ytf", "cfp") for n in NETWORKS]
+    rows += [row("", 1, 9, claim, "simulated") for claim in ladder.other_claims()]
+    found = faces.pictured(pd.DataFrame(rows))
+    assert found["step"].tolist() == ["views beat bagging"] + 3 * ["the scene adds"]
+    assert found["clips"].tolist()[1:] == ["simulated clips", "YTF, EdgeFace", "YTF, MobileFaceNet"]
+
+
+def test_effects_stand_in_a_column_a_network_and_a_row_a_claim():
+    rows = [row("", 1, 2, "a", "simulated"), row("edgeface", 0.5, 1.5, "a"), row("mobilefacenet", -3, -1, "b")]
+    shown = faces.effects_table(pd.DataFrame(rows), ["simulated", "ytf"]).data.set_index("claim, effect in points")
+    assert shown.columns.tolist() == ["simulated", "YTF EdgeFace", "YTF MobileFaceNet"]
+    said = [text.replace("\N{NO-BREAK SPACE}", " ") for text in shown.to_numpy().ravel()]
+    assert said == ["+1.50 [+1.00, +2.00]", "+1.00 [+0.50, +1.50]", "", "", "", "-2.00 [-3.00, -1.00]"]
+    assert faces.effects_table(pd.DataFrame(rows), ["lfw"]) is None
+
+
+def test_decisions_are_shown_in_the_unit_of_their_measure():
+    low = {"low": 0.1, "high": 0.2, "photographs": 9}
+    one = {"decision": "use", "measure": "rank correlation", "a": "norm", "value_a": 0.15, "network": "edgeface"} | low
+    two = one | {"measure": "MAP@100", "b": "mean", "value_b": 0.0, "difference": 0.15, "network": "mobilefacenet"}
+    shown = faces.decisions_table(pd.DataFrame([one, two, {"decision": "scenes", "missing": "scene.npy"}])).data
+    said = shown.replace("\N{NO-BREAK SPACE}", " ", regex=True).to_numpy().tolist()
+    assert said[0] == ["use: rank correlation", "norm", "0.150 [0.100, 0.200]", "", "9"]
+    assert said[1] == ["use: MAP@100", "norm, against mean", "", "0.150 +15.00 [+10.00, +20.00]", "9"]
+
+
+def test_degraded_frames_are_compared_in_points():
+    made, rows = faces.read_degraded()
+    frame = faces.degraded_frame(made, rows)
+    assert {*frame["step"]} == {*faces.DEGRADED.values()} and {*frame["share"]} == {0, 20, 40, 60}
+    np.testing.assert_allclose(frame["high"], 100 * rows.loc[frame.index, "gain_high"])
+    assert made["commit"] in frame.attrs["made"] and "real clips" in frame.attrs["made"]
 
 
 def test_quality_that_belongs_to_the_clip_varies_between_clips(tables, kept):

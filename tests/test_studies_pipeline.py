@@ -8,16 +8,8 @@ import pytest
 
 from mmlib.data.degrade import STRENGTHS
 from mmlib.studies import pipeline
-from mmlib.studies.pipeline import (
-    SHARES,
-    cosines,
-    degraded,
-    leave_one_out,
-    pool_arms,
-    read_degraded,
-    told_apart,
-    usefulness,
-)
+from mmlib.studies.faces import read_degraded
+from mmlib.studies.pipeline import SHARES, cosines, degraded, leave_one_out, pool_arms, told_apart, usefulness
 
 pytest.importorskip("cv2", reason="opencv-python-headless is not installed (extra faces)")
 
@@ -119,7 +111,7 @@ def test_decisions_are_compared_and_what_is_missing_is_named(frames, tmp_path):
     frames.score = lambda crops: crops[..., 0].mean((1, 2)) / 255
     rows = pd.DataFrame(pipeline.decisions(frames, tmp_path))
     missing = rows[rows["missing"].notna()]
-    assert {*missing["decision"]} == {"scenes", "a box for five points", "int8 weights", "profiles"}
+    assert {*missing["decision"]} == {"scenes", "int8 weights", "profiles"}
     told = rows[rows["missing"].isna()]
     assert {*told["network"]} == {"edgeface", "mobilefacenet"} and (told["photographs"] == 100).all()
     both = told.dropna(subset="value_b")

@@ -5,6 +5,7 @@ They have nothing of a single person: one MAP@100 an arm and split, and interval
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,7 +21,7 @@ from mmlib.aggregate import AGGREGATORS
 from mmlib.data.public import NETWORKS
 from mmlib.data.store import ClipStore
 from mmlib.experiment import KINDS, TRAINED, Experiment, Training
-from mmlib.records import Record, fetch, read_results
+from mmlib.records import RESULTS, Record, fetch, read_results
 from mmlib.studies import ladder
 from mmlib.studies.ladder import Pairs
 from mmlib.studies.materials import CLEAN, MATERIALS, STRANGERS, quality_between, store_of
@@ -58,6 +59,9 @@ CLASS_MEANS: Pairs = {
 }
 
 
+DEGRADED = {"norm": "norm", "score": "the score itself", "quality": "quality", "oracle": "oracle"}  # arms of `pipeline`
+
+
 def rungs(scene: bool = True) -> Pairs:
     """Pair the rungs of the described ladder, and the arms beside it, as chapter 10 does; without a scene two fewer."""
     steps = ["baseline", "aggregation and loss", *["scene"] * scene, "ensemble", *["fallback"] * scene]
@@ -70,9 +74,7 @@ def rungs(scene: bool = True) -> Pairs:
 def claims_of(scene: bool = True) -> Pairs:
     """Name the claims that real faces are held against: the arm that takes the step, and the one that does not."""
     views = {VIEWS: (f"views, {MEMBERS}", f"bagging, {MEMBERS}")}
-    trained = {f"training on distractors adds to {name}": pair for name, pair in ladder.DISTRACTORS.items()}
-    scaled = {f"scaling the cosines before the softmax adds to {name}": pair for name, pair in ladder.SCALED.items()}
-    return POOLINGS | rungs(scene) | views | trained | scaled
+    return POOLINGS | rungs(scene) | views | ladder.other_claims()
 
 
 def measure(
@@ -153,6 +155,7 @@ def differences(pairs: Pairs, records: Iterable[Record]) -> pd.DataFrame:
     low and high are the wider on each side of two intervals, over splits and over people: splits share people, so that
     the first alone would be too narrow.
     """
+    records = list(records)
     parts = [pd.DataFrame(columns=["set", "network", "material", "step", "arm", "against", *compare.COMPARED])]
     for keys, part in _grouped(records):
         frame = pd.concat(
@@ -164,7 +167,7 @@ def differences(pairs: Pairs, records: Iterable[Record]) -> pd.DataFrame:
             over = np.array([within.get((arm, f"{against}: {end}"), np.nan) for arm, against in pair])
             frame[end] = widest(frame[end].astype(float), over)
         parts.append(frame.assign(**dict(zip(("set", "network", "material"), keys))))
-    return pd.concat(parts[1:] or parts, ignore_index=True)
+    return compare.with_source(pd.concat(parts[1:] or parts, ignore_index=True), records)
 
 
 def _on_splits_of_both(pair: tuple[str, str], records: list[Record]) -> tuple[list[Record], list[str]]:
@@ -196,16 +199,17 @@ def verdicts(frame: pd.DataFrame, by: Sequence[str] = ("set", "step")) -> pd.Ser
 
 def simulated() -> pd.DataFrame:
     """Return what the kept records of simulated clips say of the same claims, as `compare.steps_frame`."""
-    pooled, ladders = read_results("04_arms.jsonl.gz"), read_results("10_ladder.jsonl.gz")
+    kept = [read_results(f"{name}.jsonl.gz") for name in ("04_arms", "10_ladder", "08_ensemble")]
+    pooled, ladders, ensembles = kept
     kinds = [(r.experiment["aggregator"], r.experiment["classifier"]) for r in pooled]
     names = [aggregator + f", {kind}" * (kind != "mlp") for aggregator, kind in kinds]
     rest = {claim: pair for claim, pair in claims_of().items() if claim not in POOLINGS}
     parts = [
         compare.steps_frame(POOLINGS, pooled, names),
         compare.steps_frame(rest, ladders, ladder.names_of(ladders, ladder.plan())),
-        ladder.views_against_bagging(read_results("08_ensemble.jsonl.gz")),
+        ladder.views_against_bagging(ensembles),
     ]
-    return pd.concat([part for part in parts if len(part)])
+    return compare.with_source(pd.concat([part for part in parts if len(part)]), sum(kept, []))
 
 
 def held(records: Iterable[Record]) -> pd.DataFrame:
@@ -213,7 +217,22 @@ def held(records: Iterable[Record]) -> pd.DataFrame:
     records = [record for record in records if record.experiment["material"] == CLEAN]
     of = {name: [r for r in records if r.experiment["set"] == name] for name in SPLITS}
     parts = [differences(claims_of(scene=name == "ytf"), part) for name, part in of.items()]
-    return pd.concat([simulated().assign(set="simulated", network=""), *parts], ignore_index=True)
+    world = simulated().assign(set="simulated", network="")
+    every = pd.concat([world, *parts], ignore_index=True)
+    every.attrs = {"made": " ".join([compare.provenance(records), world.attrs["made"]])}
+    return every
+
+
+def pictured(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return what a picture of `held` has: the claims of the team and of pooling, simulated and on real video.
+
+    A column ``clips`` says whose a mark is; rows from the largest gain on simulated clips to the largest loss.
+    """
+    shown = frame[frame["set"].isin(["simulated", "ytf"]) & ~frame["step"].isin([*ladder.other_claims()])]
+    shown = shown.assign(clips=shown["network"].map(lambda name: f"YTF, {TITLES[name]}" if name else "simulated clips"))
+    world = shown[shown["set"] == "simulated"].set_index("step")["difference"].astype(float)
+    order = shown["step"].map(world).rank(method="dense", ascending=False)
+    return shown.iloc[np.lexsort((shown["clips"] != "simulated clips", order))]
 
 
 def words(frame: pd.DataFrame) -> pd.DataFrame:
@@ -240,8 +259,12 @@ def agreement(said: pd.DataFrame) -> pd.Series:
 
 def both(frame: pd.DataFrame) -> tuple[str, str]:
     """Return what `verdicts` says of one comparison, a row a network, and the effects as a sentence has them."""
-    effects = [f"{TITLES[row['network']]} {_text(row)}" for row in frame.to_dict("records")]
-    return verdicts(frame.assign(all=0), ["all"]).get(0, "was not run"), ", ".join(effects) or "no numbers"
+    effects = [
+        f"{compare.signed(row['difference'])}{'' if at else ' points'} with {TITLES[row['network']]}"
+        for at, row in enumerate(frame.to_dict("records"))
+    ]
+    said = verdicts(frame.assign(all=0), ["all"]).get(0, "was not run")
+    return said, compare.listed(effects) if effects else "no numbers"
 
 
 def grid(records: Iterable[Record], pairs: Pairs = GRID) -> pd.DataFrame:
@@ -281,16 +304,74 @@ def table(frame: pd.DataFrame, heading: str = "arm", by: str = "step") -> Styler
 
 
 def claims_table(frame: pd.DataFrame) -> Styler | None:
-    """Show `held` as a page does: a row a claim, a column a set, a word and each effect with its interval."""
+    """Show the `words` of `held` as a page does: a row a claim, a column a set."""
     said = words(frame)
-    cells = said.astype(object).where(said.notna(), "")
-    for (step, name), part in frame.groupby(["step", "set"], sort=False):
-        effects = [
-            f"{TITLES[row.network][0] if row.network else ''} {_text(row._asdict())}" for row in part.itertuples()
-        ]
-        cells.loc[step, name] = "; ".join([said.loc[step, name], *(compare.whole(text.strip()) for text in effects)])
-    return compare.table(cells.rename(columns=TITLES).rename_axis("claim").reset_index())
+    cells = said.astype(object).where(said.notna(), "").rename(columns=TITLES)
+    return compare.table(cells.rename_axis("claim").reset_index())
+
+
+def effects_table(frame: pd.DataFrame, sets: Sequence[str]) -> Styler | None:
+    """Show the effects of `held` in some sets, points with their intervals: a row a claim, a column a network."""
+    shown = frame[frame["set"].isin(sets)]
+    heads = [f"{TITLES.get(a, a)} {TITLES.get(b, b)}".strip() for a, b in zip(shown["set"], shown["network"])]
+    texts = [_text(row) for row in shown.to_dict("records")]
+    cells = shown.assign(head=heads, text=texts).pivot(index="step", columns="head", values="text")
+    cells = cells.reindex(index=shown["step"].unique(), columns=dict.fromkeys(heads)).fillna("")
+    return compare.table(cells.rename_axis("claim, effect in points").reset_index()) if len(cells) else None
+
+
+def read_degraded(path: Path = RESULTS / "12_degraded.jsonl.gz") -> tuple[dict, pd.DataFrame]:
+    """Read what `pipeline.main` wrote of degraded frames: when and by what it was made, and the rows of `degraded`."""
+    made, *rows = map(json.loads, gzip.decompress(path.read_bytes()).splitlines())
+    return made, pd.DataFrame(rows)
+
+
+def degraded_frame(made: Mapping, rows: pd.DataFrame) -> pd.DataFrame:
+    """Return rows of degraded frames with their share in per cent and, in points, the columns of a comparison.
+
+    Of the arms those of `DEGRADED`, under the name that it has.
+    """
+    shown = rows[rows["arm"].isin([*DEGRADED])]
+    points = {"difference": "gain", "low": "gain_low", "high": "gain_high"}
+    numbers = {name: 100 * shown[of] for name, of in ({"share": "share"} | points).items()}
+    shown = shown.assign(map_at_100=shown["map"], step=shown["arm"].map(DEGRADED), **numbers)
+    people = f"{shown['clips'].iloc[0]} real clips of {shown['identities'].iloc[0]} people of YTF"
+    shown.attrs["made"] = f"{people}, embedded {made['made']}, commit {made['commit']}."
+    return shown
+
+
+def read_decisions() -> pd.DataFrame:
+    """Read the committed result of `pipeline.decisions`."""
+    return pd.read_csv(RESULTS / "12_pipeline.csv")
+
+
+def decisions_table(rows: pd.DataFrame) -> Styler | None:
+    """Show what `pipeline.decisions` found, a row a comparison, a column a network.
+
+    A value has its interval; of two ways it is the first's, with its difference from the second, in points of a MAP or
+    an accuracy.
+    """
+    cells: dict[tuple, dict[str, str]] = {}
+    for row in rows[rows["value_a"].notna()].to_dict("records"):
+        two, whole = isinstance(row["b"], str), row["measure"].startswith(("MAP", "verification"))
+        scale, digits = (100, 2) if whole else (1, 3)
+        found = {name: scale * row[name] for name in ("difference", "low", "high")}
+        said = [f"{row['value_a']:.3f}", f"{compare.signed(found['difference'], digits)} " if two else ""]
+        said.append(compare.interval_text(found, digits) if two else f"[{row['low']:.3f}, {row['high']:.3f}]")
+        key = f"{row['decision']}: {row['measure']}", row["a"] + f", against {row['b']}" * two, row["photographs"]
+        text = f"{said[0]} {compare.whole(said[1] + said[2])}"
+        cells.setdefault(key, {})[TITLES[row["network"]]] = text
+    heads = ("decision: measure", "compared", "photographs")
+    table = [
+        dict(zip(heads[:2], key))
+        | {TITLES[n]: found.get(TITLES[n], "") for n in NETWORKS}
+        | {heads[2]: f"{key[2]:.0f}"}
+        for key, found in cells.items()
+    ]
+    return compare.table(pd.DataFrame(table))
 
 
 def _text(row: Mapping) -> str:
-    return compare.whole(f"{compare.signed(row['difference'])} {compare.interval_text(row)}")
+    """Write a difference with its interval; arms that are the same, as all weights of one frame are, have a dash."""
+    same = not np.nan_to_num([row["difference"], row["low"], row["high"]]).any()
+    return "—" if same else f"{compare.signed(row['difference'])} {compare.whole(compare.interval_text(row))}"

@@ -195,6 +195,12 @@ def views_against_bagging(records: Iterable[Record]) -> pd.DataFrame:
     return found[max(found, key=lambda key: (len(found[key]), key[0]))]
 
 
+def other_claims() -> Pairs:
+    """Name what nobody of the team claimed: the arm that does it, and the one that does not."""
+    trained = {f"distractors help {name.replace(': ', ' as ')}": pair for name, pair in DISTRACTORS.items()}
+    return trained | {f"scaled cosines at test help {_models(name)}": pair for name, pair in SCALED.items()}
+
+
 def claims(
     records: Iterable[Record], names: Iterable[str], aggregations: Iterable[Record], ensembles: Iterable[Record]
 ) -> pd.DataFrame:
@@ -216,9 +222,7 @@ def claims(
         VIEWS: ("", ("", "")),
         "the fallback adds": ("", adds["fallback"]),
     }
-    others = {AS_CODED: ("", ("", ""))}
-    others |= {f"distractors help {name.replace(': ', ' as ')}": ("", pair) for name, pair in DISTRACTORS.items()}
-    others |= {f"scaled cosines at test help {_models(name)}": ("", pair) for name, pair in SCALED.items()}
+    others = {AS_CODED: ("", ("", ""))} | {claim: ("", pair) for claim, pair in other_claims().items()}
     rows = [(claim, "One Name", PUBLISHED.get(step, np.nan)) for claim, (step, _) in asked.items()]
     rows += [(claim, "other teams" if claim.endswith(PRACTISED) else "nobody's", np.nan) for claim in others]
     pairs = {claim: pair for claim, (_, pair) in (asked | others).items()}

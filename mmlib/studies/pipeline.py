@@ -350,11 +350,5 @@ def main(what: str, sources: str, out: str) -> None:
     Path(out).write_bytes(gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))
 
 
-def read_degraded(path: Path) -> tuple[dict, pd.DataFrame]:
-    """Read what `main` wrote of degraded frames: when and by what it was made, and the rows of `degraded`."""
-    made, *rows = map(json.loads, gzip.decompress(path.read_bytes()).splitlines())
-    return made, pd.DataFrame(rows)
-
-
 if __name__ == "__main__":
     main(*sys.argv[1:])
