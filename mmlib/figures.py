@@ -65,7 +65,7 @@ ON_ANY_GROUND = {
 }
 NARROW, LOW = 4.2, 2.8  # inches, of a drawing and of one of its panels on a phone, where letters stay legible
 WIDEST_LABEL = 34  # letters of a row
-MOST_LETTERS = 30  # of the ticks of a narrow axis
+MOST_LETTERS = 30  # of the ticks, or in a line of the label, of a narrow axis
 MOST_NAMES = 3  # beside each other in a legend
 MOST_IMAGES = 5  # of a drawing
 _INK, _CHALK = "#222222", "#fefefe"  # letters on a ground of their own
@@ -186,6 +186,7 @@ def _narrow(figure: Figure) -> str:
             ax.set_subplotspec(place)
     figure.set_size_inches(min(NARROW, figure.get_figwidth()), height)
     for ax in figure.axes:
+        ax.set_xlabel(textwrap.fill(ax.get_xlabel(), MOST_LETTERS))
         ticks = [label.get_text() for label in ax.get_xticklabels()]
         if isinstance(ax.xaxis.get_major_locator(), MaxNLocator):
             ax.locator_params(axis="x", nbins=4)

@@ -25,7 +25,7 @@ function layout([wide, smallest]) {
   const say = (fault, elements) => found.push(...elements.map((element) => `${fault}: ${named(element)}`));
   for (const folded of all("details")) folded.open = true;
   say("cut", all(wide ? "pre, table, div.math, .drawing" : ".drawing:has(.narrow)").filter((e) => within(e).some(runsOver)));
-  const letters = all(".drawing svg text").filter((text) => shown(text) && text.textContent.trim());
+  const letters = all(".drawing:has(.narrow) svg text, .drawing svg.wide text").filter((text) => shown(text) && text.textContent.trim());
   const scale = ({ a, b }) => Math.hypot(a, b);
   const size = (text) => parseFloat(getComputedStyle(text).fontSize) * scale(text.getScreenCTM());
   say("small letters in a drawing", letters.filter((text) => size(text) < smallest).slice(0, 1));

@@ -156,7 +156,8 @@ def test_ticks_of_a_drawing_for_a_phone_do_not_run_into_each_other():
     assert len(re.findall(r">−?[\d.]+</text>", metadata(plt.gcf())["narrow"])) <= 5
     names = TRACED.assign(p=["baseline", "aggregation and loss", "scene"] * 2)
     figures.traces(names, x="p", y="gain", by="arm", scale="categories", ax=plt.subplots()[1])
-    assert "rotate(-60" in metadata(plt.gcf())["narrow"]
+    plt.gca().set_xlabel("a label that is longer than what a narrow drawing has room for")
+    assert "what a narrow drawing has room<" in metadata(plt.gcf())["narrow"] and "rotate(-60" in metadata(plt.gcf())["narrow"]
 
 
 def test_a_negative_number_in_a_drawing_has_a_minus():
