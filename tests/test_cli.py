@@ -789,7 +789,7 @@ def test_pictures_stand_in_the_notebook_whatever_backend_the_environment_asks_fo
     add_cell(chapters, draw)
     succeed("rerun", "04")
     cells = json.loads(Path("04_aggregation-rerun.ipynb").read_text())["cells"]
-    assert sum("image/png" in output.get("data", {}) for output in cells[-1]["outputs"]) == 1
+    assert sum("image/svg+xml" in output.get("data", {}) for output in cells[-1]["outputs"]) == 1
 
 
 def test_rerun_without_papermill_says_what_to_install(chapters, monkeypatch):

@@ -27,9 +27,11 @@ def pins() -> list[Requirement]:
 
 
 def conda() -> dict[str, SpecifierSet]:
-    """Return the conda packages of environment.yml with their version ranges."""
+    """Return the packages of environment.yml, of conda and of pip, with their version ranges."""
     entries = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    parsed = [Requirement(entry) for entry in entries if isinstance(entry, str)]
+    (by_pip,) = (entry["pip"] for entry in entries if isinstance(entry, dict))
+    assert by_pip[0] == "-e ."  # this package, editable
+    parsed = [Requirement(entry) for entry in [*entries, *by_pip[1:]] if isinstance(entry, str)]
     assert len({entry.name for entry in parsed}) == len(parsed)
     return {entry.name: entry.specifier for entry in parsed}
 
@@ -62,8 +64,3 @@ def test_conda_asks_for_the_same_versions():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     expected = {CONDA_NAMES.get(each.name, each.name): each.specifier for each in requirements()}
     assert conda() == expected | {"python": SpecifierSet(project["requires-python"]), "pip": SpecifierSet()}
-
-
-def test_conda_installs_this_package_editable():
-    entries = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    assert [entry for entry in entries if isinstance(entry, dict)] == [{"pip": ["-e ."]}]

@@ -322,7 +322,8 @@ def test_a_failure_leaves_the_members_that_are_whole(small, tmp_path, monkeypatc
     replace_file, calls = os.replace, []
 
     def fail_at_the_third(source, target):
-        calls.append(target)
+        if target.suffix == ".pt":  # and not what the store writes of its content when it is first named
+            calls.append(target)
         if len(calls) == 3:
             raise OSError(28, "No space left on device")
         replace_file(source, target)
