@@ -157,7 +157,8 @@ def test_ticks_of_a_drawing_for_a_phone_do_not_run_into_each_other():
     names = TRACED.assign(p=["baseline", "aggregation and loss", "scene"] * 2)
     figures.traces(names, x="p", y="gain", by="arm", scale="categories", ax=plt.subplots()[1])
     plt.gca().set_xlabel("a label that is longer than what a narrow drawing has room for")
-    assert "what a narrow drawing has room<" in metadata(plt.gcf())["narrow"] and "rotate(-60" in metadata(plt.gcf())["narrow"]
+    narrow = metadata(plt.gcf())["narrow"]
+    assert "what a narrow drawing has room<" in narrow and "rotate(-60" in narrow
 
 
 def test_a_negative_number_in_a_drawing_has_a_minus():
