@@ -36,7 +36,7 @@ def roofline(lines: pd.DataFrame, ceilings: pd.DataFrame) -> Figure:
         ax.yaxis.set_major_formatter(ScalarFormatter())
         ax.yaxis.set_minor_formatter(NullFormatter())
         ax.text(0.01, 1.02, place, transform=ax.transAxes, fontsize=9)
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
     return figure
 
 

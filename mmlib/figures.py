@@ -184,6 +184,11 @@ def _narrow(figure: Figure) -> str:
             ax.tick_params(labelleft=True, labelbottom=True)
         for ax, place in zip(placed, GridSpec(len(placed), 1, figure)):
             ax.set_subplotspec(place)
+    for ax in placed:
+        rows = [label.get_text() for label in ax.get_yticklabels()]
+        if max(map(len, rows), default=0) > WIDEST_LABEL and not any("\n" in row for row in rows):
+            ax.set_yticks(ax.get_yticks(), [textwrap.fill(row, WIDEST_LABEL) for row in rows])
+            height *= 1.5  # some rows have two lines
     figure.set_size_inches(min(NARROW, figure.get_figwidth()), height)
     for ax in figure.axes:
         ax.set_xlabel(textwrap.fill(ax.get_xlabel(), MOST_LETTERS))
@@ -518,7 +523,7 @@ def show_confusion(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = ax or plt.gca()
     if table.empty:
         return _without_pictures(ax)
-    style = {"cmap": "Blues", "vmin": 0, "vmax": 100, "linewidths": 0.5, "cbar": False, "annot_kws": {"fontsize": 8}}
+    style = {"cmap": "Blues", "vmin": 0, "vmax": 100, "linewidths": 0.5, "cbar": False, "annot_kws": {"fontsize": 9}}
     _note(ax, table.rename_axis("show").reset_index())
     sns.heatmap(100 * table, mask=table == 0, annot=True, fmt=".0f", ax=ax, **style)
     _keep_ink(ax)

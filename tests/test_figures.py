@@ -149,6 +149,16 @@ def test_a_legend_on_a_phone_is_no_wider_than_the_drawing():
     assert float(re.search(r'width="([\d.]+)pt"', narrow)[1]) / 72 < figures.NARROW + 0.3
 
 
+def test_rows_of_a_drawing_for_a_phone_break():
+    facts = pd.DataFrame(
+        {"fact": ["a fact whose name is longer than a row", "b"], "deviation": [0.5, 2], "within": [True, False]}
+    )
+    figures.against_target(facts, ax=figures.panels(1)[1][0])
+    narrow = metadata(plt.gcf())["narrow"]
+    assert float(re.search(r'width="([\d.]+)pt"', narrow)[1]) / 72 < figures.NARROW + 0.3
+    assert "longer than a row" not in narrow and "longer than a row" in plt.gca().get_yticklabels()[0].get_text()
+
+
 def test_ticks_of_a_drawing_for_a_phone_do_not_run_into_each_other():
     figures.forest(
         FOREST.assign(arm=["a long name of an arm, " + name for name in "abc"]), label="arm", value="difference"

@@ -87,7 +87,7 @@ def look(browser, folder: Path, pages, theme="light", width=WIDE, shots: Path | 
             links[page], places[site + page] = sorted(set(urls)), set(ids)
             if width == WIDE:
                 tab.add_script_tag(content=AXE)
-                found += tab.evaluate("barriers()")
+                found += tab.evaluate("barriers", theme)
             found += said
             said.clear()
     for page, urls in links.items():
