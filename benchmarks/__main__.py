@@ -16,7 +16,7 @@ from benchmarks import reference as released
 from benchmarks.lines import Bar, Line, chosen
 from benchmarks.meter import OutOfTime, StepFailed, isolated
 from benchmarks.parity import BOUND
-from mmlib.records import SAME, write_whole
+from mmlib.records import write_whole
 
 SCHEMA = 1
 LATE = "the minutes were over"
@@ -66,9 +66,7 @@ def earlier(path: str | None, scale: str) -> list[dict]:
     if not path or not Path(path).exists():
         return []
     found, here = json.loads(Path(path).read_text()), isolated("machine:describe", device="cuda")
-    libraries = here["library"], *SAME.get(here["library"], ())
-    same = all(found["machine"].get(name) == here[name] for name in ("cpu", "cores", "gpu", "torch"))
-    same = same and found["machine"].get("library") in libraries
+    same = all(found["machine"].get(name) == here[name] for name in ("cpu", "cores", "gpu", "torch", "library"))
     every = [*found["lines"], *found["growth"]] if same and found["scale"] == scale else []
     return [row for row in every if "seconds" in row or "points" in row]
 

@@ -54,8 +54,16 @@ def where(result: dict, device: str) -> str:
 
 
 def machine_frame(results: list[dict]) -> pd.DataFrame:
-    """Return one row a file: measured (day), processor, cores, memory in GB, GPU, torch, commit, scale."""
+    """Return one row a file: measured (day), processor, cores, memory in GB, GPU, torch, commit, scale.
+
+    A line that another commit measured has its own ``commit``, which stands there too.
+    """
     frame = pd.DataFrame([result["machine"] | {"scale": result["scale"]} for result in results])
+    frame["commit"] = [
+        ", ".join(dict.fromkeys(row.get("commit", result["machine"]["commit"]) for row in result["lines"]))
+        or result["machine"]["commit"]
+        for result in results
+    ]
     frame["made"], frame["memory"] = frame["made"].str[:10], frame["memory"] / 1e9
     frame["gpu"] = frame["gpu"].fillna("none")
     names = {"made": "measured", "cpu": "processor", "cores": "cores", "memory": "memory, GB", "gpu": "GPU"}
