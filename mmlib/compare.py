@@ -201,6 +201,11 @@ def signed(value: float, digits: int = 2) -> str:
     return f"{rounded:+.{digits}f}" if rounded else f"{0:.{digits}f}"
 
 
+def is_same(row: Mapping) -> bool:
+    """Say whether two arms differ by nothing at all, as the reference does from itself."""
+    return not np.nan_to_num([row["difference"], row["low"], row["high"]]).any()
+
+
 def whole(text: str) -> str:
     """Keep a text of a cell in one line: cells break at blanks, so that a table fits its page."""
     return text.replace(" ", "\N{NO-BREAK SPACE}")
@@ -217,7 +222,7 @@ def table(frame: pd.DataFrame, digits: int = 3) -> Styler | None:
     shown, rows = frame.rename(columns=HEADINGS), frame.to_dict("records")
     if "interval" in frame:
         gain, place = HEADINGS["difference"], list(frame).index("difference")
-        itself = [not np.nan_to_num([row["difference"], row["low"], row["high"]]).any() for row in rows]
+        itself = [is_same(row) for row in rows]
         shown[gain] = ["—" if same else signed(row["difference"]) for row, same in zip(rows, itself)]
         texts = ["" if same else whole(interval_text(row)) for row, same in zip(rows, itself)]
         over = [whole(f"{row['n']:.0f} {row['interval']}") for row in rows]

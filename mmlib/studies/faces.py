@@ -373,5 +373,8 @@ def decisions_table(rows: pd.DataFrame) -> Styler | None:
 
 def _text(row: Mapping) -> str:
     """Write a difference with its interval; arms that are the same, as all weights of one frame are, have a dash."""
-    same = not np.nan_to_num([row["difference"], row["low"], row["high"]]).any()
-    return "—" if same else f"{compare.signed(row['difference'])} {compare.whole(compare.interval_text(row))}"
+    return (
+        "—"
+        if compare.is_same(row)
+        else f"{compare.signed(row['difference'])} {compare.whole(compare.interval_text(row))}"
+    )
