@@ -1,12 +1,14 @@
 """The built report, where there is one: nothing missing, nothing unrendered, nothing from another site."""
 
 import importlib.util
+import os
 import re
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
+import nbformat
 import pytest
 from bs4 import BeautifulSoup
 from docutils import nodes
@@ -294,3 +296,24 @@ def test_a_negative_number_has_a_minus_but_not_code_and_no_range(study):
     study.write_minus(None, page, "page")
     written = prose.replace("-0.51", "−0.51").replace("-1.02", "−1.02").replace("-.1", "−.1")
     assert page.astext() == written + "-p -1" + "\n\n" + "<style>a { top: -1px }</style><td class='-1'>−0.2</td>"
+
+
+def test_chapters_that_were_not_executed_are_executed_together_and_one_that_fails_is_left_to_the_build(
+    study, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(study, "cores", lambda: 2)
+    meet = "import os, pathlib, time\npathlib.Path({!r}).touch()\nwhile not os.path.exists({!r}): time.sleep(0.01)"
+    meet += "\nprint(os.environ['OMP_NUM_THREADS'])"
+    cells = {"one": meet.format("a", "b"), "two": meet.format("b", "a"), "three": "1 / 0", "four": "2"}
+    for name, source in cells.items():
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    config = {"nb_execution_mode": "cache", "nb_execution_cache_path": str(tmp_path / "cache"), "nb_execution_timeout": 60}
+    env = SimpleNamespace(doc2path=lambda page: str(tmp_path / f"{page}.ipynb"))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    study.execute_chapters(SimpleNamespace(config=SimpleNamespace(**config)), env, ["one", "two", "three"])
+    cache = study.get_cache(config["nb_execution_cache_path"])
+    read = {name: nbformat.read(tmp_path / f"{name}.ipynb", 4) for name in cells}
+    assert [name for name in cells if study.in_cache(cache, read[name])] == ["one", "two"]
+    _, executed = cache.merge_match_into_notebook(read["one"])
+    assert executed.cells[0].outputs[0].text == "1\n" and "OMP_NUM_THREADS" not in os.environ

@@ -6,11 +6,17 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from unittest.mock import patch
 
+import nbformat
 from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
+from jupyter_cache import get_cache
+from jupyter_cache.base import CacheBundleIn, JupyterCacheAbstract
+from jupyter_cache.executors.utils import single_nb_execution
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.config import Config
@@ -22,6 +28,7 @@ from sphinx.writers.html5 import HTML5Translator
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("mmlib", "benchmarks")  # what chapters compute with
+KERNELS = 4  # that execute at once, at most: each holds a gigabyte or two
 LOGGER = logging.getLogger(__name__)
 MADE = "how-this-page-was-made"  # the section that is folded, and takes the parameters
 METADATA = re.compile(r'<metadata class="(\w+)">(.*?)</metadata>', re.DOTALL)  # of a drawing
@@ -74,6 +81,50 @@ def configure(app: Sphinx, config: Config) -> None:
     config.external_toc_path = str(ROOT / "_toc.yml")
     key = cache_key(ROOT, *map(package_folder, PACKAGES))
     config.nb_execution_cache_path = str(Path(app.outdir).parent / ".jupyter_cache" / key)
+
+
+def execute_chapters(app: Sphinx, env: BuildEnvironment, pages: list[str]) -> None:
+    """Execute the chapters that the notebook cache lacks, several at a time, each with its share of the cores.
+
+    MyST-NB, which would execute one after the other, finds them in its cache; one that fails it executes again, and
+    says why.
+    """
+    if app.config.nb_execution_mode != "cache":
+        return
+    cache = get_cache(app.config.nb_execution_cache_path)
+    found = {file: nbformat.read(file, 4) for file in map(env.doc2path, pages) if file.endswith(".ipynb")}
+    due = {file: notebook for file, notebook in found.items() if not in_cache(cache, notebook)}
+    kernels = min(len(due), KERNELS, cpus := cores())
+    if kernels < 2:
+        return
+    share = str(max(1, cpus // kernels))
+    threads = {name: os.environ.get(name, share) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    LOGGER.info("executing %d chapters, %d at a time", len(due), kernels)
+    with ThreadPoolExecutor(kernels) as pool, patch.dict(os.environ, threads):
+        options = {"timeout": app.config.nb_execution_timeout, "allow_errors": False}
+        running = {
+            pool.submit(single_nb_execution, notebook, str(Path(file).parent), **options): file
+            for file, notebook in due.items()
+        }
+        for done in as_completed(running):
+            result, file = done.result(), running[done]
+            LOGGER.info("%s: %s after %.0f s", Path(file).stem, "failed" if result.err else "executed", result.time)
+            if result.err is None:
+                bundle = CacheBundleIn(result.nb, file, data={"execution_seconds": result.time})
+                cache.cache_notebook_bundle(bundle, check_validity=False, overwrite=True)
+
+
+def in_cache(cache: JupyterCacheAbstract, notebook: nbformat.NotebookNode) -> bool:
+    """Say whether the notebook cache has an execution of these cells."""
+    try:
+        return bool(cache.match_cache_notebook(notebook))
+    except KeyError:
+        return False
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def require_pictures(app: Sphinx, doctree: nodes.document) -> None:
@@ -192,6 +243,7 @@ def visit_display_math(self: HTML5Translator, node: nodes.math_block) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the hooks."""
     app.connect("config-inited", configure, priority=850)  # the table of contents is read at 900
+    app.connect("env-before-read-docs", execute_chapters)
     app.connect("doctree-read", require_pictures, priority=400)
     # Before Sphinx collects titles, pictures and downloads at 500.
     for hook in (drop_empty_sections, fold_making, place_drawings):
