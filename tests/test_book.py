@@ -308,7 +308,11 @@ def test_chapters_that_were_not_executed_are_executed_together_and_one_that_fail
     for name, source in cells.items():
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
         nbformat.write(notebook, tmp_path / f"{name}.ipynb")
-    config = {"nb_execution_mode": "cache", "nb_execution_cache_path": str(tmp_path / "cache"), "nb_execution_timeout": 60}
+    config = {
+        "nb_execution_mode": "cache",
+        "nb_execution_cache_path": str(tmp_path / "cache"),
+        "nb_execution_timeout": 60,
+    }
     env = SimpleNamespace(doc2path=lambda page: str(tmp_path / f"{page}.ipynb"))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     study.execute_chapters(SimpleNamespace(config=SimpleNamespace(**config)), env, ["one", "two", "three"])
