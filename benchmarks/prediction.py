@@ -12,6 +12,7 @@ from benchmarks.growth import TENFOLD
 DIM, CONTEXT, K = 512, 128, 100  # of a face, of a reduced scene; clips ranked for an identity
 FRAME_BYTES = 2 * DIM + 4 + 4 * 8 + 8 + 8  # of a face in a store: feature, frame, box and two scores
 PARTS = {"epoch": "train", "drawn epoch": "train, a tenth drawn"}  # what a cost is called that is not its name
+STEPS = {"drawn epoch": "clips"}  # an axis without a series of its own, with which a cost grows in proportion
 REMEDY = {
     "import": "several processes, each with a part of the files",
     "open": "a table in parts",
@@ -40,7 +41,8 @@ def predict(
 
     faces: a clip; batch: clips of a training step, of one epoch; hours: that a part may take.  By ``power`` the time is
     that of the largest size measured, times (asked / measured)^exponent for every axis, ``low`` and ``high`` with all
-    exponents at their lower and upper ends.  By ``line`` each factor is that of a fixed cost and one in proportion,
+    exponents at their lower and upper ends, and in proportion to the axis of `STEPS` that has no series.  By ``line``
+    each factor is that of a fixed cost and one in proportion,
     fitted to the same points: where the fixed cost is large, the power law says too little.  ``floor`` is what the
     counted operations take at the ceiling.  ``seconds`` is the largest of the three.  Memory (bytes) is counted for
     training and ranking, and a straight line through what was measured for the others.  Columns: part, where, seconds,
@@ -71,7 +73,7 @@ def predict(
             for cost in here["cost"].unique():
                 part = PARTS.get(cost, cost)
                 points = here[(here["cost"] == cost) & here["axis"].isin(asked)]
-                found = _extrapolate(points, fitted[fitted["cost"] == cost], asked)
+                found = _extrapolate(points, fitted[fitted["cost"] == cost], asked, STEPS.get(cost))
                 if found is None:
                     continue
                 floor = _floor(part, clips, identities, ceilings, device)
@@ -114,8 +116,13 @@ def pays_from(results: list[dict]) -> str:
     return "sizes that were not measured"
 
 
-def _extrapolate(growth: pd.DataFrame, fits: pd.DataFrame, asked: dict[str, float]) -> np.ndarray | None:
-    """Return seconds by power, low, high and by line at the sizes asked for; None if no axis of them was fitted."""
+def _extrapolate(
+    growth: pd.DataFrame, fits: pd.DataFrame, asked: dict[str, float], steps: str | None
+) -> np.ndarray | None:
+    """Return seconds by power, low, high and by line at the sizes asked for; None if no axis of them was fitted.
+
+    steps: an axis with which they grow in proportion, as an epoch's do with its clips.
+    """
     fits = fits[fits["axis"].isin(asked)]
     if fits.empty:
         return None
@@ -127,7 +134,8 @@ def _extrapolate(growth: pd.DataFrame, fits: pd.DataFrame, asked: dict[str, floa
         fixed, rate = _fixed_and_rate(growth[growth["axis"] == axis])
         ends = sorted(ratio ** fit[name] for name in ("low", "high"))
         factors.append((ratio ** fit["exponent"], *ends, (fixed + rate * asked[axis]) / (fixed + rate * at[axis])))
-    return first["seconds"] * np.prod(factors, axis=0)
+    times = asked[steps] / at[steps] if steps and steps not in {*fits["axis"]} else 1.0
+    return first["seconds"] * times * np.prod(factors, axis=0)
 
 
 def _fixed_and_rate(points: pd.DataFrame) -> np.ndarray:

@@ -313,6 +313,17 @@ def test_ten_times_the_challenge_is_held_against_what_a_part_of_it_took():
     assert prediction.tenfold_frame([result(growth=RANKED) | {"scale": "full"}]).empty
 
 
+def test_an_epoch_that_draws_its_classes_has_a_step_for_every_batch_of_clips():
+    drawn = series("drawn epoch", "identities", lambda size: 1e-3 * size, clips=1_000)
+    few, many = (
+        prediction.predict([result(growth=[drawn], fp32=1e30)], clips=clips, identities=800, faces=1)
+        for clips in (1_000, 50_000)
+    )
+    assert few["power"].item() == pytest.approx(0.8) and few["line"].item() == pytest.approx(0.8)
+    for name in ("seconds", "power", "low", "high", "line"):
+        assert many[name].item() == pytest.approx(50 * few[name].item()), name
+
+
 def test_drawing_classes_pays_from_the_first_size_after_which_it_is_always_faster():
     whole = series("epoch", "identities", {100: 1, 200: 5, 300: 9, 400: 16}.get, (100, 200, 300, 400))
     drawn = series("drawn epoch", "identities", {100: 0.5, 200: 6, 300: 3, 400: 4}.get, (100, 200, 300, 400))
