@@ -56,13 +56,12 @@ def _embedder(folder: str, architecture: str) -> Embedder:
 
 
 def embed(folder: str, scale: str, architecture: str = HOW[0], **_) -> dict:
-    """Embed crops as `import_faces` does: batches, a thread a core.  Bytes: pixels, features."""
+    """Embed crops as `import_faces` does: batches, a thread a core."""
     crops, network = _crops(scale), _embedder(folder, architecture)
     batches = [crops[at : at + faces.BATCH] for at in range(0, len(crops), faces.BATCH)]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool, one_thread(torch.device("cpu")):
         found = measure(lambda: [*pool.map(network, batches)], repeats=1, warm=0)
-    work, wide = f"{len(crops):,} crops, {architecture}", MOBILE[1] if architecture == MOBILEFACENET else HOW[1]
-    return found | {"work": work, "flops": 0, "bytes": crops.size + 4 * wide * len(crops)}
+    return found | {"work": f"{len(crops):,} crops, {architecture}", "flops": None, "bytes": None}
 
 
 def embed_singly(folder: str, scale: str, architecture: str = HOW[0], **_) -> dict:
@@ -78,7 +77,7 @@ def _detect(network, pictures, long):
 
 
 def import_video(folder: str, scale: str, **_) -> dict:
-    """Decode, detect, align and embed a video at 8 frames a second.  Bytes: its pixels."""
+    """Decode, detect, align and embed a video at 8 frames a second."""
     settings = faces.FaceSettings(Path(folder, "embedder.safetensors"), Path(folder, "detector.pth"))
     store = Path(folder, "film")
     with patch.object(faces, "detect", _detect):
@@ -86,7 +85,7 @@ def import_video(folder: str, scale: str, **_) -> dict:
     shutil.rmtree(store)
     seconds = SCALES[scale].video
     work = f"{seconds} s of 720p video, 8 frames a second, to a store"
-    return found | {"work": work, "flops": 0, "bytes": 30 * seconds * 1280 * 720 * 3 // 2}
+    return found | {"work": work, "flops": None, "bytes": None}
 
 
 def import_video_singly(folder: str, scale: str, **_) -> dict:

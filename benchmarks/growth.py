@@ -167,7 +167,7 @@ def _tenfold(scale: str) -> tuple[int, ...]:
 
 def _times_part(found: dict, work: str) -> dict:
     seconds = [PART * second for second in found["seconds"]]
-    return {"seconds": seconds, "work": f"{work}, times {PART}", "flops": 0, "bytes": 0}
+    return {"seconds": seconds, "work": f"{work}, times {PART}", "flops": None, "bytes": None}
 
 
 Calls = Iterator[tuple[int, Callable[[], object]]]
