@@ -51,10 +51,11 @@ def assembled(site: Path, pages: list[str]) -> str:
     """Return the report as one page of HTML, in the light theme, without what only a screen needs."""
     book = BeautifulSoup((site / f"{pages[0]}.html").read_text(encoding="utf-8"), "html.parser")
     book.html["data-theme"] = book.html["data-mode"] = "light"
-    for tag in book.find_all(["script", "noscript"]) + book.find_all("link", rel=lambda kind: kind != ["stylesheet"]):
-        tag.decompose()
-    for link in book.find_all("link"):
-        link["href"] = (site / link["href"].partition("?")[0]).resolve().as_uri()
+    for tag in book.find_all(["script", "noscript", "link"]):
+        if tag.get("rel") == ["stylesheet"]:
+            tag["href"] = (site / tag["href"].partition("?")[0]).resolve().as_uri()
+        else:
+            tag.decompose()
     main = book.new_tag("article", attrs={"class": "bd-article"})
     main.extend([moved(site, page, pages) for page in pages])
     for tag in main.find_all(["script", "button"]):
