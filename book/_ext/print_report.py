@@ -33,7 +33,8 @@ def moved(site: Path, page: str, pages: list[str]) -> Tag:
     file = site / f"{page}.html"
     article = BeautifulSoup(file.read_text(encoding="utf-8"), "html.parser").find("article")
     article.name, article["class"], article["id"] = "section", "page", place(page)
-    for tag in article.find_all(True):
+    drawn = {id(tag) for tag in article.select("svg *")}  # what these name is theirs alone in all the book
+    for tag in [tag for tag in article.find_all(True) if id(tag) not in drawn]:
         for key in USED & {*tag.attrs}:
             if tag is not article and key != "name" or tag.name == "a" and key == "name":
                 tag[key] = " ".join(place(page, name) for name in tag[key].split())
@@ -78,7 +79,9 @@ def print_report(site: Path, out: Path, browser: str) -> None:
         tab = opened.new_page()
         tab.goto(html.as_uri(), wait_until="load")
         options = {"format": "A4", "margin": MARGIN, "outline": True, "tagged": True, "print_background": True}
-        content = tab.pdf(**options, display_header_footer=True, header_template="<span></span>", footer_template=NUMBER)
+        content = tab.pdf(
+            **options, display_header_footer=True, header_template="<span></span>", footer_template=NUMBER
+        )
         opened.close()
     html.unlink()
     out.write_bytes(content)

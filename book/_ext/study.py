@@ -81,7 +81,11 @@ def configure(app: Sphinx, config: Config) -> None:
     if address := os.environ.get("MMLIB_REPOSITORY"):
         shown = dict.fromkeys(("use_repository_button", "use_edit_page_button"), True)
         place = {"repository_url": address, "repository_branch": "main", "path_to_docs": "book"}
-        config.html_theme_options |= {**shown, **place, "launch_buttons": {**LAUNCH, "notebook_interface": "jupyterlab"}}
+        config.html_theme_options |= {
+            **shown,
+            **place,
+            "launch_buttons": {**LAUNCH, "notebook_interface": "jupyterlab"},
+        }
         # An edit of a notebook is lost, so the button leads to the text that it is written from.
         text = f"{address}/edit/main/book/{{{{ file_name | replace('.ipynb', '.md') }}}}"
         config.html_context |= {"edit_page_url_template": text, "edit_page_provider_name": "GitHub"}
