@@ -244,6 +244,10 @@ def test_a_docstring_is_prose_in_which_names_are_code(study):
     study.quote_docstring(None, "function", "f", None, None, lines)
     expected = ["Add ``x``, ``y`` to \\*all of", "``a", "b``; trailing\\_ is c\\|d.", "", ">>> a_ * b", "1"]
     assert lines == expected
+    nothing, field = [], ["Alias for field number 0", ""]
+    for none in (nothing, field):
+        study.quote_docstring(None, "attribute", "f", None, None, none)
+        assert "".join(none) == ""
 
 
 def test_unknown_formula_is_warned_of_and_shown_as_typed(study, monkeypatch):

@@ -78,7 +78,8 @@ def print_report(site: Path, out: Path, browser: str) -> None:
         opened = playwright.chromium.launch(executable_path=browser)
         tab = opened.new_page()
         tab.goto(html.as_uri(), wait_until="load")
-        options = {"format": "A4", "margin": MARGIN, "outline": True, "tagged": True, "print_background": True}
+        paper = {"format": "A4", "margin": MARGIN, "scale": 0.8}  # so that the widest table fits
+        options = {"outline": True, "tagged": True, "print_background": True, **paper}
         content = tab.pdf(
             **options, display_header_footer=True, header_template="<span></span>", footer_template=NUMBER
         )

@@ -177,6 +177,8 @@ def mend_citations(app: Sphinx, page: str, template: str, context: dict, doctree
 
 def quote_docstring(app: Sphinx, what: str, name: str, item: object, options: object, lines: list[str]) -> None:
     """Have reStructuredText show a docstring, which is plain prose, as it stands: names as code, no other markup."""
+    if "".join(lines).startswith("Alias for field"):  # what Python writes to a named tuple
+        lines.clear()
     prose, mark, example = "\n".join(lines).partition(">>>")
     parts = re.split(r"`+([^`]+)`+", prose)
     plain = [re.sub(r"([*|\\]|_(?=\W|$))", r"\\\1", part) for part in parts[::2]]
