@@ -1,7 +1,9 @@
 """Run the project's tasks with nothing but Python: `python3 tasks.py TASK [arguments]`.
 
-setup      make .venv and install what the other tasks need, if that has changed
+setup      make .venv and install what the other tasks need, if that has changed; `--torch FILE_OR_REQUIREMENT...`
+           installs that build of PyTorch first, which then stays
 book       build the report into _build/html; arguments go to jupyter-book (`--all -W -n --keep-going`)
+pdf        build the report and print it into _build/report.pdf, with a Chromium or Chrome on the PATH
 test       run the tests; arguments go to pytest (`-k store`, `-m "not chapters"`)
 check      format and lint: ruff, and mypy on the library
 full       on a GPU: checks, costs, and the chapters at the challenge's size, into gpu/ (`--minutes 9`)
@@ -16,6 +18,7 @@ if sys.version_info < (3, 11):
 
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -28,6 +31,7 @@ STAMP = VENV / "installed-for"
 # Not the script beside Python: that names the folder in which it was installed.
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
 REPORT = ROOT / "_build" / "html" / "index.html"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def run(command: list[object]) -> int:
@@ -52,10 +56,16 @@ def installed() -> str:
     return STAMP.read_text() if PYTHON.exists() and STAMP.exists() else ""
 
 
-def setup() -> int:
-    """Make .venv and install into it, unless that is done; the stamp comes last, as interrupts do happen."""
-    if installed() == wanted():
+def setup(*builds: str) -> int:
+    """Make .venv and install into it, unless that is done; the stamp comes last, as interrupts do happen.
+
+    builds: files or requirements of PyTorch that are installed first, such as one without CUDA; else MMLIB_TORCH has
+    them, for every installation.  A version with a local part, such as 2.15.0+cpu, is what constraints.txt asks for.
+    """
+    if installed() == wanted() and not builds:
         return 0
+    named = builds or os.environ.get("MMLIB_TORCH", "").split()
+    chosen = [str(Path(build).resolve()) if Path(build).is_file() else build for build in named]
     inside = Path(sys.prefix).resolve() == VENV.resolve()  # its own Python cannot make it anew
     if not inside:
         if not all(importlib.util.find_spec(name) for name in ("venv", "ensurepip")):
@@ -70,6 +80,8 @@ def setup() -> int:
         if status := run([sys.executable, "-m", "venv", *(["--clear"] if anew else []), VENV]):
             return status
     STAMP.unlink(missing_ok=True)
+    if chosen and (status := run([PYTHON, "-m", "pip", "install", "-c", "constraints.txt", *chosen])):
+        return status
     if status := run([PYTHON, "-m", "pip", "install", "-c", "constraints.txt", "-e", ".[book,faces,test]"]):
         return status
     STAMP.write_text(wanted())
@@ -81,6 +93,19 @@ def book(*arguments: str) -> int:
     status = setup() or run([PYTHON, "-c", JUPYTER_BOOK, "build", "book/", *arguments])
     if status == 0:
         print("The report: {}\n{}".format(REPORT.relative_to(ROOT).as_posix(), REPORT.as_uri()))
+    return status
+
+
+def pdf() -> int:
+    """Print the report as one PDF."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        print("A PDF needs a Chromium or Chrome on the PATH; on Debian: apt install chromium", file=sys.stderr)
+        return 1
+    out = ROOT / "_build" / "report.pdf"
+    status = book() or run([PYTHON, "book/_ext/print_report.py", REPORT.parent, out, browser])
+    if status == 0:
+        print("As one file: {}".format(out.relative_to(ROOT).as_posix()))
     return status
 
 
@@ -117,6 +142,7 @@ def clean() -> int:
 TASKS = {
     "setup": setup,
     "book": book,
+    "pdf": pdf,
     "test": test,
     "check": check,
     "full": full,
@@ -131,7 +157,11 @@ def main(arguments: list[str]) -> int:
     if name in ("-h", "--help"):
         print(__doc__)
         return 0
-    if name not in TASKS or (rest and name in ("setup", "notebooks", "clean")):
+    if name == "setup" and rest[:1] == ["--torch"]:
+        rest = rest[1:] or [""]
+    elif rest and name in ("setup", "pdf", "notebooks", "clean"):
+        name = ""
+    if name not in TASKS or "" in rest:
         print(__doc__, file=sys.stderr)
         return 2
     return TASKS[name](*rest)

@@ -9,7 +9,7 @@ import hashlib
 import io
 import time
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -51,6 +51,7 @@ def predict(
     keep_members: bool = False,
     device: str = "auto",
     progress: bool = False,
+    say: Callable[[str], object] | None = None,
     **options,
 ) -> Report:
     """Train a system of ``systems.SYSTEMS`` on a store and write its ranking of a split's clips as a submission.
@@ -59,6 +60,9 @@ def predict(
     exists is refused unless ``overwrite``, and replaced when the new one is complete.  Members that an earlier run of
     the same system, store and library left in ``members_folder`` are used, for whatever split and on whatever device
     they were trained; the files are removed once the result is there, unless ``keep_members``.
+
+    progress: show a bar.  say: is called with a line on what will be done and, without a bar, with one a member, on how
+    long it took and how long the rest will.
 
     shard: rank that one of ``shards`` parts of the gallery, in [1, shards], and leave it in the folder; processes that
     do so at the same time, on machines that share it, train the members together.  shards without a shard: merge those,
@@ -78,7 +82,7 @@ def predict(
     try:
         work = Work(e, folder, device, shards)
         every = range(1, work.shards + 1)
-        trained, loaded, ranked = work.rank_shards(every if shard is None else [shard], progress)
+        trained, loaded, ranked = work.rank_shards(every if shard is None else [shard], progress, say)
         if shard is None:
             best = rank.merge([_read_shard(work.shard(number)) for number in every], k=RESULT_LIMIT).clip.numpy()
             names = store.clips["clip"].to_numpy(object)[work.gallery]
@@ -161,7 +165,20 @@ class Work:
         """Return which blocks are in a shard."""
         return slice(*(len(self.blocks) * edge // self.shards for edge in (number - 1, number)))
 
-    def rank_shards(self, shards: Iterable[int], progress: bool = False) -> tuple[int, int, int]:
+    def plan(self, missing: list[Key]) -> str:
+        """Say what there is to do, and how much of the disk that takes until the result is there."""
+        size = {branch: 0 for branch, _ in missing}
+        for branch in size:
+            state = retrieve.make_model(branch, self.store, branch.members[0]).state_dict()
+            size[branch] = sum(tensor.nbytes for tensor in state.values())
+        disk = sum(size[branch] for branch, _ in missing) / 1e6
+        of = f"{len(missing)} of {len(self.members)} members, {self.experiment.training.epochs} epochs each"
+        kept = f"about {disk:,.0f} MB in {self.folder} until it is written"
+        return f"to train: {of}; to rank: {len(self.gallery)} clips; {kept}; how long is said after the first member"
+
+    def rank_shards(
+        self, shards: Iterable[int], progress: bool = False, say: Callable[[str], object] | None = None
+    ) -> tuple[int, int, int]:
         """Rank the shards that are not there; return how many members and shards were not there, and members that were.
 
         Members that are there are loaded first, so that a damaged file is found before hours of training.
@@ -173,10 +190,22 @@ class Work:
         missing = [key for key in self.members if key not in known]
         step = min(retrieve.TOGETHER[self.at.type], -(-len(self.experiment.members) // self.shards))
         groups = [missing[at : at + step] for at in range(0, len(missing), step)]
+        began, said, ready = time.perf_counter(), len(known), len(known)
+        if say:
+            say(self.plan(missing))
         with tqdm(total=len(missing), desc="members", unit="member", disable=not progress) as bar:
             with helped(workers(len(self.members), self.device) - 1, partial(self.rank_shards, shards)):
                 for done in share(groups, partial(self._train, progress=progress)):
                     bar.update(done)
+                    if say and not progress:  # members that others have trained meanwhile are there as well
+                        ready = sum(path.exists() for path in self.members.values())
+                        spent = time.perf_counter() - began
+                        left = spent / max(1, ready - len(known)) * (len(self.members) - ready)
+                        for number in range(said + 1, ready + 1):
+                            say(
+                                f"member {number} of {len(self.members)}: {spent:.0f} s so far, about {left:.0f} s left"
+                            )
+                        said = max(said, ready)
                 for _ in share(asked, self._rank):
                     pass
         return len(missing), len(known), len(asked)

@@ -13,6 +13,7 @@ import pytest
 from bs4 import BeautifulSoup
 from docutils import nodes
 from docutils.utils import new_document
+from jinja2 import Template
 from sphinx import addnodes
 
 ROOT = Path(__file__).parents[1]
@@ -226,6 +227,29 @@ def test_the_packages_of_the_cache_are_all_that_chapters_import_of_the_repositor
     chapters = "".join(file.read_text() for file in (ROOT / "book" / "chapters").glob("*.md"))
     imported = set(re.findall(r"^(?:from|import) (\w+)", chapters, re.MULTILINE))
     assert {name for name in imported if (ROOT / name / "__init__.py").is_file()} == set(study.PACKAGES)
+
+
+@pytest.mark.parametrize("address", ["", "https://example.org/somebody/study"])
+def test_pages_have_buttons_of_a_repository_where_an_address_is_set(study, monkeypatch, tmp_path, address):
+    monkeypatch.setenv("MMLIB_REPOSITORY", address)
+    config = SimpleNamespace(html_theme_options={}, html_context={})
+    study.configure(SimpleNamespace(outdir=tmp_path / "html"), config)
+    assert config.html_theme_options.get("repository_url", "") == address
+    assert bool(config.html_theme_options) == bool(config.html_context) == bool(address)
+    if address:  # and an edit is of the text of a chapter, not of its notebook
+        edit = Template(config.html_context["edit_page_url_template"]).render(file_name="chapters/01_data.ipynb")
+        assert edit == f"{address}/edit/main/book/chapters/01_data.md"
+
+
+def test_a_docstring_is_prose_in_which_names_are_code(study):
+    lines = ["Add `x`, ``y`` to *all of", "`a", "b`; trailing_ is c|d.", "", ">>> a_ * b", "1"]
+    study.quote_docstring(None, "function", "f", None, None, lines)
+    expected = ["Add ``x``, ``y`` to \\*all of", "``a", "b``; trailing\\_ is c\\|d.", "", ">>> a_ * b", "1"]
+    assert lines == expected
+    nothing, field = [], ["Alias for field number 0", ""]
+    for none in (nothing, field):
+        study.quote_docstring(None, "attribute", "f", None, None, none)
+        assert "".join(none) == ""
 
 
 def test_unknown_formula_is_warned_of_and_shown_as_typed(study, monkeypatch):

@@ -171,6 +171,28 @@ def test_seed_is_that_of_the_training(store, tmp_path):
     assert (tmp_path / "one").read_bytes() != (tmp_path / "two").read_bytes()
 
 
+def test_what_will_be_done_is_said_and_then_a_line_a_member_that_has_no_bar(store, tmp_path):
+    size = {}
+    for progress in (False, True):
+        lines = size[progress] = []
+        out = tmp_path / f"{progress}.txt"
+        predict(store.path, out, **SHORT, keep_members=True, progress=progress, say=lines.append)
+    plan, *members = size[False]
+    assert plan.startswith("to train: 4 of 4 members, 1 epochs each; to rank: ") and str(tmp_path) in plan
+    files = sum(path.stat().st_size for path in members_folder(tmp_path / "False.txt").iterdir()) / 1e6
+    assert float(plan.split(" MB")[0].split()[-1]) == pytest.approx(files, abs=0.6 + 0.1 * files)
+    assert [line.split(":")[0] for line in members] == [f"member {n} of 4" for n in (1, 2, 3, 4)]
+    assert members[-1].endswith("about 0 s left") and len(size[True]) == 1
+
+
+def test_members_that_are_there_are_not_said_to_be_trained(store, tmp_path):
+    out, lines = tmp_path / "result.txt", []
+    predict(store.path, out, **SHORT | {"members": 1}, keep_members=True)
+    predict(store.path, out, **SHORT, overwrite=True, say=lines.append)
+    assert lines[0].startswith("to train: 2 of 4 members")
+    assert [line.split(":")[0] for line in lines[1:]] == ["member 3 of 4", "member 4 of 4"]
+
+
 def test_progress_is_shown_when_asked_for(store, tmp_path, capsys):
     for progress in (False, True):
         predict(store.path, tmp_path / "result.txt", system="face-only", epochs=1, progress=progress, overwrite=True)

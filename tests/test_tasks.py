@@ -59,6 +59,33 @@ def test_changed_requirements_are_installed(tasks, name):
     assert any("pip install" in line for line in tasks.commands)
 
 
+def test_a_build_of_torch_is_installed_first_and_again_when_asked_for(tasks, monkeypatch, tmp_path):
+    (tmp_path / "torch.whl").touch()
+    monkeypatch.chdir(tmp_path)
+    tasks.main(["setup"])
+    tasks.commands.clear()
+    assert tasks.main(["setup", "--torch", "torch.whl", "torchvision==1+cpu"]) == 0
+    first, second = tasks.commands[-2:]
+    assert first.endswith(f"install -c constraints.txt {tmp_path / 'torch.whl'} torchvision==1+cpu")
+    assert second.endswith("-e .[book,faces,test]")
+
+
+def test_the_environment_can_name_a_build_of_torch_for_every_installation(tasks, monkeypatch):
+    monkeypatch.setenv("MMLIB_TORCH", "torch==1+cpu torchvision==1+cpu")
+    tasks.main(["book"])
+    assert tasks.commands[1].endswith("install -c constraints.txt torch==1+cpu torchvision==1+cpu")
+    tasks.commands.clear()
+    tasks.main(["setup"])
+    assert tasks.commands == []
+
+
+def test_a_build_of_torch_that_fails_leaves_no_stamp(tasks):
+    tasks.main(["setup"])
+    tasks.failing = "torch==1"
+    assert tasks.main(["setup", "--torch", "torch==1"]) == 7
+    assert tasks.installed() == "" and not tasks.commands[-1].endswith("test]")
+
+
 def test_line_ends_of_a_checkout_do_not_reinstall(tasks):
     tasks.main(["setup"])
     tasks.commands.clear()
@@ -164,6 +191,20 @@ def test_book_says_where_the_report_opens(tasks, capsys):
     assert "_build/html/index.html\nfile://" in capsys.readouterr().out
 
 
+def test_pdf_prints_the_report_with_the_browser_that_is_there(tasks, monkeypatch, capsys):
+    monkeypatch.setattr(tasks.shutil, "which", lambda name: "/bin/chrome" if name == "google-chrome" else None)
+    assert tasks.main(["pdf"]) == 0
+    printed = f"{tasks.PYTHON} book/_ext/print_report.py {tasks.REPORT.parent} {tasks.ROOT / '_build/report.pdf'}"
+    assert tasks.commands[-1] == f"{printed} /bin/chrome"
+    assert "_build/report.pdf" in capsys.readouterr().out
+
+
+def test_pdf_without_a_browser_says_so_before_anything_is_built(tasks, monkeypatch, capsys):
+    monkeypatch.setattr(tasks.shutil, "which", lambda name: None)
+    assert tasks.main(["pdf"]) == 1
+    assert "Chromium" in capsys.readouterr().err and tasks.commands == []
+
+
 def test_failed_book_fails_and_names_no_report(tasks, capsys):
     tasks.failing = "jupyter_book"
     assert tasks.main(["book"]) == 7
@@ -176,7 +217,7 @@ def test_clean_removes_the_report_and_nothing_else(tasks):
     assert sorted(path.name for path in tasks.ROOT.iterdir()) == ["constraints.txt", "pyproject.toml"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["bok"], ["setup", "now"]])
+@pytest.mark.parametrize("arguments", [[], ["bok"], ["setup", "now"], ["setup", "--torch"], ["pdf", "now"]])
 def test_unknown_task_prints_the_usage(tasks, capsys, arguments):
     assert tasks.main(arguments) == 2
     usage = capsys.readouterr().err

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import chain, zip_longest
 from pathlib import Path
 from unittest.mock import patch
 
@@ -34,6 +35,8 @@ MADE = "how-this-page-was-made"  # the section that is folded, and takes the par
 METADATA = re.compile(r'<metadata class="(\w+)">(.*?)</metadata>', re.DOTALL)  # of a drawing
 HYPHEN = re.compile(r"(?<![\w.,)\]-])-(?=\.?\d)")  # that stands for a minus
 SUMMARY = "Parameters, searches and reruns"
+# Where a chapter of a repository on GitHub can be run.
+LAUNCH = {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com"}
 
 
 def content_key(files: Iterable[Path], base: Path) -> str:
@@ -81,6 +84,18 @@ def configure(app: Sphinx, config: Config) -> None:
     config.external_toc_path = str(ROOT / "_toc.yml")
     key = cache_key(ROOT, *map(package_folder, PACKAGES))
     config.nb_execution_cache_path = str(Path(app.outdir).parent / ".jupyter_cache" / key)
+    # Pages that are published know their repository, by who publishes them; those of a build at home have no buttons.
+    if address := os.environ.get("MMLIB_REPOSITORY"):
+        shown = dict.fromkeys(("use_repository_button", "use_edit_page_button"), True)
+        place = {"repository_url": address, "repository_branch": "main", "path_to_docs": "book"}
+        config.html_theme_options |= {
+            **shown,
+            **place,
+            "launch_buttons": {**LAUNCH, "notebook_interface": "jupyterlab"},
+        }
+        # An edit of a notebook is lost, so the button leads to the text that it is written from.
+        text = f"{address}/edit/main/book/{{{{ file_name | replace('.ipynb', '.md') }}}}"
+        config.html_context |= {"edit_page_url_template": text, "edit_page_provider_name": "GitHub"}
 
 
 def execute_chapters(app: Sphinx, env: BuildEnvironment, pages: list[str]) -> None:
@@ -198,7 +213,8 @@ def place_drawings(app: Sphinx, doctree: nodes.document) -> None:
 def write_minus(app: Sphinx, doctree: nodes.document, page: str) -> None:
     """Write a minus before a negative number, in prose and in the cells of tables, where formats leave a hyphen."""
     for text in list(doctree.findall(nodes.Text)):
-        if not isinstance(text.parent, (nodes.literal, nodes.FixedTextElement, nodes.raw, nodes.math)):
+        code = isinstance(text.parent, (nodes.literal, nodes.FixedTextElement, nodes.raw, nodes.math))
+        if not code and "default_value" not in text.parent.get("classes", ()):
             text.parent.replace(text, nodes.Text(HYPHEN.sub("−", text)))
     for raw in doctree.findall(nodes.raw):
         text = re.sub(r"(?<=>)[^<]+(?=</td>)", lambda cell: HYPHEN.sub("−", cell[0]), raw.astext())
@@ -208,6 +224,17 @@ def write_minus(app: Sphinx, doctree: nodes.document, page: str) -> None:
 def mend_citations(app: Sphinx, page: str, template: str, context: dict, doctree: nodes.document | None) -> None:
     """Take the role of a list from citations, which are no items of one to a screen reader."""
     context["body"] = context.get("body", "").replace('<div role="list" class="citation-list">', "<div>")
+
+
+def quote_docstring(app: Sphinx, what: str, name: str, item: object, options: object, lines: list[str]) -> None:
+    """Have reStructuredText show a docstring, which is plain prose, as it stands: names as code, no other markup."""
+    if "".join(lines).startswith("Alias for field"):  # what Python writes to a named tuple
+        lines.clear()
+    prose, mark, example = "\n".join(lines).partition(">>>")
+    parts = re.split(r"`+([^`]+)`+", prose)
+    plain = [re.sub(r"([*|\\]|_(?=\W|$))", r"\\\1", part) for part in parts[::2]]
+    named = [f"``{code}``" for code in parts[1::2]]
+    lines[:] = ("".join(chain(*zip_longest(plain, named, fillvalue=""))) + mark + example).split("\n")
 
 
 def write_all_pages(app: Sphinx, env: BuildEnvironment) -> list[str]:
@@ -249,6 +276,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     for hook in (drop_empty_sections, fold_making, place_drawings):
         app.connect("doctree-read", hook, priority=450)
     app.connect("doctree-resolved", write_minus)
+    app.connect("autodoc-process-docstring", quote_docstring)
     app.connect("html-page-context", mend_citations)
     app.connect("env-updated", write_all_pages)
     # Browsers and screen readers read MathML themselves; MathJax would come from another site at each visit.

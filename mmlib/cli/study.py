@@ -9,6 +9,7 @@ import re
 import sys
 from dataclasses import replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -54,6 +55,7 @@ def predict(
 
     asked = {"system": system.value, "split": split.value, "epochs": epochs, "members": members, "seed": seed}
     asked |= {"device": device.value, "overwrite": overwrite, "progress": sys.stderr.isatty()}
+    asked["say"] = partial(print, file=sys.stderr, flush=True)
     written = {"labelled_only": labelled_only, "keep_members": keep_members, "shards": merge}
     if shard is not None and any(written.values()):
         raise ValueError(
