@@ -75,10 +75,10 @@ def troubled_clips(store: ClipStore) -> dict[str, int]:
 def watched_frames(
     models: dict[str, IdentityModel], means: IdentityModel, store: ClipStore, clips: dict[str, int]
 ) -> pd.DataFrame:
-    """Return what each way of weighing makes of clips, one row a frame and arm: kind, arm, frame, quality, wrong, weight.
+    """Return what each arm makes of clips, one row a frame and arm: kind, arm, frame, quality, wrong, weight.
 
     clips: by kind.  rank and cosine: of the right person among the ``identities`` vectors of means, a model of raw
-    embeddings without an MLP, whatever the arm, so that arms differ in nothing but weights.
+    embeddings without an MLP, whatever the arm, so that arms differ in weights alone.
     """
     at, names, parts = np.array([*clips.values()], int), np.array([*clips], object), []
     batch, right = store.batch(at), torch.from_numpy(store.identity_of(at))
@@ -235,7 +235,12 @@ def grid_frame(records: Iterable[Record]) -> pd.DataFrame:
 
 def grid_words(cells: pd.DataFrame) -> pd.DataFrame:
     """Return cells with their axes by their names, gain, interval and verdict in words, and which are calibrated."""
-    words = {"gain": "beats", "open_": "cannot be told apart from", "loss": "loses to", "unknown": "is not judged against"}
+    words = {
+        "gain": "beats",
+        "open_": "cannot be told apart from",
+        "loss": "loses to",
+        "unknown": "is not judged against",
+    }
     rows, world = cells.to_dict("records"), Settings()
     said = {
         "gain": [signed(row["difference"]) for row in rows],

@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pandas as pd
 
-from mmlib.data.submission import RESULT_LIMIT, answered, check_as_script, read_as_script, read_result, read_val_truth
 from mmlib.data.store import ClipStore
+from mmlib.data.submission import RESULT_LIMIT, answered, check_as_script, read_as_script, read_result, read_val_truth
 from mmlib.metrics import official_score, script_score
 from mmlib.retrieve import Retrieval
 
@@ -44,7 +44,7 @@ GROUPS = {"1": 1, "2": 2, "3–5": 5, "6–10": 10, "11–20": 20, "over 20": np
 
 
 def identities_frame(found: Retrieval, store: ClipStore, *, places: int = 20) -> pd.DataFrame:
-    """Return a row an identity: identity (name), train, clips (counts), group, ap, places ("1" a right clip, "0" not)."""
+    """Return a row an identity: identity (name), train, clips (counts), group, ap, places (1 a right clip, 0 not)."""
     train = np.bincount(store.identity_of(store.select("train", labelled=True)), minlength=len(store.identities))
     counts = {"train": train[found.queries], "clips": found.relevant}
     group = pd.cut(found.relevant, [0, *GROUPS.values()], labels=[*GROUPS])
