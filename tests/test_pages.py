@@ -166,15 +166,16 @@ def test_every_control_changes_what_is_shown(browser, kind, width):
         tab.goto(f"{site}chapters/{TOUCHED[kind]}.html")
         box = tab.locator(f".touch[data-kind={kind}]")
         looks = lambda: [part.inner_html() for part in box.locator("output, .touch-box, tbody").all()]  # noqa: E731
-        controls = {"select, input": "ArrowDown", "thead button": "Enter"}
-        tried = 0
-        for selector, key in controls.items():
-            for number in range(box.locator(selector).count()):
-                before = looks()
-                box.locator(selector).nth(number).press(key)
-                assert looks() != before, f"{selector} {number}"
-                tried += 1
-        assert tried >= 2 and wrong == [] and box.locator(".instead").count() == 0
+        # A heading sorts, and sorts the other way; then the filters, which may leave rows that are alike.
+        presses = {"thead button": ["Enter", "Enter"], "select, input": ["ArrowDown"]}
+        tried = [
+            (control, key) for part, keys in presses.items() for control in box.locator(part).all() for key in keys
+        ]
+        for control, key in tried:
+            before = looks()
+            control.press(key)
+            assert looks() != before, control
+        assert tried and wrong == [] and box.locator(".instead").count() == 0
 
 
 @needs_browser

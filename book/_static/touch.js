@@ -32,7 +32,7 @@
     };
     input.addEventListener("input", () => (say(), changed()));
     say();
-    return { node: make("div", {}, make("label", {}, name, input), told), get value() { return values[input.value]; } };
+    return { node: make("div", {}, make("label", {}, name, input), " ", told), get value() { return values[input.value]; } };
   };
   const controls = (...parts) => make("div", { class: "touch-controls" }, ...parts.map((part) => part.node));
 
@@ -97,7 +97,7 @@
     const [shown, said] = [make("div"), make("output")];
     const known = rows.flatMap((row) => [row.difference, row.low, row.high]).filter((value) => value !== null);
     const [least, most] = [Math.min(0, ...known), Math.max(0, ...known)];
-    const place = (value) => 2 + 96 * (value - least) / (most - least || 1);
+    const place = (value) => 6 + 88 * (value - least) / (most - least || 1);
     const show = () => {
       const arms = rows.filter((row) => row.aggregator === arm.value);
       const found = arms.find((row) => axes.every((axis, i) => row[axis] === worlds[i].value));
@@ -160,7 +160,7 @@
         picture("cloud", `${said.textContent} A dot an identity, AP over number of clips.`, dots),
         ticks([1, 2, 5, 10, 20, 50, 100, 200, 500].filter((n) => Math.log(n) <= widest).map((n) => [place(n), n])),
         note(`Clips to find. Below, ${Math.min(MOST, sorted.length)} of ${sorted.length}, sorted by ${SORTED[order.by]}; `
-          + "dark squares are clips of the right person, hatched ones of others"),
+          + "full squares are clips of the right person, hatched ones of others"),
         table([...headings, make("th", { scope: "col" }, "first places")],
           sorted.slice(0, MOST).map((row) => ({ cells: [...cells(row), strip(row)] }))));
     };
