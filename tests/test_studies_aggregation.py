@@ -117,9 +117,11 @@ def test_watched_frames_are_weighed_and_compared_as_by_hand(store):
 
 
 def test_no_clip_is_watched_whose_frames_nobody_has_marked(bare):
-    assert aggregation.troubled_clips(bare) == {}
+    unscored = replace(bare, modalities={"face": replace(bare.modalities["face"], columns={})})
     model = IdentityModel(AGGREGATORS["mean"](8), 2, hidden=0)
-    assert aggregation.watched_frames({"mean": model}, model, bare, {}).empty
+    for store in (bare, unscored):
+        assert aggregation.troubled_clips(store) == {}
+        assert aggregation.watched_frames({"mean": model}, model, store, {}).empty
 
 
 @pytest.mark.parametrize("step", aggregation.STEPS)

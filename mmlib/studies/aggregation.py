@@ -82,14 +82,19 @@ def watched_frames(
     """
     at, names, parts = np.array([*clips.values()], int), np.array([*clips], object), []
     batch, right = store.batch(at), torch.from_numpy(store.identity_of(at))
-    vectors = F.normalize(means.prototype.cpu(), dim=1)
+    vectors, columns = F.normalize(means.prototype.cpu(), dim=1), store.modalities["face"].columns
     for arm, model in models.items() if len(at) else ():
         weight, mask, wrong = _weights(model, store, at)
         pooled = model.aggregator(*_inputs(model, batch))  # type: ignore[misc]
         cosine = F.normalize(pooled[:, : vectors.shape[1]].cpu(), dim=1) @ vectors.T
         own = cosine.gather(1, right[:, None])
         clip, frame = np.nonzero(mask)
-        rows = {"kind": names[clip], "arm": arm, "frame": frame, "quality": batch.quality.numpy()[clip, frame]}
+        rows = {
+            "kind": names[clip],
+            "arm": arm,
+            "frame": frame,
+            "quality": columns["quality"][batch.rows.numpy()[clip, frame]],
+        }
         rows |= {"wrong": wrong[clip, frame], "weight": weight[clip, frame], "cosine": own[:, 0].numpy()[clip]}
         parts.append(pd.DataFrame(rows | {"rank": 1 + (cosine > own).sum(1).numpy()[clip], "identities": len(vectors)}))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
@@ -235,17 +240,12 @@ def grid_frame(records: Iterable[Record]) -> pd.DataFrame:
 
 def grid_words(cells: pd.DataFrame) -> pd.DataFrame:
     """Return cells with their axes by their names, gain, interval and verdict in words, and which are calibrated."""
-    words = {
-        "gain": "beats",
-        "open_": "cannot be told apart from",
-        "loss": "loses to",
-        "unknown": "is not judged against",
-    }
+    words = ("beats", "cannot be told apart from", "loses to", "is not judged against")
     rows, world = cells.to_dict("records"), Settings()
     said = {
         "gain": [signed(row["difference"]) for row in rows],
         "interval": [f"{interval_text(row)} over {row['n']:.0f} {row['interval']}" for row in rows],
-        "verdict": [verdict(row, **words) for row in rows],
+        "verdict": [verdict(row, *words) for row in rows],
         "calibrated": (cells[[*GRID_AXES]] == [1.0, world.wrong_quality, world.reliability]).all(axis=1),
     }
     kept = cells[[*GRID_AXES, "aggregator", "difference", "low", "high"]]
