@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython import get_ipython
-from IPython.display import display
+from IPython.display import HTML, display
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_hex
@@ -240,6 +240,21 @@ def glue_drawing(name: str, figure: Figure, alt: str) -> None:
     plt.close(figure)
     drawn = drawn.replace("<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ')
     _record(name, {"text/html": f'<div class="drawing">{drawn}</div>', "text/plain": repr(alt)})
+
+
+def touch(kind: str, frame: pd.DataFrame, *, label: str, instead: str) -> HTML | None:
+    """Return a frame as a figure that a reader can touch, made of it by ``book/_static/touch.js``; nothing if empty.
+
+    kind: clips, grid or identities; what columns each needs stands there.  label: what it is, for a screen reader.
+    instead: what is read where no script runs.
+    """
+    if frame.empty:
+        return None
+    data = frame.to_json(orient="split", index=False, double_precision=4).replace("<", r"\u003c")  # no tag ends it
+    made = frame.attrs.get("made", "Computed when this page was built.")
+    shown = f'<p class="instead">{html.escape(instead)}</p><p class="source">{html.escape(made)}</p>'
+    shown += f'<script type="application/json">{data}</script>'
+    return HTML(f'<div class="touch" data-kind="{kind}" role="group" aria-label="{html.escape(label)}">{shown}</div>')
 
 
 def _record(name: str, data: dict[str, str]) -> None:

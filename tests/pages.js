@@ -7,7 +7,7 @@ const all = (selector, within = article) => [...within.querySelectorAll(selector
 const runsOver = (box) =>
   box.scrollWidth > box.clientWidth + 2 && /hidden|auto|scroll/.test(getComputedStyle(box).overflowX);
 const within = (element) => (element === article ? [] : [element, ...within(element.parentElement)]);
-const CLICKABLE = "a[href], button, summary";
+const CLICKABLE = "a[href], button, summary, article select, article input";
 
 // Before anybody has touched the page.
 function firstScreen() {

@@ -1,5 +1,6 @@
 import html
 import io
+import json
 import re
 
 import matplotlib.pyplot as plt
@@ -81,6 +82,21 @@ def test_a_drawing_has_the_ink_of_the_page_and_says_what_it_shows(shown):
     assert "currentColor" in first and "rgb(128 128 128 / .3)" in first  # letters, and the grid
     assert to_hex(".15") not in first and to_hex("0.9") not in first
     assert first.count("<svg role=") == first.count("</svg") == 2 and "metadata" not in first  # wide and narrow
+
+
+def test_what_can_be_touched_has_its_table_and_a_sentence_for_readers_without_scripts():
+    frame = pd.DataFrame({"arm": ["</script><!-- NAN"], "gain": [1 / 3], "wrong": [True], "low": [np.nan]})
+    frame.attrs["made"] = "Two <old> records."
+    said = figures.touch("grid", frame, label='a "world"', instead="See <above>.").data
+    assert said.count("<script") == said.count("</script") == 1 and "<!--" not in said
+    table = json.loads(re.search(r'<script type="application/json">(.*?)</script>', said)[1])
+    assert table == {"columns": [*frame], "data": [["</script><!-- NAN", 0.3333, True, None]]}
+    assert 'data-kind="grid" role="group" aria-label="a &quot;world&quot;"' in said
+    assert '<p class="instead">See &lt;above&gt;.</p><p class="source">Two &lt;old&gt; records.</p>' in said
+
+
+def test_there_is_nothing_to_touch_of_an_empty_table():
+    assert figures.touch("grid", pd.DataFrame({"arm": []}), label="a", instead="b") is None
 
 
 def metadata(figure):

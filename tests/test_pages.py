@@ -55,10 +55,10 @@ def browser():
 
 
 @contextmanager
-def opened(browser, site, theme="light", width=WIDE):
+def opened(browser, site, theme="light", width=WIDE, **options):
     """Yield a tab, and the list of what goes wrong in it: errors, and requests that leave the site."""
     size = {"width": width, "height": HEIGHT[width]}
-    context, found = browser.new_context(viewport=size, color_scheme=theme, reduced_motion="reduce"), []
+    context, found = browser.new_context(viewport=size, color_scheme=theme, reduced_motion="reduce", **options), []
     tab = context.new_page()
     note = lambda kind, what, wrong: found.append(f"{kind}: {what}") if wrong else None  # noqa: E731
     tab.on("console", lambda said: note("console", said.text, said.type == "error"))
@@ -148,10 +148,46 @@ def unreached(browser, folder: Path, page: str, width: int) -> list[str]:
 
 @needs_browser
 @needs_report
-@pytest.mark.parametrize("page", ["index.html", "chapters/01_data.html"])
+@pytest.mark.parametrize("page", ["index.html", "chapters/01_data.html", "chapters/04_aggregation.html"])
 @pytest.mark.parametrize("width", [WIDE, PHONE])
 def test_the_keyboard_reaches_what_can_be_clicked(browser, page, width):
     assert unreached(browser, SITE, page, width) == []
+
+
+TOUCHED = {"identities": "02_metric", "grid": "04_aggregation", "clips": "04_aggregation"}
+
+
+@needs_browser
+@needs_report
+@pytest.mark.parametrize("kind", TOUCHED)
+@pytest.mark.parametrize("width", [WIDE, PHONE])
+def test_every_control_changes_what_is_shown(browser, kind, width):
+    with served(SITE) as site, opened(browser, site, width=width) as (tab, wrong):
+        tab.goto(f"{site}chapters/{TOUCHED[kind]}.html")
+        box = tab.locator(f".touch[data-kind={kind}]")
+        looks = lambda: [part.inner_html() for part in box.locator("output, .touch-box, tbody").all()]  # noqa: E731
+        # A heading sorts, and sorts the other way; then the filters, which may leave rows that are alike.
+        presses = {"thead button": ["Enter", "Enter"], "select, input": ["ArrowDown"]}
+        tried = [
+            (control, key) for part, keys in presses.items() for control in box.locator(part).all() for key in keys
+        ]
+        for control, key in tried:
+            before = looks()
+            control.press(key)
+            assert looks() != before, control
+        assert tried and wrong == [] and box.locator(".instead").count() == 0
+
+
+@needs_browser
+@needs_report
+@pytest.mark.parametrize("kind", TOUCHED)
+def test_a_page_is_whole_without_scripts(browser, kind):
+    with served(SITE) as site, opened(browser, site, java_script_enabled=False) as (tab, wrong):
+        tab.goto(f"{site}chapters/{TOUCHED[kind]}.html")
+        box = tab.locator(f".touch[data-kind={kind}]")
+        assert box.locator(".instead").is_visible() and "scripts" in box.inner_text() and "{" not in box.inner_text()
+        assert box.locator("select, input, button").count() == 0 and wrong == []
+        assert tab.locator("article figure svg.wide").first.is_visible()
 
 
 GOOD = """<!doctype html><html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,"><title>A</title>

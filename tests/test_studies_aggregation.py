@@ -86,6 +86,44 @@ def test_unmarked_frames_are_not_wrong_and_give_no_table(bare):
     assert weight_on_wrong(made_models, bare).empty
 
 
+def test_watched_clips_are_the_first_of_their_kind(store):
+    face, first = store.modalities["face"], {}
+    for clip in store.select("val", labelled=True, having="face"):
+        rows = slice(face.start[clip], face.start[clip] + face.count[clip])
+        wrong, poor = int(face.columns["wrong"][rows].sum()), int((face.columns["quality"][rows] <= 30).sum())
+        n = rows.stop - rows.start
+        if 8 <= n <= 24:
+            has = [wrong == poor == 0, wrong == 1, 3 <= wrong < n / 2, wrong > n / 2, wrong == 0 and poor > n / 2]
+            first = {name: clip for name, it in zip(aggregation.TROUBLES, has) if it} | first
+    assert aggregation.troubled_clips(store) == first and len(first) >= 4
+
+
+def test_watched_frames_are_weighed_and_compared_as_by_hand(store):
+    (name, clip), *_ = clips = list(aggregation.troubled_clips(store).items())
+    arms, means = models("mean", "norm", "NAN + scores"), models("norm")["norm"]
+    frame = aggregation.watched_frames(arms, means, store, dict(clips))
+    assert set(frame["kind"]) == {kind for kind, _ in clips}
+    assert frame.groupby(["kind", "arm"])["weight"].sum().to_numpy() == pytest.approx(1, abs=1e-5)
+    face, vectors = store.modalities["face"], means.prototype.detach().numpy()
+    rows = slice(face.start[clip], face.start[clip] + face.count[clip])
+    x = face.feature[rows].astype(np.float64)
+    for arm, pooled in {"norm": x.mean(0), "mean": (x / np.linalg.norm(x, axis=1, keepdims=True)).mean(0)}.items():
+        cosine = vectors @ pooled / np.linalg.norm(vectors, axis=1) / np.linalg.norm(pooled)
+        own, found = cosine[store.identity_of(clip)], frame[(frame["kind"] == name) & (frame["arm"] == arm)]
+        assert found["cosine"].to_numpy() == pytest.approx(own, abs=1e-5)
+        assert set(found["rank"]) == {sorted(cosine, reverse=True).index(own) + 1}
+        assert np.array_equal(found["quality"], face.columns["quality"][rows])
+        assert np.array_equal(found["wrong"], face.columns["wrong"][rows] > 0)
+
+
+def test_no_clip_is_watched_whose_frames_nobody_has_marked(bare):
+    unscored = replace(bare, modalities={"face": replace(bare.modalities["face"], columns={})})
+    model = IdentityModel(AGGREGATORS["mean"](8), 2, hidden=0)
+    for store in (bare, unscored):
+        assert aggregation.troubled_clips(store) == {}
+        assert aggregation.watched_frames({"mean": model}, model, store, {}).empty
+
+
 @pytest.mark.parametrize("step", aggregation.STEPS)
 def test_steps_are_between_arms(step):
     assert set(aggregation.STEPS[step]) <= set(AGGREGATORS)
@@ -158,6 +196,17 @@ def test_grid_compares_learned_arms_with_quality_weights_cell_by_cell():
 def test_grid_without_records_is_empty():
     cells = grid_frame([])
     assert cells.empty and grid_verdicts(cells).empty and aggregation.grid_axes(cells).empty
+
+
+def test_cells_are_said_in_the_words_that_their_intervals_support():
+    found = grid_frame(cell(1.0, -1.0, 0.95, 0.02) + cell(2.0, -1.0, 0.95, -0.03) + cell(0.5, 0.0, 0.6, 0, seeds=(0,)))
+    said = aggregation.grid_words(found)
+    assert [*said][:3] == [*aggregation.GRID_AXES.values()] and said.attrs == found.attrs != {}
+    said = said[said["aggregator"] == "NAN + scores"].set_index(aggregation.GRID_AXES["share"])
+    assert said["verdict"].to_dict() == {0.5: "is not judged against", 1: "beats", 2: "loses to"}
+    assert said["calibrated"].to_dict() == {0.5: False, 1: True, 2: False}
+    assert said.loc[2, "gain"] == "-2.95" and said.loc[2, "interval"].endswith("] over 2 worlds")
+    assert aggregation.grid_words(grid_frame([])).empty
 
 
 def test_cell_of_one_world_with_one_ap_a_record_is_open():

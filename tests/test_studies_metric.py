@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+from conftest import of
 
+from mmlib import retrieve
 from mmlib.studies import metric
 
 BY_HAND = {  # ours and the script's, None where refused
@@ -40,3 +42,27 @@ def test_every_case_is_scored_as_by_hand():
 def test_what_is_refused_here_is_said_so():
     found = metric.edge_cases()
     assert (found["ours"].isna() == (found["here"] == "refused")).all()
+
+
+@pytest.fixture(scope="module")
+def found(store):
+    return retrieve.retrieve(of(store), store)
+
+
+def test_identities_have_their_counts_and_the_beginning_of_their_rankings(store, found):
+    frame, clips = metric.identities_frame(found, store, places=5), store.clips
+    assert frame["identity"].tolist() == [store.identities[query] for query in found.queries]
+    for query, row in zip(found.queries, frame.to_dict("records"), strict=True):
+        both = [((clips["identity"] == query) & (clips["split"] == split)).sum() for split in ("train", "val")]
+        assert [row["train"], row["clips"]] == both
+        low, high = {"1": (1, 1), "3–5": (3, 5), "over 20": (21, 999)}.get(row["group"], (2, 20))
+        assert low <= row["clips"] <= high
+    shown = [[int(place) for place in places] for places in frame["places"]]
+    assert np.array_equal(shown, found.hits[:, :5]) and np.array_equal(frame["ap"], found.ap)
+
+
+def test_groups_of_identities_add_up_to_all(store, found):
+    frame = metric.by_clips(metric.identities_frame(found, store))
+    assert frame["identities"].sum() == len(found.ap)
+    assert (frame["identities"] * frame["ap"]).sum() == pytest.approx(found.ap.sum())
+    assert (frame["identities"] * frame["whole"]).sum() == pytest.approx((found.ap == 1).sum())

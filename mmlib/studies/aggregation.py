@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch.nn import functional as F
 
 from mmlib.aggregate import CodedAttention, channel_map, frame_scores
-from mmlib.compare import COMPARED, compare_arms, counts, with_source
+from mmlib.compare import COMPARED, compare_arms, counts, interval_text, signed, verdict, with_source
 from mmlib.data.simulate import Settings
-from mmlib.data.store import ClipStore
+from mmlib.data.store import Batch, ClipStore
 from mmlib.experiment import FEWEST
 from mmlib.models import IdentityModel, seeded
 from mmlib.records import Record
@@ -26,6 +27,14 @@ STEPS = {  # one change each: the arm with it, and the arm without
     "mixing frames before NAN, with scores": ("attention + scores", "NAN + scores"),
     "the released network for NAN with scores": ("as coded", "NAN + scores"),
     "bringing its map to life": ("as coded, alive", "as coded"),
+}
+POOR = 30.0  # quality up to which the hand-made weight takes its two low steps
+TROUBLES = {  # what a clip of n frames has, of which some are of another person and some are poor
+    "every frame is good": lambda n, wrong, poor: wrong + poor == 0,
+    "one frame of another person": lambda n, wrong, poor: wrong == 1,
+    "several frames of another person": lambda n, wrong, poor: (wrong >= 3) & (2 * wrong < n),
+    "mostly another person": lambda n, wrong, poor: 2 * wrong > n,
+    "mostly poor frames": lambda n, wrong, poor: (wrong == 0) & (2 * poor > n),
 }
 MAPS = ("as coded", "as coded, alive", "attention + scores")  # arms with a map from frame to frame
 
@@ -48,6 +57,47 @@ def frame_weights(models: dict[str, IdentityModel], store: ClipStore, clips: np.
         columns = {"weight": weight[at, frame], "wrong": wrong[at, frame]}
         parts.append(pd.DataFrame({"clip": names[at], "frame": frame, "method": method} | columns))
     return pd.concat(parts, ignore_index=True)
+
+
+def troubled_clips(store: ClipStore) -> dict[str, int]:
+    """Choose the first labelled val clip of 8 to 24 faces with each of TROUBLES, as far as frames are marked."""
+    face, val = store.modalities["face"], store.select("val", labelled=True, having="face")
+    if not {"wrong", "quality"} <= set(face.columns):
+        return {}
+    rows = [slice(face.start[clip], face.start[clip] + face.count[clip]) for clip in val]
+    marks = {"wrong": face.columns["wrong"] > 0, "poor": face.columns["quality"] <= POOR}
+    n, known = face.count[val], {name: np.array([mark[part].sum() for part in rows]) for name, mark in marks.items()}
+    some = {name: val[has(n, **known) & (n >= 8) & (n <= 24)] for name, has in TROUBLES.items()}
+    return {name: int(clips[0]) for name, clips in some.items() if len(clips)}
+
+
+@torch.no_grad()
+def watched_frames(
+    models: dict[str, IdentityModel], means: IdentityModel, store: ClipStore, clips: dict[str, int]
+) -> pd.DataFrame:
+    """Return what each arm makes of clips, one row a frame and arm: kind, arm, frame, quality, wrong, weight.
+
+    clips: by kind.  rank and cosine: of the right person among the ``identities`` vectors of means, a model of raw
+    embeddings without an MLP, whatever the arm, so that arms differ in weights alone.
+    """
+    at, names, parts = np.array([*clips.values()], int), np.array([*clips], object), []
+    batch, right = store.batch(at), torch.from_numpy(store.identity_of(at))
+    vectors, columns = F.normalize(means.prototype.cpu(), dim=1), store.modalities["face"].columns
+    for arm, model in models.items() if len(at) else ():
+        weight, mask, wrong = _weights(model, store, at)
+        pooled = model.aggregator(*_inputs(model, batch))  # type: ignore[misc]
+        cosine = F.normalize(pooled[:, : vectors.shape[1]].cpu(), dim=1) @ vectors.T
+        own = cosine.gather(1, right[:, None])
+        clip, frame = np.nonzero(mask)
+        rows = {
+            "kind": names[clip],
+            "arm": arm,
+            "frame": frame,
+            "quality": columns["quality"][batch.rows.numpy()[clip, frame]],
+        }
+        rows |= {"wrong": wrong[clip, frame], "weight": weight[clip, frame], "cosine": own[:, 0].numpy()[clip]}
+        parts.append(pd.DataFrame(rows | {"rank": 1 + (cosine > own).sum(1).numpy()[clip], "identities": len(vectors)}))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 def weight_on_wrong(models: dict[str, IdentityModel], store: ClipStore) -> pd.DataFrame:
@@ -129,13 +179,15 @@ def from_released_start(store: ClipStore, clips: np.ndarray, *, steps: int = 20)
     return said | {"weight": weight, "away": away, "steps": steps}
 
 
+def _inputs(model: IdentityModel, batch: Batch) -> list[torch.Tensor | None]:
+    return [None if x is None else x.to(model.prototype.device) for x in batch[:4]]
+
+
 @torch.no_grad()
 def _weights(model: IdentityModel, store: ClipStore, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return weights that sum to 1 a clip, the mask, and which frames are known to be wrong; all (B, T)."""
     batch = store.batch(clips)
-    device = model.prototype.device
-    inputs = [None if x is None else x.to(device) for x in batch[:4]]
-    weight = model.eval().aggregator.weights(*inputs).cpu()  # type: ignore[union-attr, operator, arg-type]
+    weight = model.eval().aggregator.weights(*_inputs(model, batch)).cpu()  # type: ignore[union-attr, operator, arg-type]
     mask, wrong = batch.mask.numpy(), store.modalities["face"].columns.get("wrong")
     known = np.zeros_like(mask) if wrong is None else mask & (wrong[np.maximum(batch.rows.numpy(), 0)] > 0)
     return (weight / weight.sum(1, keepdim=True)).numpy(), mask, known
@@ -184,6 +236,20 @@ def grid_frame(records: Iterable[Record]) -> pd.DataFrame:
         parts.append(frame.loc[frame["aggregator"] != GRID_REFERENCE, parts[0].columns])
     every = (record for members in cells.values() for record in members)
     return with_source(pd.concat(parts[1:] or parts, ignore_index=True), every)
+
+
+def grid_words(cells: pd.DataFrame) -> pd.DataFrame:
+    """Return cells with their axes by their names, gain, interval and verdict in words, and which are calibrated."""
+    words = ("beats", "cannot be told apart from", "loses to", "is not judged against")
+    rows, world = cells.to_dict("records"), Settings()
+    said = {
+        "gain": [signed(row["difference"]) for row in rows],
+        "interval": [f"{interval_text(row)} over {row['n']:.0f} {row['interval']}" for row in rows],
+        "verdict": [verdict(row, *words) for row in rows],
+        "calibrated": (cells[[*GRID_AXES]] == [1.0, world.wrong_quality, world.reliability]).all(axis=1),
+    }
+    kept = cells[[*GRID_AXES, "aggregator", "difference", "low", "high"]]
+    return kept.assign(**said).rename(columns=GRID_AXES)
 
 
 def grid_verdicts(cells: pd.DataFrame) -> pd.DataFrame:

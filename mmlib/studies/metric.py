@@ -1,4 +1,4 @@
-"""What chapter 02 says of files that depart from the format: the score here, and that of the challenge's script."""
+"""What chapter 02 says of single identities, and of files that depart from the format, here and by the script."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pandas as pd
 
+from mmlib.data.store import ClipStore
 from mmlib.data.submission import RESULT_LIMIT, answered, check_as_script, read_as_script, read_result, read_val_truth
 from mmlib.metrics import official_score, script_score
+from mmlib.retrieve import Retrieval
 
 _MANY = " ".join(f"x{number}.mp4" for number in range(RESULT_LIMIT + 1))
 _TRUTH = _RESULT = "1 a.mp4 b.mp4\n2 c.mp4\n"  # each of two identities is ranked rightly
@@ -36,6 +38,25 @@ CASES = [
     ("more than a hundred clips of an identity", "refused", _TRUTH, f"1 {_MANY}\n2 c.mp4\n"),
     ("more lines than the ground truth has", "refused", _TRUTH, f"{_RESULT}9 x.mp4\n"),
 ]
+
+
+GROUPS = {"1": 1, "2": 2, "3–5": 5, "6–10": 10, "11–20": 20, "over 20": np.inf}  # clips to find, up to
+
+
+def identities_frame(found: Retrieval, store: ClipStore, *, places: int = 20) -> pd.DataFrame:
+    """Return a row an identity: identity (name), train, clips (counts), group, ap, places (1 a right clip, 0 not)."""
+    train = np.bincount(store.identity_of(store.select("train", labelled=True)), minlength=len(store.identities))
+    counts = {"train": train[found.queries], "clips": found.relevant}
+    group = pd.cut(found.relevant, [0, *GROUPS.values()], labels=[*GROUPS])
+    first = ["".join("01"[int(hit)] for hit in hits[:places]) for hits in found.hits]
+    known = {"identity": store.identities[found.queries]} | counts | {"group": group, "ap": found.ap, "places": first}
+    return pd.DataFrame(known)
+
+
+def by_clips(identities: pd.DataFrame) -> pd.DataFrame:
+    """Return how identities fare by the clips that there are to find: group, identities, ap (mean), whole (AP of 1)."""
+    ap = identities.groupby("group", observed=True)["ap"]
+    return ap.agg(identities="size", ap="mean", whole=lambda ap: (ap == 1).mean()).reset_index()
 
 
 def edge_cases() -> pd.DataFrame:
