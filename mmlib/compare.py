@@ -202,7 +202,7 @@ def signed(value: float, digits: int = 2) -> str:
 
 
 def is_same(row: Mapping) -> bool:
-    """Say whether two arms differ by nothing at all, as the reference does from itself."""
+    """Say whether two arms differ by nothing at all, with an interval of 0 or none: so a table knows the reference."""
     return not np.nan_to_num([row["difference"], row["low"], row["high"]]).any()
 
 

@@ -83,13 +83,8 @@ def set_style() -> None:
         formatters["image/svg+xml"].for_type(Figure, lambda figure: None if _has_pictures(figure) else drawing(figure))
         formatters["image/png"].for_type(Figure, lambda figure: _painted(figure) if _has_pictures(figure) else None)
     shape = {"figure.figsize": (6.0, 3.6), "savefig.bbox": "tight", "figure.constrained_layout.use": True}
-    quiet = {
-        "legend.frameon": False,
-        "axes.edgecolor": "0.4",
-        "grid.color": "0.9",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
+    quiet: dict = {"axes.edgecolor": "0.4", "grid.color": "0.9"}
+    quiet |= dict.fromkeys(("legend.frameon", "axes.spines.top", "axes.spines.right"), False)
     small = ("legend.fontsize", "legend.title_fontsize", "xtick.labelsize", "ytick.labelsize")
     text = dict.fromkeys(("font.size", "axes.labelsize"), 11) | dict.fromkeys(small, 10)
     palette = [BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK]

@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from typer.testing import CliRunner
 
+from benchmarks.degrade import STRENGTHS, choose_frames, degrade
 from mmlib.cli import app
 from mmlib.data import photographs
-from mmlib.data.degrade import STRENGTHS, choose_frames, degrade
 from mmlib.data.detector import TEMPLATE, RetinaFace, load_detector, load_weights
 from mmlib.data.embedder import Embedder, MobileFaceNet
 from mmlib.data.photographs import check_labels, make_tables

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 from mmlib import parameters
-from mmlib.cli.options import PAIRS, NewStore, Overwrite, argument, command, option, split_pairs, writing
+from mmlib.cli.options import PAIRS, NewStore, Overwrite, argument, command, option, split_pairs, write_store, writing
 
 if TYPE_CHECKING:
     from mmlib.data.simulate import Settings
@@ -71,15 +71,9 @@ def import_iqiyi(
     refused. A bad record stops the import unless told otherwise; a score that is NaN is stored as 0. Scene
     features of the released code of 2019, scene_infos_*.pickle, are found in FOLDER, its feat/ and scene_feat/.
     """
-    import rich
-
     from mmlib.data.iqiyi import import_folder
 
-    rich.reconfigure(stderr=True)  # standard output is for the report
-    options = {"skip_bad_records": skip_bad_records, "overwrite": overwrite, "progress": sys.stderr.isatty()}
-    with writing(store):
-        report = import_folder(folder, store, **options)
-    print(*report.lines(), sep="\n")
+    write_store(store, import_folder, folder, skip_bad_records=skip_bad_records, overwrite=overwrite)
 
 
 @command(
@@ -107,17 +101,12 @@ def import_features(
     by rank, or by knots SCORE:CHALLENGE,SCORE:CHALLENGE,..., linear between them and constant beyond. One that
     lies on one side of 60 is refused until SCALE says what it is.
     """
-    import rich
-
     from mmlib.data import features
     from mmlib.data.quality import parse_scale
 
-    rich.reconfigure(stderr=True)  # standard output is for the report
     scale = None if quality_scale is None else parse_scale(quality_scale)
-    options = {"width": width, "quality_scale": scale, "overwrite": overwrite, "progress": sys.stderr.isatty()}
-    with writing(store):
-        report = features.import_features(table, array, store, **options)
-    print(*report.lines(), sep="\n")
+    options = {"width": width, "quality_scale": scale, "overwrite": overwrite}
+    write_store(store, features.import_features, table, array, **options)
 
 
 @command(
@@ -155,18 +144,13 @@ def import_faces(
     go to train and half to val, a person of one clip is a distractor, unless a table says otherwise. Needs the
     packages of the extra `faces`.
     """
-    import rich
-
     from mmlib.data import faces
 
     if aligned != (detector is None):
         raise ValueError("--detector FILE finds the faces, --aligned says that pictures are crops: give one of them")
-    rich.reconfigure(stderr=True)  # standard output is for the report
     how = faces.FaceSettings(weights, detector, quality, architecture, width, size, mean, std, detect_size, rate, seed)
     options = {"table": table, "scenes": scenes, "skip_bad_files": skip_bad_files, "overwrite": overwrite}
-    with writing(store):
-        report = faces.import_faces(folder, store, how, **options, progress=sys.stderr.isatty())
-    print(*report.lines(), sep="\n")
+    write_store(store, faces.import_faces, folder, settings=how, **options)
 
 
 @command("import-lfw oss_data/ store/", name="import-lfw")
@@ -248,10 +232,8 @@ def fetch(
             print(*photographs.make_tables(name.value, folder or place, tables, **options), sep="\n", flush=True)
     else:
         print(f"tables: made before, in {tables / name.value}")
-    options = {"network": network.value, "scene": shown, "seed": seed, "overwrite": overwrite, "progress": progress}
-    with writing(store):
-        report = public.import_public(name.value, tables, store, suspects=not without_suspects, **options)
-    print(*report.lines(), sep="\n")
+    options = {"network": network.value, "scene": shown, "seed": seed, "overwrite": overwrite}
+    write_store(store, public.import_public, name.value, tables, suspects=not without_suspects, **options)
 
 
 @command("render-scenes store/ img/", name="render-scenes")

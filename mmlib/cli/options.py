@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -76,6 +76,16 @@ def writing(path: Path) -> Iterator[None]:
         if error.strerror and error.filename is None:
             error.filename = str(path)
         raise
+
+
+def write_store(store: Path, make: Callable, *given, **options) -> None:
+    """Have ``make`` import what is given into a store, and print its report; its bars go to standard error."""
+    import rich
+
+    rich.reconfigure(stderr=True)
+    with writing(store):
+        report = make(*given, store, progress=sys.stderr.isatty(), **options)
+    print(*report.lines(), sep="\n")
 
 
 def _reason(error: Exception) -> str:

@@ -22,6 +22,7 @@ PACKAGES = {"av": "PyAV (av)", "cv2": "opencv-python-headless"}  # of the extra 
 TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
 # Where they are in a box of UltraFace, as shares of its sides: medians over frames of YouTube Faces, made symmetric.
 BOXED = ((0.26, 0.415), (0.74, 0.415), (0.5, 0.61), (0.31, 0.767), (0.69, 0.767))
+OVERLAP = 0.3  # of two boxes, intersection over union, from which on they are of one face
 ANCHORS = {8: (16, 32), 16: (64, 128), 32: (256, 512)}  # sides in pixels, by stride
 VARIANCE = (0.1, 0.2)  # of the offsets of places, of the logarithms of sides
 MEAN = (123, 117, 104)  # of red, green and blue
@@ -122,7 +123,7 @@ class UltraFace:
         if {*self.graph.net.getUnconnectedOutLayersNames()} != {"scores", "boxes"}:
             raise ValueError(f"{path}: of another architecture: it makes no scores and boxes, as UltraFace does")
 
-    def __call__(self, pictures: list[np.ndarray], least: float, overlap: float) -> list[np.ndarray]:
+    def __call__(self, pictures: list[np.ndarray], least: float) -> list[np.ndarray]:
         """Find faces as `detect` does."""
         cv2, sides, canvases = need("cv2"), [], []
         for picture in pictures:  # grey at the right and below makes it 4 : 3
@@ -137,7 +138,7 @@ class UltraFace:
             best = np.flatnonzero(score[:, 1] >= least)
             best = best[(-score[best, 1]).argsort(kind="stable")]
             corners = box[best].reshape(-1, 2, 2) * side
-            kept = _suppress(corners.reshape(-1, 4), overlap)
+            kept = _suppress(corners.reshape(-1, 4))
             corners, score = corners[kept], score[best[kept], 1]
             points = corners[:, :1] + np.array(BOXED) * (corners[:, 1:] - corners[:, :1])
             row = np.concatenate([corners.reshape(-1, 4), score[:, None], points.reshape(-1, 10)], 1)
@@ -166,17 +167,15 @@ def fuse(network: nn.Module) -> nn.Module:
 
 
 @torch.inference_mode()
-def detect(
-    network: Detector, pictures: list[np.ndarray], long: int, *, least: float = 0.5, overlap: float = 0.3
-) -> list[np.ndarray]:
+def detect(network: Detector, pictures: list[np.ndarray], long: int, *, least: float = 0.5) -> list[np.ndarray]:
     """Find the faces of pictures (h, w, 3) uint8, RGB, of any sizes: of each an array (n, 15), best first.
 
     A row has the box x1, y1, x2, y2, the score, at least `least`, and x, y of five points: the eyes, left of the
-    picture first, nose, mouth corners; in pixels of the picture.  Of boxes that overlap by more than `overlap`,
+    picture first, nose, mouth corners; in pixels of the picture.  Of boxes that overlap by more than `OVERLAP`,
     intersection over union, the best is kept.  long: pixels of the longer side in which RetinaFace looks for faces.
     """
     if isinstance(network, UltraFace):
-        return network(pictures, least, overlap)
+        return network(pictures, least)
     fitted = [_fit(picture, long) for picture in pictures]
     found = [np.empty((0, 15), np.float32) for _ in pictures]
     for shape in {canvas.shape for canvas, *_ in fitted}:
@@ -192,7 +191,7 @@ def detect(
             half = side * torch.exp(VARIANCE[1] * box[best, 2:]) / 2
             place = centre[:, None] + VARIANCE[0] * side[:, None] * points[best].view(-1, 5, 2)
             places = torch.cat([torch.stack([middle - half, middle + half], 1), place], 1).numpy()
-            kept = _suppress(places[:, :2].reshape(-1, 4), overlap)
+            kept = _suppress(places[:, :2].reshape(-1, 4))
             _, scale, corner = fitted[at]
             places = ((places[kept] - corner) / scale).reshape(-1, 14)
             found[at] = np.insert(places, 4, score[best].numpy()[kept], axis=1).astype(np.float32)
@@ -222,14 +221,14 @@ def _anchors(height: int, width: int) -> Tensor:
     return torch.cat(levels)
 
 
-def _suppress(boxes: np.ndarray, overlap: float) -> list[int]:
-    """Return the places of boxes (n, 4), best first, that overlap no better one by more than `overlap`."""
+def _suppress(boxes: np.ndarray) -> list[int]:
+    """Return the places of boxes (n, 4), best first, that overlap no better one by more than `OVERLAP`."""
     area, kept, rest = np.prod(boxes[:, 2:] - boxes[:, :2], 1), [], np.arange(len(boxes))
     while len(rest):
         at, rest = rest[0], rest[1:]
         shared = np.minimum(boxes[rest, 2:], boxes[at, 2:]) - np.maximum(boxes[rest, :2], boxes[at, :2])
         shared = np.prod(shared.clip(0), 1)
-        rest = rest[shared <= overlap * (area[rest] + area[at] - shared)]
+        rest = rest[shared <= OVERLAP * (area[rest] + area[at] - shared)]
         kept.append(int(at))
     return kept
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, NamedTuple
@@ -397,15 +398,9 @@ def _ahead(
     pool: ThreadPoolExecutor, most: int, find: Finder, chunks: Iterator[list[Source]]
 ) -> Iterator[tuple[Source, Found | ValueError]]:
     """Yield pictures with what was found in them, in order, while a pool works on the next `most` chunks."""
-    waiting: deque[tuple[list[Source], Future]] = deque()
-
-    def first() -> Iterator[tuple[Source, Found | ValueError]]:
-        chunk, job = waiting.popleft()
-        return zip(chunk, job.result())
-
-    for chunk in chunks:
-        waiting.append((chunk, pool.submit(find, chunk)))
-        if len(waiting) > most:
-            yield from first()
+    jobs = ((chunk, pool.submit(find, chunk)) for chunk in chunks)
+    waiting = deque(islice(jobs, most))
     while waiting:
-        yield from first()
+        chunk, job = waiting.popleft()
+        waiting.extend(islice(jobs, 1))
+        yield from zip(chunk, job.result())

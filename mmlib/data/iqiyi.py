@@ -259,10 +259,8 @@ class _Reader:
             # Of a clip that is named twice the former features stand before all that is kept from there on.
             later = self._owner[lost[0] :]
             clip = short(self._clips[later[later >= 0].min()]) if (later >= 0).any() else "one of the last"
-            message = (
-                f"{self._path}: {len(lost)} features are in no record of a clip, as if one were named twice: {clip}"
-            )
-            self._refuse("features in no record of a clip", "leaves them out", message, len(lost))
+            what = f"{len(lost)} features are in no record of a clip, as if one were named twice: {clip}"
+            self._refuse("features in no record of a clip", "leaves them out", f"{self._path}: {what}", len(lost))
         start = first + np.cumsum(self._count) - self._count
         return pd.DataFrame({"clip": self._clips, "start": start, "count": self._count})
 
@@ -317,10 +315,8 @@ class _Reader:
         if len(records) > BLOCK or set(map(type, records)) - {list, tuple} or set(map(len, records)) - {len(fields)}:
             raise BadRecord(f"record without its {len(fields)} fields", SHORT.repr(records[0]))
         *values, features = zip(*records) if records else [()] * len(fields)
-        columns, rows = (
-            {name: _column(name, of, self._spool) for name, of in zip(fields, values)},
-            self._spool.rows_of(features),
-        )
+        columns = {name: _column(name, of, self._spool) for name, of in zip(fields, values)}
+        rows = self._spool.rows_of(features)
         columns["feature"], loss = to_half(self._spool.read(rows))
         if (rows < 0).any() or len(nonfinite_rows(columns["feature"])):
             reason = f"feature is not {self._layout.dtype} ({width},), finite in float16"

@@ -86,9 +86,7 @@ def make_tables(
             features, _ = to_half(in_batches(embed, crops, kind, progress))
             np.save(out / f"{kind}.npy", features)
             if name == "ytf" and kind == "edgeface":
-                checks = check_labels(table, features)
-        if name == "ytf":
-            checks.to_csv(out / "clips.csv", index_label="row")
+                check_labels(table, features).to_csv(out / "clips.csv", index_label="row")
         if scenes:
             _write_scenes(networks[SCENE_NETWORK], place, table, out, progress)
         np.save(out / "landmarks5.npy", points)
@@ -162,12 +160,10 @@ def landmarks(place: Path, paths: pd.Series) -> np.ndarray:
     if (place / "landmarks.csv").exists():
         given = pd.read_csv(place / "landmarks.csv", index_col=0)
     else:
-        parts = {part: pd.read_csv(place / f"data/{part}_frames_keypoints.csv", index_col=0) for part in PARTS}
+        files = {part: place / f"data/{part}_frames_keypoints.csv" for part in ("training", "test")}
+        parts = {part: pd.read_csv(path, index_col=0) for part, path in files.items()}
         given = pd.concat([of.set_index(f"data/{part}/" + of.index) for part, of in parts.items()])
     return given.reindex(paths).to_numpy(np.float64).reshape(-1, 68, 2)
-
-
-PARTS = ("training", "test")
 
 
 def cut_faces(
@@ -233,11 +229,9 @@ def check_labels(table: pd.DataFrame, features: np.ndarray) -> pd.DataFrame:
     clips = table.groupby("clip", sort=False)["identity"].first()
     mean = pd.DataFrame(unit).groupby(table["clip"].to_numpy(), sort=False).mean()
     mean = mean.div(np.linalg.norm(mean, axis=1), axis=0)
-    checks = pd.Series(0.0, clips.index)
-    for _, names in clips.index.to_series().groupby(clips):
-        cosine = mean.loc[names].to_numpy() @ mean.loc[names].to_numpy().T
-        checks[names] = (cosine.sum(1) - 1) / max(1, len(names) - 1)
-    return clips.reset_index().assign(label_check=checks.to_numpy().round(3))
+    cosines = (mean * mean.groupby(clips).transform("sum")).sum(axis=1) - 1  # their sum, without that of itself
+    others = clips.groupby(clips).transform("size") - 1
+    return clips.reset_index().assign(label_check=(cosines / others.clip(lower=1)).to_numpy().round(3))
 
 
 def _write_scenes(wheel: Path, place: Path, table: pd.DataFrame, out: Path, progress: bool) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from mmlib.data.features import digest
 from mmlib.data.writer import partial_folder
 
 ARCHIVE = "https://github.com/{repository}/archive/{commit}.tar.gz"
@@ -88,11 +89,7 @@ def fetch_source(name: str, folder: Path, *, progress: bool = False) -> Path:
 def manifest(folder: Path) -> str:
     """Return the lines that `sha256sum` would print for the files below a folder, in order of their paths."""
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    lines = []
-    for name in sorted(paths):
-        with open(paths[name], "rb") as file:
-            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
-    return "".join(lines)
+    return "".join(f"{digest(paths[name])['sha256']}  {name}\n" for name in sorted(paths))
 
 
 def _check_folder(folder: Path, source: Source, archive: Path | None = None) -> None:

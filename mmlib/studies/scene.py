@@ -53,7 +53,7 @@ class Scenes:
 
     def pictures(self, clips: np.ndarray, size: int, resize: int) -> Iterator[ImageBatch]:
         """Draw a picture of each clip as in test; clips that have one."""
-        groups = np.array_split(clips, -(-len(clips) // 256)) if len(clips) else []
+        groups = scene_training.blocks_of(clips, 256)
         return image_batches(self.images, groups, size=size, resize=resize, seed=self.seed, workers=0)
 
     def experiment(self, store: str | Path, classifier: str = "class means") -> Experiment:

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmlib.data.degrade import STRENGTHS
-from mmlib.studies import pipeline
+from benchmarks import pipeline
+from benchmarks.degrade import STRENGTHS
+from benchmarks.pipeline import SHARES, cosines, degraded, leave_one_out, pool_arms, told_apart, usefulness
 from mmlib.studies.faces import read_degraded
-from mmlib.studies.pipeline import SHARES, cosines, degraded, leave_one_out, pool_arms, told_apart, usefulness
 
 pytest.importorskip("cv2", reason="opencv-python-headless is not installed (extra faces)")
 

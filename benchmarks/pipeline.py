@@ -1,7 +1,7 @@
 """What degraded frames do to real faces, and what is decided before any aggregation.
 
-    python -m mmlib.studies.pipeline degraded FOLDER book/results/12_degraded.jsonl.gz
-    python -m mmlib.studies.pipeline decisions FOLDER book/results/12_pipeline.csv
+    python -m benchmarks.pipeline degraded FOLDER book/results/12_degraded.jsonl.gz
+    python -m benchmarks.pipeline decisions FOLDER book/results/12_pipeline.csv
 
 FOLDER holds the photographs and the networks, as `data.photographs` finds them.  Every clip is searched for among the
 others (leave one clip out); average precisions are averaged over the clips of an identity, then over identities, over
@@ -22,9 +22,9 @@ import pandas as pd
 import timm
 import torch
 
+from benchmarks.degrade import STRENGTHS, choose_frames, degrade
 from mmlib.aggregate import quality_pool
 from mmlib.claims import cache_folder
-from mmlib.data.degrade import STRENGTHS, choose_frames, degrade
 from mmlib.data.detector import align, load_detector
 from mmlib.data.embedder import Embedder, Quality
 from mmlib.data.images import read_image
@@ -73,9 +73,8 @@ def pool_arms(frames: np.ndarray, quality: np.ndarray, det: np.ndarray, useful: 
     best = np.take_along_axis(frames, quality.argmax(1)[:, None, None], 1)[:, 0]
     weights = {"mean": 1, "norm": np.linalg.norm(frames, axis=2), "score": quality}
     weights["oracle"] = np.exp(SHARPNESS * useful)
-    pooled = {
-        name: (_unit(frames) * np.broadcast_to(w, quality.shape)[..., None]).sum(1) for name, w in weights.items()
-    }
+    weights = {name: np.broadcast_to(of, quality.shape)[..., None] for name, of in weights.items()}
+    pooled = {name: (_unit(frames) * of).sum(1) for name, of in weights.items()}
     return pooled | {"quality": steep.numpy(), "best frame": best}
 
 
@@ -130,7 +129,7 @@ def degraded(frames: Frames, scratch: Path) -> Iterator[dict]:
     for kind, strengths in STRENGTHS.items():
         for strength in strengths:
 
-            def embed(kind: str = kind, strength: float = strength) -> dict[str, np.ndarray]:
+            def embed() -> dict[str, np.ndarray]:
                 rngs = (np.random.default_rng((0, int(row))) for row in rows)
                 changed = [degrade(crops[row], kind, strength, rng) for row, rng in zip(rows, rngs)]
                 return frames.embed(np.stack(changed))
@@ -138,9 +137,8 @@ def degraded(frames: Frames, scratch: Path) -> Iterator[dict]:
             made[kind, strength] = _kept(scratch / f"{kind}-{strength}.npz", embed)
     clean = {name: of[asked] for name, of in made.pop(("clean", 0.0)).items()}
     drawn = np.random.default_rng(0).integers(0, len(made), len(rows))
-    made[MIXED, 0.0] = {
-        name: np.stack([of[name] for of in made.values()])[drawn, np.arange(len(rows))] for name in clean
-    }
+    every = {name: np.stack([of[name] for of in made.values()]) for name in clean}
+    made[MIXED, 0.0] = {name: of[drawn, np.arange(len(rows))] for name, of in every.items()}
     for network in HOW:
         true = clean[network].reshape(*shape, clean[network].shape[1])
         for (kind, strength), of in {("clean", 0.0): None, **made}.items():
@@ -159,11 +157,8 @@ def degraded(frames: Frames, scratch: Path) -> Iterator[dict]:
                     shared |= {"by_quality": told_apart(quality, bad), "by_norm": told_apart(norm, bad)}
                 for arm, found in ap.items():
                     row = {"arm": arm} | _interval(found, "map", "") | _interval(found - ap["mean"], "gain", "gain_")
-                    yield (
-                        shared
-                        | row
-                        | {"identities": len(found), "clips": len(identity), "degraded": int(chosen[asked].sum())}
-                    )
+                    row |= {"identities": len(found), "clips": len(identity), "degraded": int(chosen[asked].sum())}
+                    yield shared | row
 
 
 def _kept(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -212,14 +207,8 @@ def decisions(frames: Frames, scratch: Path) -> Iterator[dict]:
             yield row("what knows a frame's use", "rank correlation in a clip", value, a=name, **names)
         other = _within(rgb.reshape(shape), useful, identity)
         ways = {"a": "red first", "b": "blue first, as its authors"}
-        yield row(
-            "colours of the quality network",
-            "rank correlation in a clip",
-            other,
-            knows["its quality score"],
-            **ways,
-            **names,
-        )
+        both = other, knows["its quality score"]
+        yield row("colours of the quality network", "rank correlation in a clip", *both, **ways, **names)
         arms = pool_arms(x, quality, frames.det, useful)
         arms["score to the fourth power"] = (_unit(x) * quality[..., None] ** 4).sum(1)
         ap = {arm: leave_one_out(cosines(clips), identity) for arm, clips in arms.items()}
@@ -298,24 +287,18 @@ def _profiles(frames: Frames, scratch: Path, row: Callable[..., dict]) -> Iterat
             side = [0, 2, 3] if three[0, 0] < three[1, 0] else [1, 2, 4]  # of the picture, which the points show
             picture = np.asarray(read_image(place.parent / photograph.path, photograph.clip)[0])
             crops[at] = align(picture, three[None], 112, side)[0]
-        return (
-            found
-            | {f"given {name}": of for name, of in frames.embed(crops, scored=False).items()}
-            | {"clip": table["clip"].to_numpy(str)}
-        )
+        found |= {f"given {name}": of for name, of in frames.embed(crops, scored=False).items()}
+        return found | {"clip": table["clip"].to_numpy(str)}
 
     made = _kept(scratch / "cfp.npz", embed)
     rows = pd.Series(np.arange(len(made["clip"])), made["clip"])
-    lists = [
-        pd.read_csv(place / f"Protocol/image_list_{kind}.txt", sep=r"\s+", index_col=0, header=None)[1] for kind in "FP"
-    ]
+    paths = (place / f"Protocol/image_list_{kind}.txt" for kind in "FP")
+    lists = [pd.read_csv(path, sep=r"\s+", index_col=0, header=None)[1] for path in paths]
     lists = [rows[of.str.removeprefix("Data/Images/").str.removesuffix(".jpg")].set_axis(of.index) for of in lists]
     folds = []
     for fold in range(1, 11):
-        pairs = [
-            np.loadtxt(place / f"Protocol/Split/FP/{fold:02d}/{kind}.txt", int, delimiter=",")
-            for kind in ("same", "diff")
-        ]
+        paths = (place / f"Protocol/Split/FP/{fold:02d}/{kind}.txt" for kind in ("same", "diff"))
+        pairs = [np.loadtxt(path, int, delimiter=",") for path in paths]
         same = np.repeat([True, False], [len(of) for of in pairs])
         folds.append((*(of[numbers].to_numpy() for of, numbers in zip(lists, np.concatenate(pairs).T)), same))
     for network in HOW:
