@@ -59,7 +59,12 @@ CLASS_MEANS: Pairs = {
 }
 
 
-DEGRADED = {"norm": "norm", "score": "the score itself", "quality": "quality", "oracle": "oracle"}  # arms of `pipeline`
+DEGRADED = {
+    "norm": "norm",
+    "score": "the score itself",
+    "quality": "quality",
+    "oracle": "oracle",
+}  # arms of `benchmarks.pipeline`
 
 
 def rungs(scene: bool = True) -> Pairs:
@@ -321,7 +326,7 @@ def effects_table(frame: pd.DataFrame, sets: Sequence[str]) -> Styler | None:
 
 
 def read_degraded(path: Path = RESULTS / "12_degraded.jsonl.gz") -> tuple[dict, pd.DataFrame]:
-    """Read what `pipeline.main` wrote of degraded frames: when and by what it was made, and the rows of `degraded`."""
+    """Read what `benchmarks.pipeline` wrote of degraded frames: when and by what it was made, and the rows of `degraded`."""
     made, *rows = map(json.loads, gzip.decompress(path.read_bytes()).splitlines())
     return made, pd.DataFrame(rows)
 
@@ -341,12 +346,12 @@ def degraded_frame(made: Mapping, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_decisions() -> pd.DataFrame:
-    """Read the committed result of `pipeline.decisions`."""
+    """Read the committed result of `benchmarks.pipeline`."""
     return pd.read_csv(RESULTS / "12_pipeline.csv")
 
 
 def decisions_table(rows: pd.DataFrame) -> Styler | None:
-    """Show what `pipeline.decisions` found, a row a comparison, a column a network.
+    """Show what `benchmarks.pipeline` found, a row a comparison, a column a network.
 
     A value has its interval; of two ways it is the first's, with its difference from the second, in points of a MAP or
     an accuracy.
