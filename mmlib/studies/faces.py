@@ -326,7 +326,7 @@ def effects_table(frame: pd.DataFrame, sets: Sequence[str]) -> Styler | None:
 
 
 def read_degraded(path: Path = RESULTS / "12_degraded.jsonl.gz") -> tuple[dict, pd.DataFrame]:
-    """Read what `benchmarks.pipeline` wrote of degraded frames: when and by what it was made, and the rows of `degraded`."""
+    """Read what `benchmarks.pipeline` wrote of degraded frames: when and by what it was made, and its rows."""
     made, *rows = map(json.loads, gzip.decompress(path.read_bytes()).splitlines())
     return made, pd.DataFrame(rows)
 
