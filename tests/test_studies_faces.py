@@ -424,7 +424,7 @@ def test_where_everybody_is_in_video_nobody_is_left(both, tmp_path):
         path = tmp_path / "tables" / name / "frames.parquet"
         table = pd.read_parquet(path)
         whose = pd.factorize(table["name"])[0]
-        table["name"] = table["identity"] = [f"person {chr(65 + who)}" for who in whose]
+        table["name"] = table["identity"] = [f"PERSON-{chr(65 + who)}" for who in whose]
         table.to_parquet(path)
     with pytest.raises(ValueError, match="tables: everybody of cfp and lfw is in ytf too"):
         store_of("others", tmp_path / "tables", "edgeface", 0)
