@@ -571,7 +571,7 @@ def test_sharp_strangers_take_over_poor_clips_of_real_people():
 
 @pytest.mark.skipif(not REAL, reason="MMLIB_REAL_DATA names no folder with the tables of public faces")
 def test_real_people_of_other_sets_are_apart():
-    """Of the people with an identity 703 are left, and the kept records were trained on as many."""
+    """Nobody of a split is in YTF by name, or there twice, and the kept records were trained on as many people."""
     store = store_of("others", REAL, "mobilefacenet", 0)
     names = {name: people_of(name, REAL) for name in faces.SPLITS}
     assert not shared_names(store.identities, names["ytf"])
