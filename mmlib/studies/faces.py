@@ -97,12 +97,12 @@ def measure(
     sets' people are left out where `tables` are `lacking` one of the sets.
     """
     stores = {split: store_of(name, tables, network, split, material) for split in splits}
-    arms = plan(name, material, next(iter(stores.values()))).items()
-    arms = [(arm, e) for arm, e in arms if not (arm.endswith(FROZEN) and lacking(tables))]
+    arms = plan(name, material, next(iter(stores.values())))
     few = TRAINED_SPLITS if material == CLEAN else HARDER_SPLITS
     asked = [
         (arm, replace(e, data=str(stores[split].path), seed=split))
-        for arm, e in arms
+        for arm, e in arms.items()
+        if not (arm.endswith(FROZEN) and lacking(tables))
         for split in [*stores][: few if e.classifier in TRAINED else None]
     ]
     runs, more = [e for _, e in asked], [dict[str, float]() for _ in asked]

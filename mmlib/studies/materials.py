@@ -124,7 +124,7 @@ def others(folder: str | Path, path: Path, network: str, seed: int) -> None:
     whose, count = pd.Categorical(clips["identity"]), clips["count"].to_numpy()
     provenance = {"sets": OTHERS, "network": network, "seed": seed, "left_out": left_out}
     with ClipStore.create(path, simulated=False, provenance=provenance) as writer:
-        for face, rows in arrays:
+        for face, rows in arrays:  # type: ignore[assignment]
             writer.append("face", face.feature[rows], **{name: value[rows] for name, value in face.columns.items()})
         table = clips[["clip", "split"]].assign(identity=whose.codes)
         writer.finish(table, whose.categories.tolist(), {"face": (np.cumsum(count) - count, count)})
