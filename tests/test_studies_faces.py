@@ -1,17 +1,19 @@
 import json
 import os
+import shutil
 from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from mmlib import metrics
 from mmlib.aggregate import AGGREGATORS
-from mmlib.data.public import NETWORKS
+from mmlib.data.public import NETWORKS, people_of, shared_names
 from mmlib.experiment import TRAINED, Experiment, Training, arm_key
 from mmlib.records import read_results
-from mmlib.retrieve import retrieve
+from mmlib.retrieve import fit, retrieve
 from mmlib.studies import faces, ladder, materials, plans
 from mmlib.studies.materials import CLEAN, MATERIALS, STRANGERS, Material, store_of
 
@@ -362,6 +364,128 @@ def test_a_thinned_world_trains_on_as_few_clips_as_video(store):
     assert np.isfinite(found[["difference", "low", "high"]].to_numpy()).all()
 
 
+# -- aggregators of other people -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def both(tables, tmp_path_factory):
+    """The tables with those of CFP, of other people and some of YTF's and LFW's under other spellings."""
+    folder, rng = tmp_path_factory.mktemp("three-sets"), np.random.default_rng(1)
+    shutil.copytree(tables / "ytf", folder / "ytf")
+    ours = [f"Stranger {chr(65 + place)}" for place in range(12)]
+    theirs = [f"Nobody_{chr(65 + place)}" for place in range(8)]
+    sets = {"cfp": [*ours, "PERSON A", "Persón Q. B"], "lfw": [*theirs, "person_c", "Person_X", "stranger_x_a"]}
+    for name, people in sets.items():
+        (folder / name).mkdir()
+        of = pd.DataFrame(
+            [(f"{who}/{k}", 0, who) for who in people for k in range(8)], columns=["clip", "frame", "name"]
+        )
+        of = of.assign(identity=of["name"] if name == "lfw" else of.groupby("name").ngroup().map("{:03d}".format))
+        of = of.assign(clip=of["clip"].str.replace(" ", "_"), det=0.9, quality=rng.uniform(0, 1, len(of)))
+        of.to_parquet(folder / name / "frames.parquet")
+        for network, dim in (("edgeface", 20), ("mobilefacenet", 18)):
+            centre = 3 * rng.normal(size=(len(people), dim)).repeat(8, 0)
+            np.save(folder / name / f"{network}.npy", (centre + rng.normal(size=centre.shape)).astype(np.float16))
+    return folder
+
+
+def test_other_people_are_nobody_of_video_and_none_of_them_twice(both):
+    """Of a CFP of fourteen people, three are distractors in each split and two are YTF's; of LFW three are left out."""
+    for seed in (0, 1):
+        store, cfp = (store_of(name, both, "edgeface", seed) for name in ("others", "cfp"))
+        known = {who for who in cfp.identities if who.startswith("Stranger")}
+        twice = {"stranger_x_a"} if "Stranger_A" in known else set()
+        mine = {who for who in store.identities if who[0] in "Ss"}
+        assert mine - {"stranger_x_a"} == known and ("stranger_x_a" in mine) == (not twice)
+        assert {*store.identities} - mine == {f"Nobody_{chr(65 + place)}" for place in range(8)}
+        assert {*store.clips["split"]} == {"train"} and (store.clips["identity"] >= 0).all()
+        left_out = len(cfp.identities) - len(known) + 2 + len(twice)
+        assert store.meta["provenance"]["left_out"] == left_out and not store.meta["simulated"]
+
+
+def test_clips_of_other_people_are_those_of_their_own_set(both):
+    store = store_of("others", both, "edgeface", 0)
+    assert len(store) == sum(store.clips["clip"].str.startswith(name).sum() for name in materials.OTHERS)
+    for name in materials.OTHERS:
+        own = store_of(name, both, "edgeface", 0)
+        for clip, batch in ((c, store.batch([i])) for i, c in enumerate(store.clips["clip"]) if c.startswith(name)):
+            at = np.flatnonzero(own.clips["clip"] == clip.removeprefix(f"{name}_"))
+            one = own.batch(at)
+            assert torch.equal(batch.feature, one.feature) and torch.equal(batch.quality, one.quality)
+            place = np.flatnonzero(store.clips["clip"] == clip)
+            assert store.identities[store.identity_of(place)] == own.identities[own.identity_of(at)]
+    harder = store_of("others", both, "edgeface", 0, "20 % wrong, anyone").modalities["face"].columns["wrong"]
+    assert harder.sum() == round(0.2 * len(harder))
+
+
+def test_where_everybody_is_in_video_nobody_is_left(both, tmp_path):
+    shutil.copytree(both, tmp_path / "tables")
+    for name in materials.OTHERS:
+        path = tmp_path / "tables" / name / "frames.parquet"
+        table = pd.read_parquet(path)
+        whose = pd.factorize(table["name"])[0]
+        table["name"] = table["identity"] = [f"PERSON-{chr(65 + who)}" for who in whose]
+        table.to_parquet(path)
+    with pytest.raises(ValueError, match="tables: everybody of cfp and lfw is in ytf too"):
+        store_of("others", tmp_path / "tables", "edgeface", 0)
+
+
+def quick(name, material, store):
+    """A plan of aggregators that learn in no time."""
+    training = Training(epochs=3, batch=16, frames=4, lr=1e-3, aggregator_lr=0.3)
+    base = {f"{arm}, class means": Experiment(aggregator=arm, classifier="class means") for arm in ("mean", "quality")}
+    learned = {
+        arm: Experiment(aggregator=arm, hidden=8, training=training) for arm in ("NAN", "learned scores", "mean")
+    }
+    return base | {arm + faces.FROZEN: e for arm, e in learned.items()}
+
+
+def test_clips_are_pooled_by_the_aggregator_of_other_people_as_it_is(both):
+    store, others = (store_of(name, both, "edgeface", 0) for name in ("ytf", "others"))
+    e = replace(quick("", "", None)["learned scores" + faces.FROZEN], data=str(others.path))
+    pooled = materials.frozen(e, store, device="cpu").modalities["face"]
+    weight = fit(e, others, device="cpu").model.aggregator.weight.detach().numpy()
+    assert (abs(weight) > 0.1).any()
+    feature, clip, _ = frames(store)
+    scores = [store.modalities["face"].columns[name] for name in ("quality", "det")]
+    logit = np.stack([scores[0] / 100, scores[1], np.linalg.norm(feature, axis=1) / 20], 1) @ weight
+    share = np.exp(logit) / np.bincount(clip, np.exp(logit))[clip]
+    expected = np.stack([np.bincount(clip, share * column) for column in feature.T], 1)
+    expected *= np.sqrt(expected.shape[1]) / np.linalg.norm(expected, axis=1, keepdims=True)
+    assert (pooled.count == 1).all() and pooled.start.tolist() == [*range(len(store))]
+    np.testing.assert_allclose(np.asarray(pooled.feature, float), expected, atol=4e-3)
+    plain = np.stack([np.bincount(clip, column) for column in feature.T], 1)  # all weights alike
+    plain *= np.sqrt(plain.shape[1]) / np.linalg.norm(plain, axis=1, keepdims=True)
+    assert abs(plain - expected).max() > 0.02
+
+
+def test_arms_of_other_people_rank_the_same_splits_by_class_means(both, monkeypatch):
+    monkeypatch.setattr(faces, "TRAINED_SPLITS", 2)
+    found = faces.measure(quick, both, "ytf", "edgeface", CLEAN, [0, 1, 2], device="cpu")
+    of = {(r.experiment["arm"], r.experiment["seed"]): r for r in found}
+    frozen = [arm + faces.FROZEN for arm in ("NAN", "learned scores", "mean")]
+    assert {key for key in of if key[0] in frozen} == {(arm, split) for arm in frozen for split in (0, 1)}
+    for arm, split in ((arm, split) for arm in frozen for split in (0, 1)):
+        one, base = of[arm, split], of["mean, class means", split]
+        same = ("queries", "gallery_clips", "train_clips", "identities")
+        assert {name: one.measures[name] for name in same} == {name: base.measures[name] for name in same}
+        others = store_of("others", both, "edgeface", split)
+        asked = {"others_people": len(others.identities), "others_clips": len(others)}
+        assert asked.items() <= one.measures.items() and arm_key(one.experiment) == arm_key(quick("", "", None)[arm])
+        assert one.ap == [one.measures["map_at_100"]] and str(both) not in json.dumps(asdict(one))
+    # A plain mean has nothing to learn, so that what others train it on changes nothing.
+    still = [(of["mean" + faces.FROZEN, split], of["mean, class means", split]) for split in (0, 1)]
+    assert all(abs(a.ap[0] - b.ap[0]) < 0.005 for a, b in still)
+    ends = [key for key in of["NAN" + faces.FROZEN, 0].measures if ": " in key]
+    assert ends == [f"{pool}, class means: {end}" for pool in ("mean", "quality") for end in ("low", "high")]
+
+
+def test_arms_of_other_people_wait_for_their_sets(tables, both):
+    assert faces.lacking(tables) == ["cfp"] and faces.lacking(both) == []
+    arms = {r.experiment["arm"] for r in faces.measure(quick, tables, "ytf", "edgeface", CLEAN, [0], device="cpu")}
+    assert arms == {"mean, class means", "quality, class means"}
+
+
 # -- what the chapter runs -----------------------------------------------------------------------------------
 
 
@@ -386,6 +510,15 @@ def test_every_arm_of_the_chapter_runs_on_clips_and_on_photographs(tables):
         "mean", "quality", "learned scores", "NAN", "NAN + scores", "attention + scores"
     }  # fmt: skip
     assert not {*AGGREGATORS} & {*plans.real("ytf", "2 frames", store)}
+
+
+@pytest.mark.parametrize("name, material", [("ytf", material) for material in MATERIALS] + [("lfw", CLEAN)])
+def test_what_other_people_train_is_what_video_trains(tables, name, material):
+    arms = plans.real(name, material, store_of(name, tables, "edgeface", 0, material))
+    frozen = {arm for arm in arms if arm.endswith(faces.FROZEN)}
+    wanted = name == "ytf" and material in (CLEAN, "20 % wrong, anyone", "20 % wrong, like quality")
+    assert frozen == {arm for of in faces.POOLS.values() for arm, _ in of.values()} if wanted else not frozen
+    assert all(arms[arm] == arms[arm.removesuffix(faces.FROZEN)] for arm in frozen)
 
 
 def test_the_claims_of_simulated_clips_are_those_of_the_ladder():
@@ -434,3 +567,15 @@ def test_sharp_strangers_take_over_poor_clips_of_real_people():
         mean, quality = (retrieve(e, store, device="cpu").ap.mean() for e in arms)
         loss[who] = mean - quality
     assert loss["anyone"] > 0.15 and 0.02 < loss["like quality"] < 0.15
+
+
+@pytest.mark.skipif(not REAL, reason="MMLIB_REAL_DATA names no folder with the tables of public faces")
+def test_real_people_of_other_sets_are_apart():
+    """Nobody of a split is in YTF by name, or there twice, and the kept records were trained on as many people."""
+    store = store_of("others", REAL, "mobilefacenet", 0)
+    names = {name: people_of(name, REAL) for name in faces.SPLITS}
+    assert not shared_names(store.identities, names["ytf"])
+    assert not [pair for pair in shared_names(store.identities, store.identities) if pair[0] != pair[1]]
+    assert {*store.identities} <= {*names["cfp"], *names["lfw"]} and 650 < len(store.identities) < 750
+    said = [r for r in KEPT if r.experiment["arm"].endswith(faces.FROZEN) and r.experiment["seed"] == 0]
+    assert {r.measures["others_people"] for r in said} == {len(store.identities)}

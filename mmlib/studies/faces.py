@@ -24,7 +24,7 @@ from mmlib.experiment import KINDS, TRAINED, Experiment, Training
 from mmlib.records import RESULTS, Record, fetch, read_results
 from mmlib.studies import ladder
 from mmlib.studies.ladder import Pairs
-from mmlib.studies.materials import CLEAN, MATERIALS, STRANGERS, quality_between, store_of
+from mmlib.studies.materials import CLEAN, MATERIALS, OTHERS, STRANGERS, frozen, quality_between, store_of
 
 SPLITS = {"ytf": 10, "cfp": 3, "lfw": 3}
 TRAINED_SPLITS, HARDER_SPLITS = 10, 3  # of arms that are trained, on clips as they are and on harder ones
@@ -57,14 +57,14 @@ CLASS_MEANS: Pairs = {
     name: (f"{name} means", "mean, class means")
     for name in ("quality, class", "norm, class", "mean, whitened", "quality, whitened")
 }
-
-
-DEGRADED = {
-    "norm": "norm",
-    "score": "the score itself",
-    "quality": "quality",
-    "oracle": "oracle",
-}  # arms of `benchmarks.pipeline`
+# Aggregators that other sets' people train and that then pool clips of YTF, as `materials` says.
+FROZEN, FROZEN_ON = ", others' people", (CLEAN, *(f"20 % wrong, {who}" for who in STRANGERS))
+FROZEN_ARMS = ("learned scores", "NAN", "attention + scores")
+POOLS: dict[str, Pairs] = {  # what they are held against
+    pool: {name: (name + FROZEN, f"{pool}, class means") for name in FROZEN_ARMS} for pool in ("mean", "quality")
+}
+# Arms of `benchmarks.pipeline`, and what a page calls them.
+DEGRADED = {"norm": "norm", "score": "the score itself", "quality": "quality", "oracle": "oracle"}
 
 
 def rungs(scene: bool = True) -> Pairs:
@@ -94,22 +94,37 @@ def measure(
     """Make the records of a plan on some splits of a material of a set, as they are kept; see `kept`.
 
     plan: of a set, a material and its store; options: as for `fetch`.  Trained arms have the first splits alone, of
-    clips as they are ``TRAINED_SPLITS``, of harder ones ``HARDER_SPLITS``.
+    clips as they are ``TRAINED_SPLITS``, of harder ones ``HARDER_SPLITS``.  Those of other sets' people are left out
+    where `tables` are `lacking` one of the sets.
     """
     stores = {split: store_of(name, tables, network, split, material) for split in splits}
-    arms = plan(name, material, next(iter(stores.values()))).items()
+    arms = plan(name, material, next(iter(stores.values())))
     few = TRAINED_SPLITS if material == CLEAN else HARDER_SPLITS
     asked = [
         (arm, replace(e, data=str(stores[split].path), seed=split))
-        for arm, e in arms
+        for arm, e in arms.items()
+        if not (arm.endswith(FROZEN) and lacking(tables))
         for split in [*stores][: few if e.classifier in TRAINED else None]
     ]
-    made = fetch([e for _, e in asked], **options)
+    runs, more = [e for _, e in asked], [dict[str, float]() for _ in asked]
+    for at, (arm, e) in enumerate(asked):
+        if arm == BASE:
+            more[at] = {BETWEEN: quality_between(stores[e.seed])}
+        if arm.endswith(FROZEN):
+            others = store_of("others", tables, network, e.seed, material)
+            pooled = frozen(replace(e, data=str(others.path)), stores[e.seed], **options)
+            runs[at] = replace(e, data=str(pooled.path), aggregator="mean", classifier="class means")
+            more[at] = pooled.meta["provenance"]
     made = [
-        replace(r, measures=r.measures | {BETWEEN: quality_between(stores[r.experiment["seed"]])}) if arm == BASE else r
-        for (arm, _), r in zip(asked, made)
+        replace(r, experiment=r.experiment if run is e else asdict(e), measures=r.measures | found)
+        for (_, e), run, r, found in zip(asked, runs, fetch(runs, **options), more)
     ]
     return kept([arm for arm, _ in asked], made, stores, {"set": name, "network": network, "material": material})
+
+
+def lacking(tables: str | Path) -> list[str]:
+    """Name the sets of other people whose table is not in a folder."""
+    return [name for name in OTHERS if not (Path(tables) / name / "frames.parquet").exists()]
 
 
 def kept(arms: Sequence[str], records: Iterable[Record], stores: Mapping[int, ClipStore], said: dict) -> list[Record]:
@@ -117,7 +132,8 @@ def kept(arms: Sequence[str], records: Iterable[Record], stores: Mapping[int, Cl
 
     In the place of the APs stands their mean.  Where both arms of one of `pairs_of` are there, the record of the one
     that takes the step has, in its first split, the interval of their difference over people, whose APs are averaged
-    over the splits of both.  What the experiment says is what differs from its defaults, ``said``, and the arm's name.
+    over the splits of both.  What the experiment says is what differs from its defaults, ``said``, and the arm's name;
+    where other sets' people train an aggregator, it is what trains it.
     """
     by_arm: dict[str, dict[int, Record]] = {}
     for arm, record in zip(arms, records, strict=True):
@@ -150,6 +166,7 @@ def pairs_of(arms: Collection[str]) -> list[tuple[str, str]]:
     """List the comparisons of the page whose arms were run."""
     pairs = [*claims_of().values(), *claims_of(scene=False).values()]
     pairs += [(name, "mean") for name in AGGREGATORS if name != "mean"] + [*CLASS_MEANS.values()]
+    pairs += [pair for of in POOLS.values() for pair in of.values()]
     pairs += [*LOSSES.values(), *ENSEMBLES.values(), *RULES.values()]
     return [pair for pair in dict.fromkeys(pairs) if {*pair} <= {*arms} and pair[0] != pair[1]]
 

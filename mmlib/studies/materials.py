@@ -2,6 +2,17 @@
 
 A material is a store of a split of a public set (`mmlib.data.public`, which fixes the splits), changed in one way.
 Stores lie in `MMLIB_CACHE`, under the content of the tables that they were made of and the code that made them.
+
+Aggregators trained on other people (`others`, `frozen`), as YTF's may be too few; fixed before one was run:
+
+- The people are those of CFP and LFW whose name is not one of YTF, as `shared_names` compares names; of those whom both
+  have, CFP's stay.  A clip is several photographs of one person, as in the sets' own stores of the same seed, whose
+  train and val clips with an identity are all trained on; norms and the scale of quality are those of each store.
+- Training is that of the same arm on YTF: its network, loss, rates, passes and batch (``faces.BUDGET``), so that a step
+  is as large and more clips make more steps.
+- For clips with wrong frames the other people's clips are made so too, with the same share and kind of strangers.
+- Then the aggregator is frozen, its network and classifier are left out, and clips of YTF, which it never saw, are
+  ranked by class means of what it makes of YTF's train clips, on the splits of the arms that YTF trains.
 """
 
 from __future__ import annotations
@@ -20,12 +31,13 @@ import pandas as pd
 from mmlib import metrics
 from mmlib.claims import cache_folder, claim, clear_partial
 from mmlib.data.features import digest
-from mmlib.data.public import import_public
+from mmlib.data.public import import_public, people_of, shared_names
 from mmlib.data.quality import rescale
 from mmlib.data.store import ClipStore
 from mmlib.experiment import Experiment
-from mmlib.records import code_hash
-from mmlib.retrieve import retrieve
+from mmlib.records import code_hash, library_hash
+from mmlib.retrieve import fit, retrieve
+from mmlib.train import pooled_features
 
 MAKING = ("data/features.py", "data/public.py", "data/quality.py", "studies/materials.py")
 LIKE = 20  # clips of other people, nearest in mean quality, of which a stranger of like quality is taken
@@ -33,6 +45,7 @@ SHARES = (5, 10, 20, 50)  # wrong frames, per cent
 TWO = 113 / 347  # share of the people of YTF who have four clips, the others three
 STRANGERS = ("anyone", "like quality")
 SCORES = ("norm", "det", "shuffled", "oracle")
+OTHERS = ("cfp", "lfw")  # sets whose people pool clips of YTF; `others` names their store
 
 
 class Material(NamedTuple):
@@ -70,10 +83,11 @@ SCORED = (
 def store_of(name: str, folder: str | Path, network: str, split: int, material: str = CLEAN) -> ClipStore:
     """Open the store of a material, `MATERIALS` has them, making it from the tables in `folder` if it is not there.
 
-    name, network: as for `import_public`; split: its seed, which draws the material too.
+    name, network: as for `import_public`, or ``others``; split: its seed, which draws the material too.
     """
     asked, names = MATERIALS[material], ("frames.parquet", f"{network}.npy", "clips.csv", "scene.npy")
-    files = [path for path in (Path(folder) / name / file for file in names) if path.exists()]
+    sets = ("ytf", *OTHERS) if name == "others" else (name,)
+    files = [path for path in (Path(folder) / of / file for of in sets for file in names) if path.exists()]
     said = json.dumps([[digest(path)["sha256"] for path in files], code_hash(MAKING)])
     place = cache_folder() / "faces" / hashlib.sha256(said.encode()).hexdigest()[:12] / f"{name}-{network}-{split}"
     path = place / material.replace(" %", "").replace(":", "").replace(",", "").replace(" ", "-")
@@ -82,10 +96,59 @@ def store_of(name: str, folder: str | Path, network: str, split: int, material: 
         with claim(place.with_name(f"{place.name}-{path.name}.lock")):
             if not path.exists():
                 clear_partial(path)
-                if clean is None:
-                    import_public(name, folder, path, network=network, seed=split, suspects=asked.suspects)
-                else:
+                if clean is not None:
                     change(clean, path, asked, split)
+                elif name == "others":
+                    others(folder, path, network, split)
+                else:
+                    import_public(name, folder, path, network=network, seed=split, suspects=asked.suspects)
+    return ClipStore.open(path)
+
+
+def others(folder: str | Path, path: Path, network: str, seed: int) -> None:
+    """Write a store of train clips of the people of `OTHERS` who are not in YTF by name, each in one of the sets."""
+    seen, tables, arrays, left_out = people_of("ytf", folder), [], [], 0
+    for name in OTHERS:
+        store = store_of(name, folder, network, seed)
+        face, names = store.modalities["face"], store.identities
+        shared = {mine for mine, _ in shared_names(names, seen)}
+        clips = store.clips.assign(start=face.start, count=face.count)[store.clips["identity"] >= 0]
+        clips = clips.assign(identity=names[clips["identity"]], clip=f"{name}_" + clips["clip"], split="train")
+        tables.append(clips[~clips["identity"].isin(shared)])
+        rows = [np.arange(clip.start, clip.start + clip.count) for clip in tables[-1].itertuples()]
+        arrays.append((face, np.concatenate([*rows, np.empty(0, int)]).astype(int)))
+        seen, left_out = [*seen, *names], left_out + len(shared)
+    clips = pd.concat(tables)
+    if not len(clips):
+        raise ValueError(f"{Path(folder)}: everybody of {' and '.join(OTHERS)} is in ytf too, so nobody is left")
+    whose, count = pd.Categorical(clips["identity"]), clips["count"].to_numpy()
+    provenance = {"sets": OTHERS, "network": network, "seed": seed, "left_out": left_out}
+    with ClipStore.create(path, simulated=False, provenance=provenance) as writer:
+        for face, rows in arrays:  # type: ignore[assignment]
+            writer.append("face", face.feature[rows], **{name: value[rows] for name, value in face.columns.items()})
+        table = clips[["clip", "split"]].assign(identity=whose.codes)
+        writer.finish(table, whose.categories.tolist(), {"face": (np.cumsum(count) - count, count)})
+
+
+def frozen(e: Experiment, store: ClipStore, **options) -> ClipStore:
+    """Open a store of the same clips of one frame each: what the aggregator of an experiment, trained, makes of them.
+
+    e: on the store of other people; options: as for `fit`.  The provenance has how many people and clips the aggregator
+    was trained on, and how many people were left out.
+    """
+    said = json.dumps([e.key(), store.fingerprint, library_hash(), code_hash(MAKING)])
+    path = cache_folder() / "faces" / "frozen" / hashlib.sha256(said.encode()).hexdigest()[:20]
+    if not path.exists():
+        with claim(path.with_name(f"{path.name}.lock")):
+            if not path.exists():
+                clear_partial(path)
+                member, every = fit(e, ClipStore.open(e.data), **options), np.arange(len(store))
+                feature = pooled_features(member.model, store, every, seed=e.seed).cpu().numpy()
+                provenance = {"others_people": len(member.store.identities), "others_clips": len(member.clips)}
+                provenance["others_left_out"] = member.store.meta["provenance"]["left_out"]
+                with ClipStore.create(path, simulated=False, provenance=provenance) as writer:
+                    writer.append("face", feature.astype(np.float16))
+                    writer.finish(store.clips, store.identities.tolist(), {"face": (every, np.ones_like(every))})
     return ClipStore.open(path)
 
 

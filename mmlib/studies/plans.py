@@ -125,16 +125,19 @@ def real(name: str, material: str, store: ClipStore) -> Plan:
     """What chapter 12 runs on a material of a set: of clips of YTF as they are everything, of photographs the claims.
 
     Of harder clips of YTF class means by every hand-made weight, and where other people stand in them the arms of the
-    grid of chapter 04 too, with the plain mean and NAN.
+    grid of chapter 04 too, with the plain mean and NAN.  On some also aggregators that other sets train; such an arm is
+    what trains one.
     """
+    learned = {arm + faces.FROZEN: Experiment(aggregator=arm, training=systems.tuned(arm)) for arm in faces.FROZEN_ARMS}
+    frozen = {arm: _in_budget(e) for arm, e in learned.items() if name == "ytf" and material in faces.FROZEN_ON}
     if material == materials.CLEAN:
         every = real_faces(store)
         wanted = {arm for pair in faces.claims_of("scene" in store.modalities).values() for arm in pair}
-        return {arm: e for arm, e in every.items() if name == "ytf" or arm in wanted}
+        return {arm: e for arm, e in every.items() if name == "ytf" or arm in wanted} | frozen
     asked = materials.MATERIALS[material]
     grid = ("mean", *aggregation_study.GRID_ARMS, "NAN") if asked.share and not asked.score else ()
     arms = aggregation(store, variants=False).items()
-    return {arm: _in_budget(e) for arm, e in arms if e.classifier != "mlp" or arm in grid}
+    return {arm: _in_budget(e) for arm, e in arms if e.classifier != "mlp" or arm in grid} | frozen
 
 
 def _in_budget(arm: Experiment) -> Experiment:
