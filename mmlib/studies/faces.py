@@ -229,7 +229,7 @@ def simulated() -> pd.DataFrame:
     parts = [
         compare.steps_frame(POOLINGS, pooled, names),
         compare.steps_frame(rest, ladders, ladder.names_of(ladders, ladder.plan())),
-        ladder.views_against_bagging(ensembles),
+        ladder.views_against_bagging(ensembles, MEMBERS),
     ]
     return compare.with_source(pd.concat([part for part in parts if len(part)]), sum(kept, []))
 

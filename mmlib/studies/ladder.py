@@ -17,6 +17,7 @@ from mmlib.records import Record
 from mmlib.systems import BUDGET, CHOSEN, LADDERS, ONE_NAME, SIDES, STEPS, climb, distractor_arms
 
 ALL = "all steps"
+NUMBERED = "all before the fallback"  # the steps whose sizes were published
 # Slides of the One Name team, 2019: MAP of the baseline and the points of each step; none is given for the last.
 PUBLISHED_LADDER = {"baseline": 0.87, "aggregation and loss": 2.0, "scene": 0.5, "ensemble": 0.3}
 PUBLISHED = dict(list(PUBLISHED_LADDER.items())[1:])
@@ -129,13 +130,18 @@ def taken_for_nobody(arms: Mapping[str, Experiment], store: ClipStore, **options
 
 
 def steps_of(names: Iterable[str]) -> Pairs:
-    """Pair every rung that was run with the one before, by its name, and the last of a ladder with its first."""
+    """Pair every rung that was run with the one before, by its name, and the last of a ladder with its first.
+
+    So is the last but one of a ladder that ends with the fallback.
+    """
     names = set(names)
     pairs: Pairs = {}
     for ladder in LADDERS:
         first = FIRST.get(ladder, f"{ladder}: {STEPS[0]}")
         rungs = [rung for rung in (first, *(f"{ladder}: {step}" for step in STEPS[1:])) if rung in names]
         pairs |= {rung: (rung, before) for before, rung in pairwise(rungs)}
+        if len(rungs) > 2 and rungs[-1].endswith(STEPS[-1]):
+            pairs[f"{ladder}: {NUMBERED}"] = rungs[-2], rungs[0]
         if len(rungs) > 1:
             pairs[f"{ladder}: {ALL}"] = rungs[-1], rungs[0]
     return pairs
@@ -144,29 +150,31 @@ def steps_of(names: Iterable[str]) -> Pairs:
 def step_frame(records: Iterable[Record], names: Iterable[str]) -> pd.DataFrame:
     """Return the steps of every ladder: ladder, step, before (MAP@100), as ``differences``, and published (points).
 
-    A row ``all steps`` compares the last rung with the first.
+    Rows ``all before the fallback``, of a ladder that has one, and ``all steps`` compare two of its rungs with the first;
+    the sum of what was published, which says nothing of a fallback, stands with the first of the two that there is.
     """
     frame = differences(steps_of(names), records, names)
     frame.insert(0, "ladder", frame["step"].str.split(": ").str[0])
     frame["step"] = frame["step"].str.split(": ").str[1]
     frame.insert(frame.columns.get_loc("map_at_100"), "before", frame["map_at_100"] - frame["difference"] / 100)
     sums = frame["step"].map(PUBLISHED).groupby(frame["ladder"]).sum()
-    whole = frame["ladder"].map(sums).where(frame["step"] == ALL)
+    sides = frame.loc[frame["step"].isin([NUMBERED, ALL]), "ladder"].drop_duplicates()
+    whole = sides.map(sums)
     frame["published"] = frame["step"].map(PUBLISHED).fillna(whole)
     return frame
 
 
 def heights(steps: pd.DataFrame) -> pd.DataFrame:
     """Return MAP@100 by rung of each ladder and of the published one: ladder, step, map_at_100."""
-    whole = steps["step"] == ALL
-    here = pd.concat([steps[whole].assign(step=STEPS[0], map_at_100=steps["before"]), steps[~whole]])
+    base = steps[steps["step"] == ALL].assign(step=STEPS[0], map_at_100=steps["before"])
+    here = pd.concat([base, steps[steps["step"].isin(STEPS)]])
     total = PUBLISHED_LADDER["baseline"] + np.cumsum([0.0, *PUBLISHED.values()]) / 100
     return _beside_published(here[["ladder", "step", "map_at_100"]], dict(zip(PUBLISHED_LADDER, total)))
 
 
 def gains(steps: pd.DataFrame) -> pd.DataFrame:
     """Return the gain of each step, the published one without an interval: ladder, step, difference, low, high."""
-    here = steps.loc[steps["step"] != ALL, ["ladder", "step", "difference", "low", "high"]]
+    here = steps.loc[steps["step"].isin(STEPS), ["ladder", "step", "difference", "low", "high"]]
     return _beside_published(here, PUBLISHED)
 
 
@@ -178,14 +186,17 @@ def _beside_published(here: pd.DataFrame, values: Mapping[str, float]) -> pd.Dat
     return every.sort_values("step", key=lambda step: step.map(STEPS.index), kind="stable", ignore_index=True)
 
 
-def views_against_bagging(records: Iterable[Record]) -> pd.DataFrame:
-    """Compare views with bagging, the most members that both have and everything else equal, by the ranking of the
-    described ladder: ``compare.steps_frame`` with one row, none without such records.
+def views_against_bagging(records: Iterable[Record], members: int = 0) -> pd.DataFrame:
+    """Compare views with bagging, so many members, or the most that both have, and everything else equal, by the ranking
+    of the described ladder: ``compare.steps_frame`` with one row, none without such records.
     """
     groups: dict[tuple[int, str], list[Record]] = {(0, ""): []}
     for record in records:
         e = record.experiment
-        if len(e["members"]) > 1 and (e["combine"], e["scale"]) == (ONE_NAME.combine, ONE_NAME.scale):
+        if len(e["members"]) in ([members] if members else range(2, 1_000)) and (e["combine"], e["scale"]) == (
+            ONE_NAME.combine,
+            ONE_NAME.scale,
+        ):
             shape = arm_key(e, "members", "fallback.members", "ensemble", "regions")
             groups.setdefault((len(e["members"]), shape), []).append(record)
     found = {}
