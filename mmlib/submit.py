@@ -77,7 +77,8 @@ def predict(
     labelled = np.unique(store.identity_of(store.select(e.split, labelled=True)))
     identities = labelled if labelled_only else np.arange(len(store.identities))
     if not len(identities):
-        raise ValueError(f"{store.path}: no labelled {e.split} clip, so labelled-only leaves no identity")
+        why = f"no labelled {e.split} clip, so labelled-only leaves no identity" if labelled_only else "has no identity"
+        raise ValueError(f"{store.path}: {why}")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         work = Work(e, folder, device, shards)

@@ -482,7 +482,9 @@ def test_a_stopped_prediction_goes_on_with_the_member_it_was_in(simulated, tmp_p
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.005)
         process.send_signal(sent)
-        assert process.communicate(timeout=120) == ("", "") and process.returncode == status
+        printed, said = process.communicate(timeout=120)
+        assert printed == "" and process.returncode == status
+        assert all(re.match(r"to train: |member \d of 6: ", line) for line in said.splitlines())
         assert names_in(tmp_path) == ["result.txt.members"]
         saved = saved | {path: path.stat().st_mtime_ns for path in folder.glob("*.pt") if path not in saved}
         if sent == signal.SIGTERM:  # what cannot be caught may leave a part, under another name

@@ -1,4 +1,5 @@
 import os
+import shutil
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,7 +141,8 @@ def test_videos_photographs_and_folders_become_clips(people, weights, red):
     np.testing.assert_allclose(frames_of(store, "bob-b", "box"), [[20, 10, 60, 50]])
     np.testing.assert_allclose(frames_of(store, "bob-b", "det"), 0.9, rtol=1e-6)
     assert "column quality" in report.absent
-    assert any("by seed 0" in line for line in report.lines())
+    assert any("rounded up, to train" in line and "by seed 0" in line for line in report.lines())
+    assert not any("nothing to score" in line for line in report.lines())
 
 
 def test_the_seed_decides_which_clips_train(people, weights, red):
@@ -630,6 +632,12 @@ def test_anchors_stand_on_the_strides():
     assert anchors[-1].tolist() == [80, 48, 512]
 
 
+def test_a_store_of_nobody_to_search_for_says_so(people, weights, red):
+    for name in ("ann", "bob"):
+        shutil.rmtree(people / name)
+    assert any("there is nothing to score" in line for line in run(people, weights)[1].lines())
+
+
 def test_pictures_of_any_size_are_found_in_as_alone(weights):
     rng = np.random.default_rng(0)
     network = load_detector(weights / "detector.pth")
@@ -684,6 +692,7 @@ def test_boxes_of_ultraface_are_of_the_picture_with_points_in_them(ultra):
         np.testing.assert_allclose(rows[:, :5], [[100, 150, 200, 225, 0.9], [300, 0, 400, 75, 0.7]], rtol=1e-5)
         points = rows[0, 5:].reshape(5, 2)
         np.testing.assert_allclose(points, np.array(detector.BOXED) * [100, 75] + [100, 150], rtol=1e-5)
+    assert detect(ultra, [], 640) == []  # OpenCV makes no batch of none
     assert (ultra.graph.blob[0] == 1).all()
     assert (ultra.graph.blob[1, :, :, :160] == 1).all() and (ultra.graph.blob[1, :, :, 161:] == 0).all()
 

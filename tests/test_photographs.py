@@ -221,7 +221,7 @@ def test_networks_that_are_missing_or_others_are_named(ytf, small):
     assert_refused(ytf, "068.ckpt: not a readable file of weights .*[Ww]eights.only")
     (ytf / "SHA256SUMS").write_text(f"{hashlib.sha256(b'').hexdigest()}  mobilefacenet/068.ckpt\n")
     assert_refused(ytf, r"068.ckpt: its sha256 is [0-9a-f]{64}, but SHA256SUMS lists")
-    assert_refused(ytf, "lite0/.*: missing", scenes=True)
+    assert_refused(ytf, "lite0/.*: missing, .*; it is for scene features, and --scene none does without", scenes=True)
     weights.unlink()
     assert_refused(ytf, "068.ckpt: missing, and there is no mobilefacenet-068.ckpt either")
 

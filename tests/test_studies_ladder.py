@@ -344,6 +344,8 @@ def test_views_are_compared_with_bagging_at_the_most_members_of_both():
         *ensemble_records("bagging", 6, [0.9, 0.9], scale=1.0),
     ]
     assert ladder.views_against_bagging(records)["difference"].tolist() == pytest.approx([10])
+    assert ladder.views_against_bagging(records, 2)["difference"].tolist() == pytest.approx([40])
+    assert ladder.views_against_bagging(records, 8).empty
 
 
 def test_views_are_not_compared_with_bagging_of_another_system():

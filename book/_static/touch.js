@@ -129,7 +129,7 @@
   const MOST = 10; // rows at a time
   const identities = (rows) => {
     const [shown, said] = [make("div"), make("output")];
-    const order = { by: "ap", sign: 1 };
+    const order = { by: "clips", sign: -1 }; // rankings with right and wrong places first
     const widest = Math.log(Math.max(2, ...rows.map((row) => row.clips)));
     const place = (number) => 3 + 94 * Math.log(number) / widest;
     const aside = rows.map((_, i) => ((i * 0.618) % 1) - 0.5); // equal numbers of clips would hide each other

@@ -227,6 +227,7 @@ def fetch(
     if folder is not None and (folder / made).exists():
         tables = folder
     elif not (tables / made).exists() or (shown and name == "ytf" and not (tables / "ytf/scene.npy").exists()):
+        print(f"{name.value}: its photographs are cut, embedded and scored, once, in some minutes", flush=True)
         options: dict = {"scenes": shown is not None, "overwrite": True, "progress": progress}
         with writing(tables):
             print(*photographs.make_tables(name.value, folder or place, tables, **options), sep="\n", flush=True)

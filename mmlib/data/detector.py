@@ -125,6 +125,8 @@ class UltraFace:
 
     def __call__(self, pictures: list[np.ndarray], least: float) -> list[np.ndarray]:
         """Find faces as `detect` does."""
+        if not pictures:  # of which OpenCV makes no batch
+            return []
         cv2, sides, canvases = need("cv2"), [], []
         for picture in pictures:  # grey at the right and below makes it 4 : 3
             height, width = picture.shape[:2]

@@ -90,7 +90,7 @@ class Embedder:
         except Exception as error:  # whatever a layer says of a size that it cannot take
             raise ValueError(f"{weights}: takes no pictures of {size} x {size} pixels ({error})") from None
         if shape != (1, width):
-            raise ValueError(f"{weights}: makes {shape} of one face, not (1, {width})")
+            raise ValueError(f"{weights}: makes {shape} of one face, not (1, {width}); --width says how many numbers")
 
     @torch.inference_mode()
     def __call__(self, crops: np.ndarray) -> np.ndarray:

@@ -39,7 +39,7 @@ ALIKE = 0.99  # of the best score, of faces of which the largest is taken: a pos
 LARGE = 64  # pixels of a face at half the size of a search, of which the points are nearly as good as of a larger one
 PIXELS = 2**25  # of pictures that are in memory together, in one thread, unless one alone has more
 SCENES = "faces.json"  # beside the clips' folders of scene pictures: what wrote them
-RULE = "half of a person's clips, rounded down, to train, the others to val, by seed {}; one clip alone is a distractor"
+RULE = "half of a person's clips, rounded up, to train, the others to val, by seed {}; one clip alone is a distractor"
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,9 @@ class ImportReport:
             lines.append("{}: {} frames of {} dimensions".format(name, *modality.feature.shape))
         some = f": {', '.join(map(short, untrained[:5]))}{', ...' * (len(untrained) > 5)}" if untrained else ""
         lines.append(f"{len(store.identities)} identities, {len(untrained)} without a train clip{some}")
+        known = [{*store.identity_of(store.select(split, labelled=True))} for split in ("train", "val")]
+        if not set.intersection(*known):
+            lines.append("nobody has a clip in train and another in val: there is nothing to score")
         if self.damaged:
             lines.append(f"too small for float16: {self.damaged} frames, {self.vanished} of them stored as zeros")
         if self.absent:

@@ -100,7 +100,8 @@ def find_source(kind: str, sources: Path) -> Path:
     for pattern in PLACES[kind]:
         for path in sorted(sources.glob(pattern)):
             return path
-    raise ValueError(f"{sources / PLACES[kind][0]}: missing, and there is no {PLACES[kind][1]} either")
+    hint = "; it is for scene features, and --scene none does without" if kind == SCENE_NETWORK else ""
+    raise ValueError(f"{sources / PLACES[kind][0]}: missing, and there is no {PLACES[kind][1]} either{hint}")
 
 
 @contextmanager

@@ -36,7 +36,7 @@ BASE, BETWEEN = "mean, class means", "quality_between_clips"
 WHITENING = "whitening adds to class means"
 QUALITY, NORMS = "quality weights beat the plain mean", "norm weights beat the plain mean"
 LEARNED, MARGIN = "learned weights of the scores beat quality weights", "an angular margin adds to the baseline"
-TRAINING, VIEWS = "training adds to class means", ladder.VIEWS
+TRAINING, VIEWS = "training adds to class means", f"{ladder.VIEWS}, {MEMBERS} members"
 POOLINGS: Pairs = {  # what chapter 04 can say of the simulator
     QUALITY: ("quality", "mean"),
     NORMS: ("norm", "mean"),
@@ -229,7 +229,7 @@ def simulated() -> pd.DataFrame:
     parts = [
         compare.steps_frame(POOLINGS, pooled, names),
         compare.steps_frame(rest, ladders, ladder.names_of(ladders, ladder.plan())),
-        ladder.views_against_bagging(ensembles, MEMBERS),
+        ladder.views_against_bagging(ensembles, MEMBERS).assign(step=VIEWS),
     ]
     return compare.with_source(pd.concat([part for part in parts if len(part)]), sum(kept, []))
 

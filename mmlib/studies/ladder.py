@@ -150,8 +150,8 @@ def steps_of(names: Iterable[str]) -> Pairs:
 def step_frame(records: Iterable[Record], names: Iterable[str]) -> pd.DataFrame:
     """Return the steps of every ladder: ladder, step, before (MAP@100), as ``differences``, and published (points).
 
-    Rows ``all before the fallback``, of a ladder that has one, and ``all steps`` compare two of its rungs with the first;
-    the sum of what was published, which says nothing of a fallback, stands with the first of the two that there is.
+    Rows ``all before the fallback``, of a ladder that has one, and ``all steps`` compare two of its rungs with the
+    first; the sum of what was published, nothing of a fallback, stands with the first of the two that there is.
     """
     frame = differences(steps_of(names), records, names)
     frame.insert(0, "ladder", frame["step"].str.split(": ").str[0])
@@ -187,8 +187,8 @@ def _beside_published(here: pd.DataFrame, values: Mapping[str, float]) -> pd.Dat
 
 
 def views_against_bagging(records: Iterable[Record], members: int = 0) -> pd.DataFrame:
-    """Compare views with bagging, so many members, or the most that both have, and everything else equal, by the ranking
-    of the described ladder: ``compare.steps_frame`` with one row, none without such records.
+    """Compare views with bagging, so many members, or the most that both have, everything else equal, by the ranking of
+    the described ladder: ``compare.steps_frame`` with one row, none without such records.
     """
     groups: dict[tuple[int, str], list[Record]] = {(0, ""): []}
     for record in records:
