@@ -127,7 +127,8 @@ def notice(simulated: bool, detail: str = "", *, public: str = "") -> None:
     if simulated:
         text = (
             "Every number and figure on this page comes from <b>simulated clips</b>, a stand-in calibrated on "
-            "published marginals. None of them is a result on iQIYI-VID-2019."
+            "published marginals. None of them is a result on iQIYI-VID-2019. What real video says of the same claims "
+            'is in <a class="reference internal" href="12_real_faces.html">Real faces</a>.'
         )
     if public:
         text = (
