@@ -89,4 +89,4 @@ def print_report(site: Path, out: Path, browser: str) -> None:
 
 
 if __name__ == "__main__":
-    print_report(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    print_report(Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve(), sys.argv[3])
