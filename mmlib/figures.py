@@ -126,8 +126,8 @@ def notice(simulated: bool, detail: str = "", *, public: str = "") -> None:
     text = "The numbers on this page come from a data set of the reader's own, not from the simulator."
     if simulated:
         text = (
-            "Every number and figure on this page comes from <b>simulated clips</b>, a stand-in calibrated on "
-            "published marginals. None of them is a result on iQIYI-VID-2019. What real video says of the same claims "
+            "What this page computes comes from <b>simulated clips</b>, a stand-in calibrated on published marginals. "
+            "None of it is a result on iQIYI-VID-2019. What real video says of the same claims "
             'is in <a class="reference internal" href="12_real_faces.html">Real faces</a>.'
         )
     if public:
