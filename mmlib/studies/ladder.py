@@ -193,10 +193,8 @@ def views_against_bagging(records: Iterable[Record], members: int = 0) -> pd.Dat
     groups: dict[tuple[int, str], list[Record]] = {(0, ""): []}
     for record in records:
         e = record.experiment
-        if len(e["members"]) in ([members] if members else range(2, 1_000)) and (e["combine"], e["scale"]) == (
-            ONE_NAME.combine,
-            ONE_NAME.scale,
-        ):
+        wanted = len(e["members"]) == members if members else len(e["members"]) > 1
+        if wanted and (e["combine"], e["scale"]) == (ONE_NAME.combine, ONE_NAME.scale):
             shape = arm_key(e, "members", "fallback.members", "ensemble", "regions")
             groups.setdefault((len(e["members"]), shape), []).append(record)
     found = {}
