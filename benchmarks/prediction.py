@@ -24,6 +24,7 @@ REMEDY = {
 AS_IT_IS = "works as it is"
 MEASURED = {"train, a tenth drawn": "tenfold, epoch", "rank": "tenfold, rank"}
 FACES_THERE = 1.0  # of a clip there; none of these parts depends on it
+TIMES = np.geomspace(1, 1_000, 61)  # the challenge's size, as steps of a twentieth of a decade
 SEARCH = "searching a picture"  # for faces
 
 
@@ -185,6 +186,18 @@ def _verdict(slow: bool, large: bool) -> str:
 def works(predicted: pd.DataFrame) -> pd.Series:
     """Say of each part whether it works as it is on some processor (bool), by part."""
     return predicted["verdict"].eq(AS_IT_IS).groupby(predicted["part"], sort=False).any().astype(bool)
+
+
+def breaks(results: list[dict], *, faces: float, hours: float = 24.0) -> pd.Series:
+    """Return at how many times the challenge's size each part first fails, clips and identities growing together.
+
+    Of `TIMES`, by part in the order in which they break; a part that never does is left out.
+    """
+    one = {name: size / 10 for name, size in TENFOLD.items()}
+    sizes = [{name: size * times for name, size in one.items()} for times in TIMES]
+    work = pd.DataFrame([works(predict(results, faces=faces, hours=hours, **size)) for size in sizes], index=TIMES)
+    failed = ~work.astype(bool)
+    return failed.idxmax()[failed.any()].sort_values()
 
 
 def shown(predicted: pd.DataFrame) -> pd.DataFrame:

@@ -150,6 +150,14 @@ def test_a_part_works_that_works_on_one_of_two_processors():
     assert prediction.works(predicted).to_dict() == {"rank": True, "train": False}
 
 
+def test_parts_break_in_the_order_of_the_sizes_at_which_they_fail():
+    # With the challenge's 100,000 clips: opening takes 1,000 s of ten hours, and so breaks above 36 times; the metric
+    # takes 0.1 s, and never does; ranking takes a million seconds at once.
+    grown = [series("metric", "clips", lambda s: 1e-6 * s), series("open", "clips", lambda s: 1e-2 * s), *RANKED]
+    broken = prediction.breaks([result(growth=grown, fp32=1e12)], faces=2, hours=10)
+    assert broken.to_dict() == {"rank": 1.0, "open": min(times for times in prediction.TIMES if times > 36)}
+
+
 def test_every_cost_that_grows_has_a_remedy():
     assert {prediction.PARTS.get(cost, cost) for cost in growth.COSTS} <= prediction.REMEDY.keys()
 
