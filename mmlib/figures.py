@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from mmlib import compare
 from mmlib.narrow import MOST_NAMES, narrowed
@@ -305,8 +305,12 @@ def traces(
             kept = np.isfinite(part["low"])
             error = _error(part[kept], y)
             ax.errorbar(at[kept], part.loc[kept, y], yerr=error, fmt="none", capsize=3, ecolor=drawn.get_color())
-    if scale in ("log", "doubling"):
-        ax.set_xscale("log", base=2 if scale == "doubling" else 10)
+    if scale == "linear" and pd.api.types.is_integer_dtype(frame[x]):
+        ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # no half of an epoch
+    if scale == "log":
+        plain_log(ax, "x")
+    if scale == "doubling":
+        ax.set_xscale("log", base=2)
     if scale in ("categories", "doubling"):
         names = [value if isinstance(value, str) else f"{value:g}" for value in ticks]
         ax.set_xticks(list(ticks.values()), names, rotation=60 if scale == "categories" and len(names) > 5 else 0)
@@ -331,7 +335,7 @@ def plain_log(ax: Axes, *axes: str) -> Axes:
     for name in axes:
         if getattr(ax.dataLim, f"{name}1") > 0:
             ax.set(**{f"{name}scale": "log"})
-            plain = {"major_locator": LogLocator(subs=(1, 2, 5)), "major_formatter": ScalarFormatter()}
+            plain = {"major_locator": LogLocator(subs=(1, 2, 5)), "major_formatter": StrMethodFormatter("{x:g}")}
             getattr(ax, f"{name}axis").set(minor_formatter=NullFormatter(), **plain)
     return ax
 
@@ -398,7 +402,8 @@ def attention_maps(maps: Mapping[str, np.ndarray], axes: Sequence[Axes]) -> None
 def verdict_grids(frame: pd.DataFrame) -> Figure:
     """Draw the differences (points) of a sensitivity grid, a panel a learned arm (rows) and a reliability (columns).
 
-    Colour is the sign, a dot says that the interval excludes 0.  frame: as of ``aggregation.grid_frame``.
+    Both stand above the panel.  Colour is the sign, a dot says that the interval excludes 0.  frame: as of
+    ``aggregation.grid_frame``.
     """
     arms, reliabilities = frame["aggregator"].unique(), sorted(frame["reliability"].unique())
     high, wide = max(1, len(arms)), max(1, len(reliabilities))
@@ -417,8 +422,8 @@ def verdict_grids(frame: pd.DataFrame) -> Figure:
             if compare.sign(row):
                 place = columns.index(row["share"]) + 0.88, rows.index(row["wrong quality"]) + 0.16
                 ax.plot(*place, "o", color=_INK, markersize=3.5, markeredgecolor=_CHALK, markeredgewidth=0.6)
-        ax.set(xlabel="share of wrong frames (factor)", ylabel="" if column else f"{arm}:\nquality of wrong faces")
-        ax.text(0, 1.03, f"reliability {reliability:g}", transform=ax.transAxes, fontsize=9)
+        ax.set(xlabel="share of wrong frames (factor)", ylabel="" if column else "quality of wrong faces")
+        ax.text(0, 1.03, f"{arm}, reliability {reliability:g}", transform=ax.transAxes, fontsize=9)
     return figure
 
 
@@ -439,6 +444,7 @@ def partition(frame: pd.DataFrame, *, ax: Axes | None = None, **axis) -> Axes:
     gap = frame["stop"] - frame["start"]
     ax.barh(frame["member"], gap, left=frame["start"], height=0.7, color=RED, label="discarded")
     ax.set(ylim=(frame["member"].max() + 0.6, -0.6), xlim=(0, frame["width"].max()), **axis)
+    ax.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
     ax.grid(visible=False)
     return ax
 

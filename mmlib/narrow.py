@@ -63,9 +63,10 @@ def _stack(figure: Figure, placed: Sequence[Axes]) -> float:
 
 
 def _break_words(ax: Axes) -> None:
-    """Break the label of the x axis, and have fewer or slanted ticks, where they would not fit."""
-    lines = (textwrap.fill(line, MOST_LETTERS) for line in ax.get_xlabel().splitlines())
-    ax.set_xlabel("\n".join(lines))
+    """Break the labels of the axes, and have fewer or slanted ticks below, where they would not fit."""
+    for axis in (ax.xaxis, ax.yaxis):
+        lines = (textwrap.fill(line, MOST_LETTERS) for line in axis.get_label_text().splitlines())
+        axis.set_label_text("\n".join(lines))
     ticks = [re.sub(r"\$.*\$", "100", label.get_text()) for label in ax.get_xticklabels()]  # a power, as a formula
     if isinstance(ax.xaxis.get_major_locator(), MaxNLocator):
         ax.locator_params(axis="x", nbins=4)

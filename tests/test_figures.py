@@ -246,6 +246,23 @@ def test_no_method_is_dropped_however_many():
     assert len(figures.densities(many.assign(p=range(15)), value="p", by="arm").patches) == 15
 
 
+def test_counts_have_whole_ticks():
+    few = pd.DataFrame({"epoch": [0, 1, 2, 3], "loss": [4.0, 3.0, 2.0, 1.0]})
+    members = pd.DataFrame({"member": range(4), "start": range(4), "stop": range(1, 5), "width": 8})
+    traced = figures.traces(few, x="epoch", y="loss", ax=plt.subplots()[1])
+    for ticks in (traced.get_xticks(), figures.partition(members, ax=plt.subplots()[1]).get_yticks()):
+        assert len(ticks) > 2 and (ticks == np.round(ticks)).all()
+    assert not (
+        figures.traces(few.astype(float), x="epoch", y="loss", ax=plt.subplots()[1]).get_xticks() % 1 == 0
+    ).all()
+
+
+def test_ranks_on_a_logarithmic_axis_are_plain_numbers():
+    ax = traced(TRACED.assign(p=[1, 10, 100] * 2), scale="log")
+    ax.figure.canvas.draw()
+    assert {"1", "10", "100"} <= {label.get_text() for label in ax.get_xticklabels()}
+
+
 def test_traces_can_be_left_unconnected():
     assert {line.get_linestyle() for line in traced(line={"linestyle": "none"}).get_lines()} == {"None"}
 
@@ -309,6 +326,12 @@ def test_grid_colours_tell_gains_from_losses():
     mesh.update_scalarmappable()
     (red, _, blue), (loss_red, _, loss_blue) = (mesh.get_facecolors()[i][:3] for i in (2, 3))
     assert blue > red and loss_red > loss_blue
+
+
+def test_a_panel_of_a_grid_has_its_arm_and_reliability_above_it():
+    frame = pd.concat([GRID.assign(reliability=r, aggregator=a) for a in ("NAN", "attention") for r in (0.6, 0.8)])
+    said = [ax.texts[-1].get_text() for ax in figures.verdict_grids(frame).axes]
+    assert said == [f"{arm}, reliability {r}" for arm in ("NAN", "attention") for r in (0.6, 0.8)]
 
 
 def test_grids_have_a_panel_for_every_arm_and_reliability():

@@ -3,7 +3,7 @@ import itertools
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
-from test_figures import DODGED, FOREST, GRID, TRACED, traced
+from test_figures import DODGED, FOREST, TRACED, traced
 
 from mmlib import figures
 from mmlib.narrow import LOW, LOWEST, NARROW, narrowed
@@ -47,13 +47,12 @@ def test_panels_stand_below_each_other_each_with_its_labels_and_the_figure_stays
     assert figure.get_size_inches().tolist() == size and plt.get_fignums() == [figure.number]
 
 
-def test_every_panel_of_a_grid_says_its_row_and_its_column():
-    frame = pd.concat([GRID.assign(reliability=r, aggregator=a) for a in ("NAN", "attention") for r in (0.6, 0.8)])
-    said = [
-        (ax.get_ylabel().partition(":")[0], ax.texts[-1].get_text())
-        for ax in laid_out(figures.verdict_grids(frame)).axes
-    ]
-    assert said == [(arm, f"reliability {r}") for arm in ("NAN", "attention") for r in (0.6, 0.8)]
+def test_labels_of_stacked_panels_do_not_run_into_each_other():
+    figure, axes = figures.panels(2, sharey=True)
+    for ax in axes:
+        traced(ax=ax, xlabel="share")
+    axes[0].set_ylabel("gain over the plain mean (points of precision)")
+    assert not overlaps(ax.yaxis.label for ax in laid_out(figure).axes)
 
 
 def test_a_legend_is_no_wider_than_the_drawing():
@@ -142,7 +141,7 @@ def test_what_has_no_rows_of_marks_is_made_narrow_too(draw):
 
 
 def test_powers_at_a_tick_are_no_long_words():
-    ax = traced(TRACED.assign(p=[1, 10, 100] * 2), scale="log", xlabel="rank\nof it")
+    ax = traced(TRACED.assign(p=[1, 10, 100] * 2), xscale="log", xlabel="rank\nof it")
     (narrow,) = laid_out(ax.figure).axes
     assert {label.get_rotation() for label in narrow.get_xticklabels()} == {0} and narrow.get_xlabel() == "rank\nof it"
 
