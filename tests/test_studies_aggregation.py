@@ -126,14 +126,14 @@ def test_clips_are_chosen_by_what_the_arms_make_of_them(store):
     clips = aggregation.watched_clips(store)
     wrong = store.clip_means("face", "wrong")[clips]
     ranks = pd.DataFrame(1, index=clips, columns=["mean", "quality", "NAN"])
-    assert aggregation.telling_clips(ranks, store) == {"every arm finds the person": clips[wrong.argmax()]}
+    assert aggregation.telling_clips(ranks, store) == {"found by every arm": clips[wrong.argmax()]}
     ranks.iloc[3:9] = [[5, 1, 1], [9, 1, 2], [1, 7, 1], [9, 1, 1], [300, 200, 295], [250, 260, 240]]
     assert aggregation.telling_clips(ranks, store) == {
-        "quality weights find the person, the mean does not": clips[4],
-        "the mean finds the person, quality weights do not": clips[5],
-        "the arms differ most": clips[7],
-        "every arm finds the person": clips[np.where(ranks.max(axis=1) == 1, wrong, -1).argmax()],
-        "no arm finds the person": clips[8],
+        "found by quality weights, not by the mean": clips[4],
+        "found by the mean, not by quality weights": clips[5],
+        "ranks lie furthest apart": clips[7],
+        "found by every arm": clips[np.where(ranks.max(axis=1) == 1, wrong, -1).argmax()],
+        "found by no arm": clips[8],
     }
     assert aggregation.found_counts(ranks) == {"clips": len(clips), "every": len(clips) - 6, "no": 2, "some": 4}
 

@@ -33,15 +33,15 @@ AT_ONCE = 500  # clips whose persons are ranked
 # Clips that tell arms apart, by the ranks of the right person (a row a clip, a column an arm) and the share of frames
 # of another person: the first clip with the largest value is shown, of those that have one.
 TELLING = {
-    "quality weights find the person, the mean does not": lambda rank, wrong: rank["mean"].where(
+    "found by quality weights, not by the mean": lambda rank, wrong: rank["mean"].where(
         (rank["quality"] == 1) & (rank["mean"] > 1)
     ),
-    "the mean finds the person, quality weights do not": lambda rank, wrong: rank["quality"].where(
+    "found by the mean, not by quality weights": lambda rank, wrong: rank["quality"].where(
         (rank["mean"] == 1) & (rank["quality"] > 1)
     ),
-    "the arms differ most": lambda rank, wrong: (rank.max(axis=1) - rank.min(axis=1)).where(rank.nunique(axis=1) > 1),
-    "every arm finds the person": lambda rank, wrong: wrong.where(rank.max(axis=1) == 1),
-    "no arm finds the person": lambda rank, wrong: rank.min(axis=1).where(rank.min(axis=1) > 1),
+    "ranks lie furthest apart": lambda rank, wrong: (rank.max(axis=1) - rank.min(axis=1)).replace(0, np.nan),
+    "found by every arm": lambda rank, wrong: wrong.where(rank.max(axis=1) == 1),
+    "found by no arm": lambda rank, wrong: rank.min(axis=1).where(rank.min(axis=1) > 1),
 }
 MAPS = ("as coded", "as coded, alive", "attention + scores")  # arms with a map from frame to frame
 
