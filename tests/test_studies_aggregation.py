@@ -129,8 +129,8 @@ def test_clips_are_chosen_by_what_the_arms_make_of_them(store):
     assert aggregation.telling_clips(ranks, store) == {"found by every arm": clips[wrong.argmax()]}
     ranks.iloc[3:9] = [[5, 1, 1], [9, 1, 2], [1, 7, 1], [9, 1, 1], [300, 200, 295], [250, 260, 240]]
     assert aggregation.telling_clips(ranks, store) == {
-        "found by quality weights, not by the mean": clips[4],
-        "found by the mean, not by quality weights": clips[5],
+        "found by quality, not by the mean": clips[4],
+        "found by the mean, not by quality": clips[5],
         "ranks lie furthest apart": clips[7],
         "found by every arm": clips[np.where(ranks.max(axis=1) == 1, wrong, -1).argmax()],
         "found by no arm": clips[8],

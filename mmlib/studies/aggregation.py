@@ -33,10 +33,10 @@ AT_ONCE = 500  # clips whose persons are ranked
 # Clips that tell arms apart, by the ranks of the right person (a row a clip, a column an arm) and the share of frames
 # of another person: the first clip with the largest value is shown, of those that have one.
 TELLING = {
-    "found by quality weights, not by the mean": lambda rank, wrong: rank["mean"].where(
+    "found by quality, not by the mean": lambda rank, wrong: rank["mean"].where(
         (rank["quality"] == 1) & (rank["mean"] > 1)
     ),
-    "found by the mean, not by quality weights": lambda rank, wrong: rank["quality"].where(
+    "found by the mean, not by quality": lambda rank, wrong: rank["quality"].where(
         (rank["mean"] == 1) & (rank["quality"] > 1)
     ),
     "ranks lie furthest apart": lambda rank, wrong: (rank.max(axis=1) - rank.min(axis=1)).replace(0, np.nan),
