@@ -47,8 +47,9 @@ def growth(points: pd.DataFrame, fits: pd.DataFrame) -> Figure:
     centre (seconds on the fitted line there).
     """
     series = list(points.groupby(["cost", "axis"], sort=False))
-    rows = max(1, -(-len(series) // 3))
-    figure, axes = plt.subplots(rows, 3, squeeze=False, figsize=(9, 2.7 * rows), layout="constrained")
+    columns = min((3, 2), key=lambda count: -len(series) % count)  # so that as few places as can be stay empty
+    rows = max(1, -(-len(series) // columns))
+    figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(9, 2.3 * rows), layout="constrained")
     styles = dict(zip(points["where"].unique(), cycle(zip(MARKERS, COLOURS))))
     for ax, ((cost, axis), part) in zip(axes.flat, series):
         for place, there in part.groupby("where", sort=False):

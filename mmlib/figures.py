@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import io
-import pickle
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -25,11 +24,10 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec
-from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
-from matplotlib.transforms import ScaledTranslation, blended_transform_factory
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from mmlib import compare
+from mmlib.narrow import MOST_NAMES, narrowed
 
 # Okabe and Ito's colours: told apart by colour-blind readers, in grey by the markers beside them.
 BLACK, BLUE, ORANGE, GREEN, RED = "#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -64,12 +62,7 @@ ON_ANY_GROUND = {
     to_hex("0.9"): "rgb(128 128 128 / .3)",
     to_hex("0.93"): "rgb(128 128 128 / .2)",
 }
-NARROW, LOW = 4.2, 2.8  # inches, of a drawing and of one of its panels on a phone, where letters stay legible
-LOWEST = 1.8  # inches, of what is drawn between the axes of a panel there
 WIDEST_LABEL = 34  # letters of a row
-SHORT_LABEL, INSIDE_LABEL = 12, 58  # letters of a row beside a narrow axis, and of a line inside it
-MOST_LETTERS = 30  # of the ticks, or in a line of the label, of a narrow axis
-MOST_NAMES = 3  # beside each other in a legend
 MOST_IMAGES = 5  # of a drawing
 _INK, _CHALK = "#222222", "#fefefe"  # letters on a ground of their own
 _DRAWN: WeakKeyDictionary[Figure, list[pd.DataFrame]] = WeakKeyDictionary()  # what each figure was drawn from
@@ -149,7 +142,8 @@ def drawing(figure: Figure) -> str:
     """
     frames = _DRAWN.get(figure, [])
     made = dict.fromkeys(frame.attrs.get("made", "Computed when this page was built.") for frame in frames)
-    said = {"data": _as_csv(frames), "made": " ".join([*made, *_intervals(frames)]), "narrow": _narrow(figure)}
+    said = {"data": _as_csv(frames), "made": " ".join([*made, *_intervals(frames)])}
+    said["narrow"] = _svg(narrowed(figure), "narrow")
     texts = [f'<metadata class="{kind}">{html.escape(text)}</metadata>' for kind, text in said.items() if text]
     return _svg(figure, "wide").replace(">", ">" + "".join(texts), 1)
 
@@ -166,73 +160,6 @@ def _svg(figure: Figure, kind: str) -> str:
     drawn = re.sub(r' id="[a-zA-Z]\w*_\d+"|\s*<metadata>.*?</metadata>', "", drawn, flags=re.DOTALL)
     drawn = re.sub(r"(<text[^>]*>)-(?=[.\d])", r"\1−", drawn)  # a minus, where a format has left a hyphen
     return re.sub(r'<g id="tip ([^"]*)">', r"<g><title>\1</title>", drawn)
-
-
-def _narrow(figure: Figure) -> str:
-    """Return a figure for a narrow screen: as wide as that, with panels below each other, each with its own labels."""
-    figure = pickle.loads(pickle.dumps(figure))  # the one that is shown stays as it is
-    plt.close(figure)
-    placed = [ax for ax in figure.axes if ax.get_subplotspec()]
-    rows, columns = placed[0].get_gridspec().get_geometry() if placed else (1, 1)
-    height = figure.get_figheight()
-    if columns > 1:
-        height = len(placed) * min(height / rows, LOW)
-        for ax in placed:
-            first = placed[ax.get_subplotspec().num1 // columns * columns]
-            ax.set_ylabel(ax.get_ylabel() or first.get_ylabel())
-            ax.tick_params(labelleft=True, labelbottom=True)
-        for ax, place in zip(placed, GridSpec(len(placed), 1, figure)):
-            ax.set_subplotspec(place)
-    lowest = {ax: _label_inside(ax) or LOWEST for ax in placed if ax.get_aspect() == "auto"}
-    figure.set_size_inches(min(NARROW, figure.get_figwidth()), height)
-    for ax in figure.axes:
-        lines = (textwrap.fill(line, MOST_LETTERS) for line in ax.get_xlabel().splitlines())
-        ax.set_xlabel("\n".join(lines))
-        ticks = [re.sub(r"\$.*\$", "100", label.get_text()) for label in ax.get_xticklabels()]  # a power, as a formula
-        if isinstance(ax.xaxis.get_major_locator(), MaxNLocator):
-            ax.locator_params(axis="x", nbins=4)
-        elif len("".join(ticks)) > MOST_LETTERS:
-            ax.tick_params(axis="x", rotation=60)
-    for ax in filter(Axes.get_legend, figure.axes):
-        box = ax.get_legend().get_window_extent()
-        if box.x0 >= ax.bbox.x1 or box.y0 >= ax.bbox.y1 or box.width > 0.9 * figure.bbox.width:
-            _legend_across(ax)
-    for legend in list(figure.legends):
-        names = [text.get_text() for text in legend.get_texts()]
-        for columns in range(MOST_NAMES, 0, -1):
-            if legend.get_window_extent().width > 0.95 * figure.bbox.width:
-                legend.remove()
-                legend = figure.legend(legend.legend_handles, names, loc="outside upper center", ncols=columns)
-    if lowest:
-        count = placed[0].get_gridspec().nrows
-        tall = height + 2 * count * LOWEST  # what stands around the axes takes the same height in it
-        figure.set_figheight(tall)
-        figure.draw_without_rendering()
-        lacking = max(low - ax.get_position(original=True).height * tall for ax, low in lowest.items())
-        figure.set_figheight(max(height, tall + count * lacking))
-    return _svg(figure, "narrow")
-
-
-def _label_inside(ax: Axes) -> float:
-    """Write the label of each row above its marks, where it takes no width; return the height of the axes in inches.
-
-    Nothing is done, and 0 returned, where the labels are short, or not those of rows.
-    """
-    labels = [label.get_text().replace("-\n", "-").replace("\n", " ") for label in ax.get_yticklabels()]
-    named = isinstance(ax.yaxis.get_major_locator(), FixedLocator) and ax.get_lines() and not ax.yaxis_inverted()
-    places = np.concatenate([[0.0], *(line.get_ydata(orig=False) for line in ax.get_lines())])
-    beside = np.unique((places - places.round()).round(3))  # of the marks of a row
-    aside = beside.max()
-    if not named or max(map(len, labels), default=0) <= SHORT_LABEL or aside > 0.3:  # these are no rows
-        return 0
-    labels = [textwrap.fill(label, INSIDE_LABEL) for label in labels]
-    for place, label in zip(ax.get_yticks(), labels):
-        point = {"xy": (0, place + aside), "xycoords": ax.get_yaxis_transform(), "textcoords": "offset points"}
-        ax.annotate(label, xytext=(2, 4), va="bottom", fontsize=9, **point).set_in_layout(False)
-    ax.tick_params(axis="y", left=False, labelleft=False)
-    ax.set_ylim(min(ax.get_yticks()) - aside - 0.3, max(ax.get_yticks()) + 1 - aside)
-    points = max((11 * max(label.count("\n") + 1 for label in labels) + 13) / (1 - 2 * aside), 14 * (len(beside) - 1))
-    return float(np.ptp(ax.get_ylim()) * points / 72)
 
 
 def _intervals(frames: Sequence[pd.DataFrame]) -> list[str]:
@@ -267,7 +194,7 @@ def _note(ax: Axes, frame: pd.DataFrame) -> None:
 
 def glue_drawing(name: str, figure: Figure, alt: str) -> None:
     """Make a figure available to other pages; alt: what it shows."""
-    drawn = _svg(figure, "wide") + re.sub(r'(\bid="|url\(#|href="#)', r"\1narrow-", _narrow(figure))
+    drawn = _svg(figure, "wide") + re.sub(r'(\bid="|url\(#|href="#)', r"\1narrow-", _svg(narrowed(figure), "narrow"))
     plt.close(figure)
     drawn = drawn.replace("<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ')
     _record(name, {"text/html": f'<div class="drawing">{drawn}</div>', "text/plain": repr(alt)})
@@ -378,8 +305,12 @@ def traces(
             kept = np.isfinite(part["low"])
             error = _error(part[kept], y)
             ax.errorbar(at[kept], part.loc[kept, y], yerr=error, fmt="none", capsize=3, ecolor=drawn.get_color())
-    if scale in ("log", "doubling"):
-        ax.set_xscale("log", base=2 if scale == "doubling" else 10)
+    if scale == "linear" and pd.api.types.is_integer_dtype(frame[x]):
+        ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # no half of an epoch
+    if scale == "log":
+        plain_log(ax, "x")
+    if scale == "doubling":
+        ax.set_xscale("log", base=2)
     if scale in ("categories", "doubling"):
         names = [value if isinstance(value, str) else f"{value:g}" for value in ticks]
         ax.set_xticks(list(ticks.values()), names, rotation=60 if scale == "categories" and len(names) > 5 else 0)
@@ -399,27 +330,12 @@ def _legend_above(ax: Axes, columns: int) -> None:
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns)
 
 
-def _legend_across(ax: Axes) -> None:
-    """Put the legend above the axes and what is written there, in as many columns as a narrow drawing has room for."""
-    figure, title = ax.figure.get_figure(root=True), ax.get_legend().get_title().get_text()
-    lift = max([0, *(text.get_window_extent().y1 - ax.bbox.y1 for text in ax.texts)]) / figure.dpi
-    over = ax.transAxes + ScaledTranslation(0, lift, figure.dpi_scale_trans)
-    place = {"bbox_to_anchor": (0.5, 1), "bbox_transform": blended_transform_factory(figure.transFigure, over)}
-    for columns in range(MOST_NAMES, 0, -1):
-        legend = ax.legend(loc="lower center", ncols=columns, title=title, **place)
-        if legend.get_window_extent().width < 0.95 * figure.bbox.width:
-            break
-    legend.set_in_layout(False)  # the axes need not be as wide, and a blank keeps its height
-    height = 72 * (legend.get_window_extent().y1 - ax.bbox.y1) / figure.dpi
-    ax.annotate(" ", (0.5, 1), xytext=(0, height), xycoords="axes fraction", textcoords="offset points", va="top")
-
-
 def plain_log(ax: Axes, *axes: str) -> Axes:
     """Make axes (``x``, ``y``) logarithmic, in plain numbers that do not touch, where they have a positive value."""
     for name in axes:
         if getattr(ax.dataLim, f"{name}1") > 0:
             ax.set(**{f"{name}scale": "log"})
-            plain = {"major_locator": LogLocator(subs=(1, 2, 5)), "major_formatter": ScalarFormatter()}
+            plain = {"major_locator": LogLocator(subs=(1, 2, 5)), "major_formatter": StrMethodFormatter("{x:g}")}
             getattr(ax, f"{name}axis").set(minor_formatter=NullFormatter(), **plain)
     return ax
 
@@ -486,7 +402,8 @@ def attention_maps(maps: Mapping[str, np.ndarray], axes: Sequence[Axes]) -> None
 def verdict_grids(frame: pd.DataFrame) -> Figure:
     """Draw the differences (points) of a sensitivity grid, a panel a learned arm (rows) and a reliability (columns).
 
-    Colour is the sign, a dot says that the interval excludes 0.  frame: as of ``aggregation.grid_frame``.
+    Both stand above the panel.  Colour is the sign, a dot says that the interval excludes 0.  frame: as of
+    ``aggregation.grid_frame``.
     """
     arms, reliabilities = frame["aggregator"].unique(), sorted(frame["reliability"].unique())
     high, wide = max(1, len(arms)), max(1, len(reliabilities))
@@ -505,8 +422,8 @@ def verdict_grids(frame: pd.DataFrame) -> Figure:
             if compare.sign(row):
                 place = columns.index(row["share"]) + 0.88, rows.index(row["wrong quality"]) + 0.16
                 ax.plot(*place, "o", color=_INK, markersize=3.5, markeredgecolor=_CHALK, markeredgewidth=0.6)
-        ax.set(xlabel="share of wrong frames (factor)", ylabel="" if column else f"{arm}:\nquality of wrong faces")
-        ax.text(0, 1.03, f"reliability {reliability:g}", transform=ax.transAxes, fontsize=9)
+        ax.set(xlabel="share of wrong frames (factor)", ylabel="" if column else "quality of wrong faces")
+        ax.text(0, 1.03, f"{arm}, reliability {reliability:g}", transform=ax.transAxes, fontsize=9)
     return figure
 
 
@@ -527,6 +444,7 @@ def partition(frame: pd.DataFrame, *, ax: Axes | None = None, **axis) -> Axes:
     gap = frame["stop"] - frame["start"]
     ax.barh(frame["member"], gap, left=frame["start"], height=0.7, color=RED, label="discarded")
     ax.set(ylim=(frame["member"].max() + 0.6, -0.6), xlim=(0, frame["width"].max()), **axis)
+    ax.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
     ax.grid(visible=False)
     return ax
 

@@ -280,6 +280,7 @@ def test_growth_has_a_panel_a_series_with_its_points_and_fit():
         ("open", "clips"),
         ("metric", "identities"),
     ]
+    assert figure.axes[0].get_gridspec().ncols == 2  # no row of one panel
     measured, fitted = figure.axes[2].lines
     assert measured.get_xdata().tolist() == [10, 20, 40, 80]
     assert fitted.get_ydata() == pytest.approx(measured.get_ydata())

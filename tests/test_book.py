@@ -1,5 +1,6 @@
 """The built report, where there is one: nothing missing, nothing unrendered, nothing from another site."""
 
+import html
 import importlib.util
 import os
 import re
@@ -296,8 +297,12 @@ DRAWN = (
 )
 
 
-def test_a_drawing_stands_in_its_page_and_its_numbers_beside_it(study, tmp_path):
-    (tmp_path / "a.svg").write_text(DRAWN)
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_drawing_stands_in_its_page_and_its_numbers_beside_it(study, tmp_path, by_hand):
+    narrow = re.search(r'<metadata class="narrow">(.*?)</metadata>', DRAWN)
+    (tmp_path / "a.svg").write_text(DRAWN.replace(narrow[0], "") if by_hand else DRAWN)
+    if by_hand:
+        (tmp_path / "a-narrow.svg").write_text(html.unescape(narrow[1]))
     places = SimpleNamespace(docname="page", relfn2path=lambda uri, page: (uri, str(tmp_path / uri)))
     figure = nodes.figure("", nodes.image(uri="a.svg", alt='Dots "a"'), nodes.caption("", "Dots."), ids=["fig-dots"])
     page = new_document("page")
@@ -310,6 +315,15 @@ def test_a_drawing_stands_in_its_page_and_its_numbers_beside_it(study, tmp_path)
     (data,) = page.findall(addnodes.download_reference)
     assert (tmp_path / data["reftarget"].lstrip("/")).read_text() == "arm,gain\na & b,1\n"
     assert figure[-1].astext() == "data · Two records."
+
+
+def test_the_drawing_of_the_system_says_the_same_in_both_its_forms():
+    forms = [read(ROOT / "book" / "drawings" / f"{name}.svg") for name in ("system", "system-narrow")]
+    assert [form.svg["class"] for form in forms] == [["wide"], ["narrow"]]
+    first, second = (sorted(" ".join(text.text for text in form.find_all("text")).split()) for form in forms)
+    assert first == second and "dead" in first
+    assert forms[1].find(string="dead branch") and forms[1].find(attrs={"stroke-dasharray": True})
+    assert min(float(text.get("font-size", 14)) for form in forms for text in form.find_all("text")) >= 12
 
 
 def test_a_negative_number_has_a_minus_but_not_code_and_no_range(study):

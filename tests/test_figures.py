@@ -1,6 +1,5 @@
 import html
 import io
-import itertools
 import json
 import re
 
@@ -145,142 +144,6 @@ def test_nothing_is_said_to_be_drawn_from_what_is_not_drawn_by_us():
     assert set(metadata(plt.subplots()[0])) == {"narrow"}
 
 
-def test_on_a_phone_panels_stand_below_each_other_each_with_its_labels():
-    figure, axes = figures.panels(3, sharey=True)
-    for ax in axes:
-        figures.traces(
-            TRACED, x="p", y="gain", by="arm", ax=ax, xlabel="share", ylabel="" if ax is not axes[0] else "gain"
-        )
-    size, narrow = figure.get_size_inches().tolist(), metadata(figure)["narrow"]
-    wide, high = (float(re.search(rf'{side}="([\d.]+)pt"', narrow)[1]) / 72 for side in ("width", "height"))
-    assert wide < figures.NARROW + 0.3 and high > 2 * figures.LOW
-    assert narrow.count(">gain</text>") == narrow.count(">share</text>") == 3
-    assert narrow.count(">4</text>") == 3  # a tick of a shared axis
-    assert figure.get_size_inches().tolist() == size and plt.get_fignums() == [figure.number]
-
-
-def test_a_legend_on_a_phone_is_no_wider_than_the_drawing():
-    names = TRACED.assign(arm=["a method with a long name"] * 3 + ["another one with a name as long"] * 3)
-    figures.traces(names, x="p", y="gain", by="arm", legend="above")
-    narrow = metadata(plt.gcf())["narrow"]
-    assert float(re.search(r'width="([\d.]+)pt"', narrow)[1]) / 72 < figures.NARROW + 0.3
-
-
-def test_rows_of_a_drawing_for_a_phone_break():
-    facts = pd.DataFrame(
-        {"fact": ["a fact whose name is much too long for it and longer than a row", "b"], "deviation": [0.5, 2]}
-    ).assign(within=[True, False])
-    figures.against_target(facts, ax=figures.panels(1, width=6.2)[1][0])
-    narrow = metadata(plt.gcf())["narrow"]
-    assert float(re.search(r'width="([\d.]+)pt"', narrow)[1]) / 72 < figures.NARROW + 0.3
-    assert "longer than a row" not in narrow and "longer than a row" in plt.gca().get_yticklabels()[0].get_text()
-
-
-@pytest.fixture
-def narrowed(monkeypatch):
-    """Return what makes a figure narrow and lays it out."""
-    kept = []
-    monkeypatch.setattr(figures, "_svg", lambda figure, kind: kept.append(figure) or "")
-
-    def narrow(figure):
-        figures._narrow(figure)
-        kept[-1].draw_without_rendering()
-        return kept[-1]
-
-    with plt.rc_context():
-        figures.set_style()
-        yield narrow
-
-
-def share(ax):
-    """Width of axes as a share of the drawing's, and their height in inches."""
-    box = ax.get_window_extent()
-    return box.width / ax.figure.bbox.width, box.height / ax.figure.dpi
-
-
-def overlaps(texts):
-    boxes = [text.get_window_extent() for text in texts if text.get_text().strip() and text.get_visible()]
-    return [(one, other) for one, other in itertools.combinations(boxes, 2) if one.overlaps(other)]
-
-
-@pytest.mark.parametrize("by", ["", "kind"])
-def test_rows_of_a_forest_on_a_phone_have_their_label_above_their_marks_and_the_width_for_these(narrowed, by):
-    steps = ["the attention of the released code beats quality weights", "a down-weighted claim with a long name"]
-    frame = DODGED.assign(step=[steps[0], steps[1], steps[0]]) if by else DODGED[:2].assign(step=steps)
-    ax = figures.forest(frame, label="step", value="gain", by=by, xlabel="points", ax=plt.figure().gca())
-    wide = [label.get_text() for label in ax.get_yticklabels()]
-    (narrow,) = narrowed(ax.figure).axes
-    assert share(narrow)[0] > 0.7
-    assert not overlaps(narrow.get_xticklabels()) and not overlaps(narrow.texts)
-    labels = {text.get_text(): text.get_window_extent() for text in narrow.texts if text.get_text() in steps}
-    assert set(labels) == set(steps)
-    for line in (box.lines[0] for box in narrow.containers):
-        for _, y in narrow.transData.transform(line.get_xydata()):
-            assert not any(box.y0 < y < box.y1 for box in labels.values())
-    assert not any(label.label1.get_visible() for label in narrow.yaxis.get_major_ticks())
-    assert wide == [label.get_text() for label in ax.get_yticklabels()] and not ax.texts  # the other stays as it is
-
-
-@pytest.mark.parametrize("legend", ["axes", "text", "figure", "above"])
-def test_a_legend_on_a_phone_stands_above_what_is_drawn_in_columns_that_fit(narrowed, legend):
-    names = pd.concat([TRACED.assign(arm=TRACED["arm"] + f" of many lines, {n}") for n in range(3)])
-    ax = traced(names, legend="above" if legend == "above" else "none")
-    if legend in ("axes", "text"):
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    if legend == "text":
-        ax.text(0.01, 1.02, "a processor", transform=ax.transAxes)
-    if legend == "figure":
-        ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    figure = narrowed(ax.figure)
-    (narrow,) = figure.axes
-    box = (narrow.get_legend() or figure.legends[0]).get_window_extent()
-    wide, high = share(narrow)
-    assert wide > 0.55 and high > figures.LOWEST - 0.05
-    assert 0 <= box.x0 < box.x1 <= figure.bbox.x1 and narrow.bbox.y1 <= box.y0 < box.y1 <= figure.bbox.y1
-    assert not any(text.get_window_extent().overlaps(box) for text in narrow.texts if text.get_text().strip())
-
-
-def test_a_panel_on_a_phone_is_high_enough_whatever_its_ticks(narrowed):
-    names = TRACED.assign(p=["a category with a long name", "aggregation and the loss", "another"] * 2)
-    figure, (ax,) = figures.panels(1, height=2.0)
-    figures.traces(names, x="p", y="gain", by="arm", scale="categories", legend="above", ax=ax)
-    wide, high = share(narrowed(figure).axes[0])
-    assert wide > 0.55 and high > figures.LOWEST - 0.05
-
-
-@pytest.mark.parametrize(
-    "draw",
-    [
-        lambda ax: figures.forest(FOREST[:0], label="arm", value="difference", ax=ax),
-        lambda ax: figures.show_confusion(pd.DataFrame(), ax),
-        lambda ax: ax.barh([0, 1], [1, 2], tick_label=["a bar with a long name", "another"]),
-        lambda ax: ax.plot([0, 1], [0.5, 1.4]) and ax.set_yticks([0, 1], ["a level with a long name", "another"]),
-    ],
-)
-def test_what_has_no_rows_of_marks_is_made_narrow_too(narrowed, draw):
-    ax = plt.figure().gca()
-    draw(ax)
-    assert share(narrowed(ax.figure).axes[0])[1] > figures.LOWEST - 0.05
-
-
-def test_powers_at_a_tick_are_no_long_words(narrowed):
-    ax = traced(TRACED.assign(p=[1, 10, 100] * 2), scale="log", xlabel="rank\nof it")
-    (narrow,) = narrowed(ax.figure).axes
-    assert {label.get_rotation() for label in narrow.get_xticklabels()} == {0} and narrow.get_xlabel() == "rank\nof it"
-
-
-def test_ticks_of_a_drawing_for_a_phone_do_not_run_into_each_other():
-    figures.forest(
-        FOREST.assign(arm=["a long name of an arm, " + name for name in "abc"]), label="arm", value="difference"
-    )
-    assert len(re.findall(r">−?[\d.]+</text>", metadata(plt.gcf())["narrow"])) <= 5
-    names = TRACED.assign(p=["baseline", "aggregation and loss", "scene"] * 2)
-    figures.traces(names, x="p", y="gain", by="arm", scale="categories", ax=plt.subplots()[1])
-    plt.gca().set_xlabel("a label that is longer than what a narrow drawing has room for")
-    narrow = metadata(plt.gcf())["narrow"]
-    assert "what a narrow drawing has room<" in narrow and "rotate(-60" in narrow
-
-
 def test_a_negative_number_in_a_drawing_has_a_minus():
     drawn = figures.drawing(figures.verdict_grids(GRID.assign(difference=[0.4, -8.0, 0.1])))
     assert ">−8.0</text>" in drawn and "&gt;−8.0&lt;/text" in drawn and ">-8.0" not in drawn
@@ -383,6 +246,23 @@ def test_no_method_is_dropped_however_many():
     assert len(figures.densities(many.assign(p=range(15)), value="p", by="arm").patches) == 15
 
 
+def test_counts_have_whole_ticks():
+    few = pd.DataFrame({"epoch": [0, 1, 2, 3], "loss": [4.0, 3.0, 2.0, 1.0]})
+    members = pd.DataFrame({"member": range(4), "start": range(4), "stop": range(1, 5), "width": 8})
+    traced = figures.traces(few, x="epoch", y="loss", ax=plt.subplots()[1])
+    for ticks in (traced.get_xticks(), figures.partition(members, ax=plt.subplots()[1]).get_yticks()):
+        assert len(ticks) > 2 and (ticks == np.round(ticks)).all()
+    assert not (
+        figures.traces(few.astype(float), x="epoch", y="loss", ax=plt.subplots()[1]).get_xticks() % 1 == 0
+    ).all()
+
+
+def test_ranks_on_a_logarithmic_axis_are_plain_numbers():
+    ax = traced(TRACED.assign(p=[1, 10, 100] * 2), scale="log")
+    ax.figure.canvas.draw()
+    assert {"1", "10", "100"} <= {label.get_text() for label in ax.get_xticklabels()}
+
+
 def test_traces_can_be_left_unconnected():
     assert {line.get_linestyle() for line in traced(line={"linestyle": "none"}).get_lines()} == {"None"}
 
@@ -446,6 +326,12 @@ def test_grid_colours_tell_gains_from_losses():
     mesh.update_scalarmappable()
     (red, _, blue), (loss_red, _, loss_blue) = (mesh.get_facecolors()[i][:3] for i in (2, 3))
     assert blue > red and loss_red > loss_blue
+
+
+def test_a_panel_of_a_grid_has_its_arm_and_reliability_above_it():
+    frame = pd.concat([GRID.assign(reliability=r, aggregator=a) for a in ("NAN", "attention") for r in (0.6, 0.8)])
+    said = [ax.texts[-1].get_text() for ax in figures.verdict_grids(frame).axes]
+    assert said == [f"{arm}, reliability {r}" for arm in ("NAN", "attention") for r in (0.6, 0.8)]
 
 
 def test_grids_have_a_panel_for_every_arm_and_reliability():

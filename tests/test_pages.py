@@ -176,6 +176,21 @@ def test_every_control_changes_what_is_shown(browser, kind, width):
             control.press(key)
             assert looks() != before, control
         assert tried and wrong == [] and box.locator(".instead").count() == 0
+        assert box.evaluate("box => box.scrollWidth <= box.clientWidth")  # no control is cut
+
+
+@needs_browser
+@needs_report
+def test_the_arms_differ_on_clips_that_can_be_touched(browser):
+    with served(SITE) as site, opened(browser, site) as (tab, wrong):
+        tab.goto(f"{site}chapters/{TOUCHED['clips']}.html")
+        box = tab.locator(".touch[data-kind=clips]")
+        kind, ranks = box.locator("select").first, {}
+        for name in kind.locator("option").all_inner_texts():
+            kind.select_option(name)
+            ranks[name] = {int(cell) for cell in box.locator("tbody td:nth-child(3)").all_inner_texts()}
+        assert ranks.pop("found by every arm") == {1} and min(ranks.pop("found by no arm")) > 1
+        assert ranks and all(len(found) > 1 for found in ranks.values()) and wrong == []
 
 
 @needs_browser

@@ -86,42 +86,56 @@ def test_unmarked_frames_are_not_wrong_and_give_no_table(bare):
     assert weight_on_wrong(made_models, bare).empty
 
 
-def test_watched_clips_are_the_first_of_their_kind(store):
-    face, first = store.modalities["face"], {}
-    for clip in store.select("val", labelled=True, having="face"):
-        rows = slice(face.start[clip], face.start[clip] + face.count[clip])
-        wrong, poor = int(face.columns["wrong"][rows].sum()), int((face.columns["quality"][rows] <= 30).sum())
-        n = rows.stop - rows.start
-        if 8 <= n <= 24:
-            has = [wrong == poor == 0, wrong == 1, 3 <= wrong < n / 2, wrong > n / 2, wrong == 0 and poor > n / 2]
-            first = {name: clip for name, it in zip(aggregation.TROUBLES, has) if it} | first
-    assert aggregation.troubled_clips(store) == first and len(first) >= 4
-
-
-def test_watched_frames_are_weighed_and_compared_as_by_hand(store):
-    (name, clip), *_ = clips = list(aggregation.troubled_clips(store).items())
-    arms, means = models("mean", "norm", "NAN + scores"), models("norm")["norm"]
-    frame = aggregation.watched_frames(arms, means, store, dict(clips))
-    assert set(frame["kind"]) == {kind for kind, _ in clips}
-    assert frame.groupby(["kind", "arm"])["weight"].sum().to_numpy() == pytest.approx(1, abs=1e-5)
-    face, vectors = store.modalities["face"], means.prototype.detach().numpy()
-    rows = slice(face.start[clip], face.start[clip] + face.count[clip])
-    x = face.feature[rows].astype(np.float64)
-    for arm, pooled in {"norm": x.mean(0), "mean": (x / np.linalg.norm(x, axis=1, keepdims=True)).mean(0)}.items():
-        cosine = vectors @ pooled / np.linalg.norm(vectors, axis=1) / np.linalg.norm(pooled)
-        own, found = cosine[store.identity_of(clip)], frame[(frame["kind"] == name) & (frame["arm"] == arm)]
-        assert found["cosine"].to_numpy() == pytest.approx(own, abs=1e-5)
-        assert set(found["rank"]) == {sorted(cosine, reverse=True).index(own) + 1}
-        assert np.array_equal(found["quality"], face.columns["quality"][rows])
-        assert np.array_equal(found["wrong"], face.columns["wrong"][rows] > 0)
-
-
-def test_no_clip_is_watched_whose_frames_nobody_has_marked(bare):
+def test_watched_clips_have_marks_and_as_many_faces_as_fit(store, bare):
+    clips = aggregation.watched_clips(store)
+    val = store.select("val", labelled=True, having="face")
+    assert clips.tolist() == [clip for clip in val if 8 <= store.modalities["face"].count[clip] <= 24] and len(clips)
     unscored = replace(bare, modalities={"face": replace(bare.modalities["face"], columns={})})
     model = IdentityModel(AGGREGATORS["mean"](8), 2, hidden=0)
-    for store in (bare, unscored):
-        assert aggregation.troubled_clips(store) == {}
-        assert aggregation.watched_frames({"mean": model}, model, store, {}).empty
+    for each in (bare, unscored):
+        clips = aggregation.watched_clips(each)
+        ranks = aggregation.person_ranks({"mean": model}, model, each, clips)
+        assert aggregation.found_counts(ranks) == {"clips": 0, "every": 0, "no": 0, "some": 0}
+        assert aggregation.telling_clips(ranks, each) == {}
+        assert aggregation.watched_frames({"mean": model}, model, each, {}).empty
+
+
+def test_persons_are_ranked_and_frames_are_weighed_as_by_hand(store, monkeypatch):
+    clips = aggregation.watched_clips(store)[:5]
+    arms, means = models("mean", "norm", "NAN + scores"), models("norm")["norm"]
+    monkeypatch.setattr(aggregation, "AT_ONCE", 2)
+    ranks = aggregation.person_ranks(arms, means, store, clips)
+    assert ranks.index.tolist() == clips.tolist() and [*ranks] == [*arms]
+    frame = aggregation.watched_frames(arms, means, store, {f"clip {clip}": clip for clip in clips})
+    assert frame.groupby(["kind", "arm"])["weight"].sum().to_numpy() == pytest.approx(1, abs=1e-5)
+    face, vectors = store.modalities["face"], means.prototype.detach().numpy()
+    for clip in clips:
+        rows = slice(face.start[clip], face.start[clip] + face.count[clip])
+        x = face.feature[rows].astype(np.float64)
+        for arm, pooled in {"norm": x.mean(0), "mean": (x / np.linalg.norm(x, axis=1, keepdims=True)).mean(0)}.items():
+            cosine = vectors @ pooled / np.linalg.norm(vectors, axis=1) / np.linalg.norm(pooled)
+            own = cosine[store.identity_of(clip)]
+            found = frame[(frame["kind"] == f"clip {clip}") & (frame["arm"] == arm)]
+            assert found["cosine"].to_numpy() == pytest.approx(own, abs=1e-5)
+            assert {*found["rank"], ranks.loc[clip, arm]} == {sorted(cosine, reverse=True).index(own) + 1}
+            assert np.array_equal(found["quality"], face.columns["quality"][rows])
+            assert np.array_equal(found["wrong"], face.columns["wrong"][rows] > 0)
+
+
+def test_clips_are_chosen_by_what_the_arms_make_of_them(store):
+    clips = aggregation.watched_clips(store)
+    wrong = store.clip_means("face", "wrong")[clips]
+    ranks = pd.DataFrame(1, index=clips, columns=["mean", "quality", "NAN"])
+    assert aggregation.telling_clips(ranks, store) == {"found by every arm": clips[wrong.argmax()]}
+    ranks.iloc[3:9] = [[5, 1, 1], [9, 1, 2], [1, 7, 1], [9, 1, 1], [300, 200, 295], [250, 260, 240]]
+    assert aggregation.telling_clips(ranks, store) == {
+        "found by quality, not by the mean": clips[4],
+        "found by the mean, not by quality": clips[5],
+        "ranks lie furthest apart": clips[7],
+        "found by every arm": clips[np.where(ranks.max(axis=1) == 1, wrong, -1).argmax()],
+        "found by no arm": clips[8],
+    }
+    assert aggregation.found_counts(ranks) == {"clips": len(clips), "every": len(clips) - 6, "no": 2, "some": 4}
 
 
 @pytest.mark.parametrize("step", aggregation.STEPS)

@@ -184,7 +184,8 @@ def fold_making(app: Sphinx, doctree: nodes.document) -> None:
 def place_drawings(app: Sphinx, doctree: nodes.document) -> None:
     """Put drawings into their page, where they take its letters and ink, and what they are drawn from beside it.
 
-    A drawing is the SVG of ``figures.drawing``, whose metadata has its numbers and who made them.
+    A drawing is the SVG of ``figures.drawing``, whose metadata has its numbers, who made them and its form for a narrow
+    screen; one that is drawn by hand has that form in a file beside it, such as ``system-narrow.svg``.
     """
     for figure in doctree.findall(nodes.figure):
         name = next(iter(figure["ids"] or figure["names"]), "figure")
@@ -192,8 +193,10 @@ def place_drawings(app: Sphinx, doctree: nodes.document) -> None:
             file = Path(app.env.relfn2path(image["uri"], app.env.docname)[1])
             drawn = file.read_text(encoding="utf-8")
             said = {kind: html.unescape(text) for kind, text in METADATA.findall(drawn)}
+            by_hand = file.with_name(f"{file.stem}-narrow.svg")
+            narrow = by_hand.read_text(encoding="utf-8") if by_hand.is_file() else said.get("narrow", "")
             # Ids are unique in a picture, and have to be in a page.
-            kinds = {name: METADATA.sub("", drawn), f"{name}-narrow": said.get("narrow", "")}
+            kinds = {name: METADATA.sub("", drawn), f"{name}-narrow": narrow}
             each = [re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{kind}-", svg) for kind, svg in kinds.items()]
             alt = html.escape(image.get("alt", ""))
             drawn = "".join(each).replace("<svg ", f'<svg role="img" aria-label="{alt}" ')

@@ -28,13 +28,20 @@ STEPS = {  # one change each: the arm with it, and the arm without
     "the released network for NAN with scores": ("as coded", "NAN + scores"),
     "bringing its map to life": ("as coded, alive", "as coded"),
 }
-POOR = 30.0  # quality up to which the hand-made weight takes its two low steps
-TROUBLES = {  # what a clip of n frames has, of which some are of another person and some are poor
-    "every frame is good": lambda n, wrong, poor: wrong + poor == 0,
-    "one frame of another person": lambda n, wrong, poor: wrong == 1,
-    "several frames of another person": lambda n, wrong, poor: (wrong >= 3) & (2 * wrong < n),
-    "mostly another person": lambda n, wrong, poor: 2 * wrong > n,
-    "mostly poor frames": lambda n, wrong, poor: (wrong == 0) & (2 * poor > n),
+WATCHED = (8, 24)  # faces of a clip that can be looked at frame by frame, on a phone too
+AT_ONCE = 500  # clips whose persons are ranked
+# Clips that tell arms apart, by the ranks of the right person (a row a clip, a column an arm) and the share of frames
+# of another person: the first clip with the largest value is shown, of those that have one.
+TELLING = {
+    "found by quality, not by the mean": lambda rank, wrong: rank["mean"].where(
+        (rank["quality"] == 1) & (rank["mean"] > 1)
+    ),
+    "found by the mean, not by quality": lambda rank, wrong: rank["quality"].where(
+        (rank["mean"] == 1) & (rank["quality"] > 1)
+    ),
+    "ranks lie furthest apart": lambda rank, wrong: (rank.max(axis=1) - rank.min(axis=1)).replace(0, np.nan),
+    "found by every arm": lambda rank, wrong: wrong.where(rank.max(axis=1) == 1),
+    "found by no arm": lambda rank, wrong: rank.min(axis=1).where(rank.min(axis=1) > 1),
 }
 MAPS = ("as coded", "as coded, alive", "attention + scores")  # arms with a map from frame to frame
 
@@ -59,45 +66,76 @@ def frame_weights(models: dict[str, IdentityModel], store: ClipStore, clips: np.
     return pd.concat(parts, ignore_index=True)
 
 
-def troubled_clips(store: ClipStore) -> dict[str, int]:
-    """Choose the first labelled val clip of 8 to 24 faces with each of TROUBLES, as far as frames are marked."""
+def watched_clips(store: ClipStore) -> np.ndarray:
+    """Return the labelled val clips of as many faces as WATCHED says; none where frames are not marked and scored."""
     face, val = store.modalities["face"], store.select("val", labelled=True, having="face")
-    if not {"wrong", "quality"} <= set(face.columns):
+    least, most = WATCHED
+    known = {"wrong", "quality", "det"} <= set(face.columns)
+    return val[(face.count[val] >= least) & (face.count[val] <= most) & known]
+
+
+def person_ranks(
+    models: dict[str, IdentityModel], means: IdentityModel, store: ClipStore, clips: np.ndarray
+) -> pd.DataFrame:
+    """Return the rank of the right person in each clip (row) by each arm (column); 1 is found.
+
+    means: a model of raw embeddings without an MLP, whose vectors all arms are held against.
+    """
+    parts = []
+    for some in np.array_split(clips, -(-len(clips) // AT_ONCE)) if len(clips) else ():
+        found = {arm: _standing(model, means, store, some)[0] for arm, model in models.items()}
+        parts.append(pd.DataFrame(found, index=some))
+    return pd.concat(parts) if parts else pd.DataFrame(columns=[*models], dtype=int)
+
+
+def found_counts(ranks: pd.DataFrame) -> dict[str, int]:
+    """Count clips by the arms that find their person: of all ``clips`` those of ``every`` arm, ``no`` and ``some``."""
+    found = (ranks == 1).mean(axis=1)
+    every, none = int((found == 1).sum()), int((found == 0).sum())
+    return {"clips": len(ranks), "every": every, "no": none, "some": len(ranks) - every - none}
+
+
+def telling_clips(ranks: pd.DataFrame, store: ClipStore) -> dict[str, int]:
+    """Choose a clip of each kind of TELLING that there is; ranks: as of ``person_ranks``, of quality and mean too."""
+    if ranks.empty:
         return {}
-    rows = [slice(face.start[clip], face.start[clip] + face.count[clip]) for clip in val]
-    marks = {"wrong": face.columns["wrong"] > 0, "poor": face.columns["quality"] <= POOR}
-    n, known = face.count[val], {name: np.array([mark[part].sum() for part in rows]) for name, mark in marks.items()}
-    some = {name: val[has(n, **known) & (n >= 8) & (n <= 24)] for name, has in TROUBLES.items()}
-    return {name: int(clips[0]) for name, clips in some.items() if len(clips)}
+    wrong = pd.Series(store.clip_means("face", "wrong")[ranks.index], ranks.index)
+    values = {kind: value(ranks, wrong) for kind, value in TELLING.items()}
+    return {kind: int(value.idxmax()) for kind, value in values.items() if value.notna().any()}
 
 
-@torch.no_grad()
 def watched_frames(
     models: dict[str, IdentityModel], means: IdentityModel, store: ClipStore, clips: dict[str, int]
 ) -> pd.DataFrame:
     """Return what each arm makes of clips, one row a frame and arm: kind, arm, frame, quality, wrong, weight.
 
-    clips: by kind.  rank and cosine: of the right person among the ``identities`` vectors of means, a model of raw
-    embeddings without an MLP, whatever the arm, so that arms differ in weights alone.
+    clips: by kind.  rank and cosine: of the right person among the ``identities`` vectors of means, as in
+    ``person_ranks``, so that arms differ in weights alone.
     """
-    at, names, parts = np.array([*clips.values()], int), np.array([*clips], object), []
-    batch, right = store.batch(at), torch.from_numpy(store.identity_of(at))
-    vectors, columns = F.normalize(means.prototype.cpu(), dim=1), store.modalities["face"].columns
-    for arm, model in models.items() if len(at) else ():
+    if not clips:
+        return pd.DataFrame()
+    at, names, parts = np.array([*clips.values()]), np.array([*clips], object), []
+    rows, quality = store.batch(at).rows.numpy(), store.modalities["face"].columns["quality"]
+    for arm, model in models.items():
         weight, mask, wrong = _weights(model, store, at)
-        pooled = model.aggregator(*_inputs(model, batch))  # type: ignore[misc]
-        cosine = F.normalize(pooled[:, : vectors.shape[1]].cpu(), dim=1) @ vectors.T
-        own = cosine.gather(1, right[:, None])
+        rank, cosine = _standing(model, means, store, at)
         clip, frame = np.nonzero(mask)
-        rows = {
-            "kind": names[clip],
-            "arm": arm,
-            "frame": frame,
-            "quality": columns["quality"][batch.rows.numpy()[clip, frame]],
-        }
-        rows |= {"wrong": wrong[clip, frame], "weight": weight[clip, frame], "cosine": own[:, 0].numpy()[clip]}
-        parts.append(pd.DataFrame(rows | {"rank": 1 + (cosine > own).sum(1).numpy()[clip], "identities": len(vectors)}))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+        columns = {"kind": names[clip], "arm": arm, "frame": frame, "quality": quality[rows[clip, frame]]}
+        columns |= {"wrong": wrong[clip, frame], "weight": weight[clip, frame], "cosine": cosine[clip]}
+        parts.append(pd.DataFrame(columns | {"rank": rank[clip], "identities": len(means.prototype)}))
+    return pd.concat(parts, ignore_index=True)
+
+
+@torch.no_grad()
+def _standing(
+    model: IdentityModel, means: IdentityModel, store: ClipStore, clips: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rank of the right person of each clip among the vectors of means, and the cosine of theirs."""
+    vectors, right = F.normalize(means.prototype.cpu(), dim=1), torch.from_numpy(store.identity_of(clips))
+    pooled = model.eval().aggregator(*_inputs(model, store.batch(clips)))  # type: ignore[misc]
+    cosine = F.normalize(pooled[:, : vectors.shape[1]].cpu(), dim=1) @ vectors.T
+    own = cosine.gather(1, right[:, None])
+    return 1 + (cosine > own).sum(1).numpy(), own[:, 0].numpy()
 
 
 def weight_on_wrong(models: dict[str, IdentityModel], store: ClipStore) -> pd.DataFrame:
