@@ -13,6 +13,16 @@ Aggregators trained on other people (`others`, `frozen`), as YTF's may be too fe
 - For clips with wrong frames the other people's clips are made so too, with the same share and kind of strangers.
 - Then the aggregator is frozen, its network and classifier are left out, and clips of YTF, which it never saw, are
   ranked by class means of what it makes of YTF's train clips, on the splits of the arms that YTF trains.
+
+Why whitening loses on YTF has two reasons to choose from, and this measure does (`lent`), fixed before a value was seen:
+
+- Half of the people lend all clips, val ones too, to those of which the covariance within people is estimated; the other
+  half are ranked among their own val clips and the distractors, by class means of their own train clips.  Then the
+  halves change places.  The control has the same ranking, and a covariance of train clips alone.
+- Simulated clips are cut to as many people, and clips of each (`alike`), so that estimating is as hard.
+- Few clips are a reason if the verdict on YTF is better with clips lent than without (loses < open < gains).
+- That people vary in different directions is one if, with clips lent, simulated clips gain and YTF does not.
+- If neither gains with clips lent, so few clips decide nothing between people.
 """
 
 from __future__ import annotations
