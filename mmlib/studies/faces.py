@@ -22,9 +22,19 @@ from mmlib.data.public import NETWORKS
 from mmlib.data.store import ClipStore
 from mmlib.experiment import KINDS, TRAINED, Experiment, Training
 from mmlib.records import RESULTS, Record, fetch, read_results
-from mmlib.studies import ladder
+from mmlib.studies import ensemble, fusion, ladder
 from mmlib.studies.ladder import Pairs
-from mmlib.studies.materials import CLEAN, MATERIALS, OTHERS, STRANGERS, frozen, quality_between, store_of
+from mmlib.studies.materials import (
+    CLEAN,
+    LENDING,
+    MATERIALS,
+    OTHERS,
+    STRANGERS,
+    frozen,
+    of_halves,
+    quality_between,
+    store_of,
+)
 
 SPLITS = {"ytf": 10, "cfp": 3, "lfw": 3}
 TRAINED_SPLITS, HARDER_SPLITS = 10, 3  # of arms that are trained, on clips as they are and on harder ones
@@ -50,6 +60,20 @@ WEIGHTED: Pairs = {name: (f"{name}, class means", "mean, class means") for name 
 GRID = WEIGHTED | {name: (name, "mean") for name in ("learned scores", "NAN", "attention + scores")}  # of figures
 LOSSES: Pairs = {name: (name, "margin") for name in systems.LOSSES if name != "margin"}
 ENSEMBLES: Pairs = {f"{kind}, {MEMBERS}": (f"{kind}, {MEMBERS}", "seeds, 1") for kind in KINDS}
+RANDOM = ", random start"  # of members' vectors, after the name of what starts at class means
+STARTS: Pairs = {
+    f"a start at random beats class means, {models}": (arm + RANDOM, arm)
+    for models, arm in (("one model", "seeds, 1"), (f"{MEMBERS} views", f"views, {MEMBERS}"))
+}
+FUSED: Pairs = {
+    "score fusion beats the face alone": (fusion.SCORE, "face"),
+    "score fusion beats network fusion": (fusion.SCORE, "scene 128"),
+}
+BY_WEIGHT: Pairs = {name: (name, "weight 0") for name in fusion.WEIGHTS if name != "weight 0"}
+CHOSEN = ("weight_even", "weight_odd")  # of the scene in the score of clips, for people of even and of odd places
+LENT: Pairs = {  # whitening, by what its covariance is of, beside class means in the same ranking
+    of: (f"quality, whitened means, {of}", f"quality, class means, {of}") for of in LENDING
+}
 RULES: Pairs = {
     f"rule: {name}": (f"rule: {name}", "rule: no fallback") for name in ("described", "coded, scale 30")
 } | {"rule: coded": ("rule: coded", "rule: no fallback, scale 1")}
@@ -79,7 +103,7 @@ def rungs(scene: bool = True) -> Pairs:
 def claims_of(scene: bool = True) -> Pairs:
     """Name the claims that real faces are held against: the arm that takes the step, and the one that does not."""
     views = {VIEWS: (f"views, {MEMBERS}", f"bagging, {MEMBERS}")}
-    return POOLINGS | rungs(scene) | views | ladder.other_claims()
+    return POOLINGS | rungs(scene) | views | (FUSED | STARTS if scene else {}) | ladder.other_claims()
 
 
 def measure(
@@ -95,8 +119,10 @@ def measure(
 
     plan: of a set, a material and its store; options: as for `fetch`.  Trained arms have the first splits alone, of
     clips as they are ``TRAINED_SPLITS``, of harder ones ``HARDER_SPLITS``.  Those of other sets' people are left out
-    where `tables` are `lacking` one of the sets.
+    where `tables` are `lacking` one of the sets.  Where a plan has the weights of score fusion, their records are
+    followed by those of the fusion at a weight chosen on other people, whose measures say which (`CHOSEN`).
     """
+    lend = {arm: LENDING[of] for of, pair in LENT.items() for arm in pair}
     stores = {split: store_of(name, tables, network, split, material) for split in splits}
     arms = plan(name, material, next(iter(stores.values())))
     few = TRAINED_SPLITS if material == CLEAN else HARDER_SPLITS
@@ -119,7 +145,19 @@ def measure(
         replace(r, experiment=r.experiment if run is e else asdict(e), measures=r.measures | found)
         for (_, e), run, r, found in zip(asked, runs, fetch(runs, **options), more)
     ]
-    return kept([arm for arm, _ in asked], made, stores, {"set": name, "network": network, "material": material})
+    for at, (arm, e) in enumerate(asked):
+        if arm in lend:
+            halves = of_halves(e, stores[e.seed], lend[arm], **options)
+            made[at] = replace(made[at], key=f"{e.key()}, {arm}", ap=halves.ap, measures=halves.measures)
+    names = [arm for arm, _ in asked]
+    for split in stores:
+        of_split = pd.Series([r for r in made if r.experiment["seed"] == split], dtype=object)
+        of_split.index = [arm for arm, e in asked if e.seed == split]
+        mixed, weights = fusion.held_out(of_split)
+        said = dict(zip(CHOSEN, weights["weight"]))
+        made += [replace(r, key=f"{r.key}, {fusion.SCORE}", measures=r.measures | said) for r in mixed]
+        names += [fusion.SCORE] * len(mixed)
+    return kept(names, made, stores, {"set": name, "network": network, "material": material})
 
 
 def lacking(tables: str | Path) -> list[str]:
@@ -167,7 +205,7 @@ def pairs_of(arms: Collection[str]) -> list[tuple[str, str]]:
     pairs = [*claims_of().values(), *claims_of(scene=False).values()]
     pairs += [(name, "mean") for name in AGGREGATORS if name != "mean"] + [*CLASS_MEANS.values()]
     pairs += [pair for of in POOLS.values() for pair in of.values()]
-    pairs += [*LOSSES.values(), *ENSEMBLES.values(), *RULES.values()]
+    pairs += [*LOSSES.values(), *ENSEMBLES.values(), *RULES.values(), *BY_WEIGHT.values(), *LENT.values()]
     return [pair for pair in dict.fromkeys(pairs) if {*pair} <= {*arms} and pair[0] != pair[1]]
 
 
@@ -221,17 +259,29 @@ def verdicts(frame: pd.DataFrame, by: Sequence[str] = ("set", "step")) -> pd.Ser
 
 def simulated() -> pd.DataFrame:
     """Return what the kept records of simulated clips say of the same claims, as `compare.steps_frame`."""
-    kept = [read_results(f"{name}.jsonl.gz") for name in ("04_arms", "10_ladder", "08_ensemble")]
-    pooled, ladders, ensembles = kept
+    kept = [read_results(f"{name}.jsonl.gz") for name in ("04_arms", "10_ladder", "08_ensemble", "07_arms")]
+    pooled, ladders, ensembles, fusions = kept
     kinds = [(r.experiment["aggregator"], r.experiment["classifier"]) for r in pooled]
     names = [aggregator + f", {kind}" * (kind != "mlp") for aggregator, kind in kinds]
-    rest = {claim: pair for claim, pair in claims_of().items() if claim not in POOLINGS}
+    rest = {claim: pair for claim, pair in claims_of().items() if claim not in POOLINGS | STARTS | FUSED}
+    arms = systems.arms(systems.FUSIONS)
+    fused = fusion.named(fusions, arms | fusion.at_every_weight(arms["face"]))
+    fused = pd.concat([fused, fusion.held_out(fused)[0]])
     parts = [
         compare.steps_frame(POOLINGS, pooled, names),
         compare.steps_frame(rest, ladders, ladder.names_of(ladders, ladder.plan())),
         ladder.views_against_bagging(ensembles, MEMBERS).assign(step=VIEWS),
+        compare.steps_frame(STARTS, *_members(ensembles)),
+        compare.steps_frame(FUSED, fused, fused.index),
     ]
     return compare.with_source(pd.concat([part for part in parts if len(part)]), sum(kept, []))
+
+
+def _members(records: list[Record]) -> tuple[pd.Series, pd.Series]:
+    """Return the records of chapter 08 on face and scene, by its main rule, and what the arm of each is called here."""
+    runs = ensemble.as_runs(records)
+    runs = runs[(runs["rule"] == ensemble.MAIN) & (runs["system"] != "scene alone")]
+    return runs["record"], runs["arm"] + (runs["start"] == "random").map({True: RANDOM, False: ""})
 
 
 def held(records: Iterable[Record]) -> pd.DataFrame:
@@ -326,8 +376,8 @@ def table(frame: pd.DataFrame, heading: str = "arm", by: str = "step") -> Styler
 
 
 def claims_table(frame: pd.DataFrame) -> Styler | None:
-    """Show the `words` of `held` as a page does: a row a claim, a column a set."""
-    said = words(frame)
+    """Show the `words` of `held` as a page does: a row a claim, a column a set, ``open`` where nothing is told."""
+    said = words(frame).replace("cannot be told apart", "open")
     cells = said.astype(object).where(said.notna(), "").rename(columns=TITLES)
     return compare.table(cells.rename_axis("claim").reset_index())
 
