@@ -21,7 +21,7 @@ from mmlib.aggregate import AGGREGATORS
 from mmlib.data.public import NETWORKS
 from mmlib.data.store import ClipStore
 from mmlib.experiment import KINDS, TRAINED, Experiment, Training
-from mmlib.records import RESULTS, Record, fetch, read_results
+from mmlib.records import RESULTS, Record, fetch, open_store, read_results
 from mmlib.studies import ensemble, fusion, ladder
 from mmlib.studies.ladder import Pairs
 from mmlib.studies.materials import (
@@ -30,6 +30,7 @@ from mmlib.studies.materials import (
     MATERIALS,
     OTHERS,
     STRANGERS,
+    alike,
     frozen,
     of_halves,
     quality_between,
@@ -69,6 +70,12 @@ FUSED: Pairs = {
     "score fusion beats the face alone": (fusion.SCORE, "face"),
     "score fusion beats network fusion": (fusion.SCORE, "scene 128"),
 }
+LONGER = f"seeds, 1{RANDOM}, longer"  # tried after the claim was judged, as set on a split that no number uses
+LONGER_BUDGET = {"epochs": 4 * BUDGET["epochs"], "lr": 1e-2}
+BESIDE: Pairs = {  # no claims
+    "network fusion, against the face alone": ("scene 128", "face"),
+    "one model at random, longer and at a higher rate": (LONGER, "seeds, 1"),
+}
 BY_WEIGHT: Pairs = {name: (name, "weight 0") for name in fusion.WEIGHTS if name != "weight 0"}
 CHOSEN = ("weight_even", "weight_odd")  # of the scene in the score of clips, for people of even and of odd places
 LENT: Pairs = {  # whitening, by what its covariance is of, beside class means in the same ranking
@@ -87,6 +94,7 @@ FROZEN_ARMS = ("learned scores", "NAN", "attention + scores")
 POOLS: dict[str, Pairs] = {  # what they are held against
     pool: {name: (name + FROZEN, f"{pool}, class means") for name in FROZEN_ARMS} for pool in ("mean", "quality")
 }
+SIGN = {"gains": 1, "cannot be told apart": 0, "loses": -1}  # of the words of a verdict
 # Arms of `benchmarks.pipeline`, and what a page calls them.
 DEGRADED = {"norm": "norm", "score": "the score itself", "quality": "quality", "oracle": "oracle"}
 
@@ -205,7 +213,8 @@ def pairs_of(arms: Collection[str]) -> list[tuple[str, str]]:
     pairs = [*claims_of().values(), *claims_of(scene=False).values()]
     pairs += [(name, "mean") for name in AGGREGATORS if name != "mean"] + [*CLASS_MEANS.values()]
     pairs += [pair for of in POOLS.values() for pair in of.values()]
-    pairs += [*LOSSES.values(), *ENSEMBLES.values(), *RULES.values(), *BY_WEIGHT.values(), *LENT.values()]
+    pairs += [*LOSSES.values(), *ENSEMBLES.values(), *RULES.values()]
+    pairs += [*BESIDE.values(), *BY_WEIGHT.values(), *LENT.values()]
     return [pair for pair in dict.fromkeys(pairs) if {*pair} <= {*arms} and pair[0] != pair[1]]
 
 
@@ -322,8 +331,7 @@ def agreement(said: pd.DataFrame) -> pd.Series:
     ``same`` and ``opposite`` where both tell a gain or a loss, else ``simulated only``, ``real only`` or ``neither``;
     empty where one of them was not asked.
     """
-    sign = {"gains": 1, "cannot be told apart": 0, "loses": -1}
-    one, two = (said[name].map(sign) for name in ("simulated", "ytf"))
+    one, two = (said[name].map(SIGN) for name in ("simulated", "ytf"))
     kinds = [one.isna() | two.isna(), (one == two) & (one != 0), one * two < 0, (one != 0) & (two == 0)]
     kinds.append((one == 0) & (two != 0))
     return pd.Series(np.select(kinds, ["", "same", "opposite", "simulated only", "real only"], "neither"), said.index)
@@ -337,6 +345,31 @@ def both(frame: pd.DataFrame) -> tuple[str, str]:
     ]
     said = verdicts(frame.assign(all=0), ["all"]).get(0, "was not run")
     return said, compare.listed(effects) if effects else "no numbers"
+
+
+def lending(worlds: Iterable[Experiment], people: int) -> list[Record]:
+    """Make the records of the arms of `LENT` in worlds cut to so many people (`alike`), as they are kept."""
+    out = []
+    for world in worlds:
+        cut = alike(open_store(world), people)
+        for of, pair in LENT.items():
+            for arm, kind in zip(pair, ("whitened means", "class means")):
+                r = of_halves(replace(world, classifier=kind), cut, LENDING[of], device="cpu")
+                e, ap = r.experiment | {"arm": arm}, [r.measures["map_at_100"]]
+                out.append(replace(r, key=f"{r.key}, {arm}, {people}", experiment=e, ap=ap, breakdown={}))
+    return out
+
+
+def reasons(alone: str, lent: str, simulated: str) -> tuple[str, str]:
+    """Say whether few clips, and people who vary in different directions, are why whitening loses on YTF.
+
+    alone, lent: the verdict on YTF without and with clips lent; simulated: with them.  `materials` has the rule.
+    """
+    ytf = SIGN.get(lent, np.nan)
+    few = "are a reason" if ytf > SIGN.get(alone, np.nan) else "are not shown to be a reason"
+    if ytf == 1:
+        return few, "are not needed as one"
+    return few, "are a reason" if simulated == "gains" and ytf < 1 else "are neither shown nor ruled out"
 
 
 def grid(records: Iterable[Record], pairs: Pairs = GRID) -> pd.DataFrame:

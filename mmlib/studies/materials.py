@@ -314,18 +314,3 @@ def whitening(stores: Mapping[str, ClipStore]) -> pd.DataFrame:
         train = len(store.select("train", labelled=True)) / len(store.identities)
         rows.append((name, train, *(100 * value for value in (found.difference, found.low, found.high))))
     return pd.DataFrame(rows, columns=["clips", "train", "difference", "low", "high"])
-
-
-def lending(store: ClipStore) -> pd.DataFrame:
-    """Return what whitening adds to class means in `of_halves`, by what its matrix is estimated of (`LENDING`).
-
-    A row each: covariance, deviations, difference, low, high; the interval over people.
-    """
-    rows = []
-    for name, lend in LENDING.items():
-        arms = [Experiment(classifier=kind) for kind in ("whitened means", "class means")]
-        one, other = (of_halves(e, store, lend, device="cpu") for e in arms)
-        found = metrics.paired_test(np.array(one.ap), np.array(other.ap))
-        points = (100 * value for value in (found.difference, found.low, found.high))
-        rows.append((name, one.measures["deviations"], *points))
-    return pd.DataFrame(rows, columns=["covariance", "deviations", "difference", "low", "high"])
