@@ -304,7 +304,7 @@ def test_effects_are_said_with_their_networks():
 def test_the_picture_has_claims_alone_by_their_effect_on_simulated_clips():
     rows = [row("", -2, -1, "the scene adds", "simulated"), row("", 1, 2, "views beat bagging", "simulated")]
     rows += [row(n, 5, 6, "the scene adds", name) for name in ("ytf", "cfp") for n in NETWORKS]
-    rows += [row("", 1, 9, claim, "simulated") for claim in ladder.other_claims()]
+    rows += [row("", 1, 9, claim, "simulated") for claim in [*faces.STARTS, *ladder.other_claims()]]
     found = faces.pictured(pd.DataFrame(rows))
     assert found["step"].tolist() == ["views beat bagging"] + 3 * ["the scene adds"]
     assert found["clips"].tolist()[1:] == ["simulated clips", "YTF, EdgeFace", "YTF, MobileFaceNet"]
@@ -655,7 +655,12 @@ def test_a_world_is_cut_to_as_many_people_and_clips_as_video(store):
     labelled = cut.clips[cut.clips["identity"] >= 0]
     sizes = labelled.groupby(["split", "identity"]).size()
     assert {*sizes["train"]} <= {1, 2} and {*sizes["val"]} <= {1, 2} and sizes["val"].max() == 2
-    assert labelled["identity"].nunique() == 20
+    assert {*labelled["identity"]} == {*range(20)} == {*labelled["identity"][labelled["split"] == "train"]}
+    owner = dict(zip(store.clips["clip"], store.clips["identity"]))
+    assert all(
+        cut.identities[code] == store.identities[owner[clip]]
+        for clip, code in zip(labelled["clip"], labelled["identity"])
+    )
     assert (cut.clips["identity"] < 0).sum() == (store.clips["identity"] < 0).sum()
     assert (cut.modalities["face"].count[cut.clips["identity"] >= 0] > 0).all()
     train = labelled[labelled["split"] == "train"]
@@ -665,7 +670,8 @@ def test_a_world_is_cut_to_as_many_people_and_clips_as_video(store):
 
 def test_kept_records_of_worlds_cut_like_video_are_of_as_many_people_in_ten_worlds():
     kept = read_results("12_lending.jsonl.gz")
-    people = {r.measures["identities"] for r in KEPT if r.experiment["set"] == "ytf" and "identities" in r.measures}
+    video = [r for r in KEPT if (r.experiment["set"], r.experiment["material"]) == ("ytf", CLEAN)]
+    people = {r.measures["identities"] for r in video if "identities" in r.measures}
     assert {r.key.split(", ")[-1] for r in kept} == {f"{who:.0f}" for who in people}
     arms = [(arm, seed) for seed in range(10) for pair in faces.LENT.values() for arm in pair]
     assert [(r.experiment["arm"], r.experiment["seed"]) for r in kept] == arms

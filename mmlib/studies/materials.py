@@ -264,10 +264,13 @@ def alike(store: ClipStore, people: int, *, seed: int = 0) -> ClipStore:
     """Return `thinned` clips of so many people, drawn, with two val clips each at most, as YTF has; all distractors."""
     rng, thin = np.random.default_rng([seed, 13]), thinned(store, seed=seed)
     whose, val = thin.clips["identity"].to_numpy(), rng.permutation(thin.select("val", labelled=True, having="face"))
-    keep = np.isin(whose, [-1, *rng.permutation(len(thin.identities))[:people]])
-    two = val[pd.Series(whose[val]).groupby(whose[val]).cumcount() < 2]
+    some = np.sort(rng.permutation(np.unique(whose[thin.select("train")]))[:people])
+    code = np.full(len(thin.identities) + 1, -1)  # the last is nobody's
+    code[some] = np.arange(len(some))
+    keep, two = np.isin(whose, [-1, *some]), val[pd.Series(val).groupby(whose[val]).cumcount() < 2]
     keep[np.setdiff1d(thin.select("val", labelled=True), two)] = False
-    return _only(thin, keep)
+    numbered = replace(thin, clips=thin.clips.assign(identity=code[whose]), identities=thin.identities[some])
+    return _only(numbered, keep)
 
 
 def _only(store: ClipStore, keep: np.ndarray) -> ClipStore:
