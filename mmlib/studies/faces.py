@@ -307,8 +307,8 @@ def held(records: Iterable[Record]) -> pd.DataFrame:
 def pictured(frame: pd.DataFrame) -> pd.DataFrame:
     """Return what a picture of `held` has: claims of the team, of pooling and of fusion, simulated and on real video.
 
-    A start at random is left out, as what one network loses by it would flatten the rest.  A column ``clips`` says whose
-    a mark is; rows from the largest gain on simulated clips to the largest loss.
+    A start at random is left out, as what one network loses by it would flatten the rest.  A column ``clips`` says
+    whose a mark is; rows from the largest gain on simulated clips to the largest loss.
     """
     shown = frame[frame["set"].isin(["simulated", "ytf"]) & ~frame["step"].isin([*STARTS, *ladder.other_claims()])]
     shown = shown.assign(clips=shown["network"].map(lambda name: f"YTF, {TITLES[name]}" if name else "simulated clips"))
