@@ -116,8 +116,8 @@ def real_faces(store: ClipStore) -> Plan:
     groups = [arm for arm in ensembles(store, sizes=(faces.MEMBERS,)).values() if arm.modality]
     main = [arm for arm in groups if (arm.combine, arm.scale) == tuple(ensemble.RULES[ensemble.MAIN].values())]
     named = {f"{arm.ensemble}, {len(arm.members)}" + faces.RANDOM * (arm.start == "random"): arm for arm in main}
-    asked = {arm for pair in [*faces.ENSEMBLES.values(), *faces.STARTS.values()] for arm in pair}
-    out |= {name: arm for name, arm in named.items() if name in asked}
+    members = {arm for pair in [*faces.ENSEMBLES.values(), *faces.STARTS.values()] for arm in pair}
+    out |= {name: arm for name, arm in named.items() if name in members}
     out |= {name: arm for name, arm in fusions(store).items() if name in ("face", "scene 128", *fusion.WEIGHTS)}
     kinds = ("whitened means", "class means")
     out |= {arm: Experiment(classifier=kind) for pair in faces.LENT.values() for arm, kind in zip(pair, kinds)}
