@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 import torch
 
-from mmlib import metrics
+from mmlib import metrics, systems
 from mmlib.aggregate import AGGREGATORS
 from mmlib.data.public import NETWORKS, people_of, shared_names
 from mmlib.experiment import TRAINED, Experiment, Training, arm_key
 from mmlib.records import read_results
 from mmlib.retrieve import fit, retrieve
-from mmlib.studies import faces, ladder, materials, plans
+from mmlib.studies import ensemble, faces, fusion, ladder, materials, plans
 from mmlib.studies.materials import CLEAN, MATERIALS, STRANGERS, Material, store_of
 
 REAL = os.environ.get("MMLIB_REAL_DATA")
@@ -304,7 +304,7 @@ def test_effects_are_said_with_their_networks():
 def test_the_picture_has_claims_alone_by_their_effect_on_simulated_clips():
     rows = [row("", -2, -1, "the scene adds", "simulated"), row("", 1, 2, "views beat bagging", "simulated")]
     rows += [row(n, 5, 6, "the scene adds", name) for name in ("ytf", "cfp") for n in NETWORKS]
-    rows += [row("", 1, 9, claim, "simulated") for claim in ladder.other_claims()]
+    rows += [row("", 1, 9, claim, "simulated") for claim in [*faces.STARTS, *ladder.other_claims()]]
     found = faces.pictured(pd.DataFrame(rows))
     assert found["step"].tolist() == ["views beat bagging"] + 3 * ["the scene adds"]
     assert found["clips"].tolist()[1:] == ["simulated clips", "YTF, EdgeFace", "YTF, MobileFaceNet"]
@@ -502,9 +502,13 @@ def test_every_arm_of_the_chapter_runs_on_clips_and_on_photographs(tables):
     for name in ("ytf", "lfw"):
         store = store_of(name, tables, "mobilefacenet", 0)
         arms = plans.real(name, CLEAN, store)
-        assert {e.training.epochs for e in arms.values() if e.classifier == "mlp"} == {faces.BUDGET["epochs"]}
+        longer = [arm for arm, e in arms.items() if e.training.epochs > faces.BUDGET["epochs"]]
+        assert longer == ([faces.LONGER] if name == "ytf" else [])
+        assert {e.training.epochs for arm, e in arms.items() if e.classifier == "mlp" and arm not in longer} == {
+            faces.BUDGET["epochs"]
+        }
         missing = {arm for pair in faces.claims_of(name == "ytf").values() for arm in pair} - {*arms}
-        assert all("scene" in arm for arm in missing) if name == "lfw" else not missing
+        assert all("scene" in arm for arm in missing) if name == "lfw" else missing == {fusion.SCORE}
     store = store_of("ytf", tables, "mobilefacenet", 0, "20 % wrong, anyone")
     assert {*AGGREGATORS} & {*plans.real("ytf", "20 % wrong, anyone", store)} == {
         "mean", "quality", "learned scores", "NAN", "NAN + scores", "attention + scores"
@@ -550,12 +554,161 @@ def test_kept_records_are_of_the_arms_of_the_chapter(tables):
         planned = plans.real(name, material, store).items()
         few = min(faces.TRAINED_SPLITS if material == CLEAN else faces.HARDER_SPLITS, faces.SPLITS[name])
         splits = {arm: few if e.classifier in TRAINED else faces.SPLITS[name] for arm, e in planned}
+        weights = {arm_key(e) for arm, e in planned if arm in fusion.WEIGHTS}
+        fused = {(arm, split) for key, arm, split in kept_here if arm == fusion.SCORE and key in weights}
+        assert fused == {(fusion.SCORE, split) for split in range(few) if weights}
+        kept_here = {(key, arm, split) for key, arm, split in kept_here if (arm, split) not in fused}
         assert kept_here == {(arm_key(e), arm, split) for arm, e in planned for split in range(splits[arm])}
 
 
 @pytest.mark.skipif(not KEPT, reason="no records of real faces are kept")
 def test_kept_records_hold_no_person(tables):
     assert all(len(record.ap) == 1 and not record.breakdown for record in KEPT)
+
+
+def test_fusion_and_starts_of_simulated_clips_are_those_of_their_chapters():
+    world = faces.simulated().set_index("step")["difference"]
+    arms = systems.arms(systems.FUSIONS)
+    runs = fusion.named(read_results("07_arms.jsonl.gz"), arms | fusion.at_every_weight(arms["face"]))
+    mixed = [np.mean(record.ap) for record in fusion.held_out(runs)[0]]
+    for claim, other in zip(faces.FUSED, ("face", "scene 128")):
+        gain = np.subtract(mixed, [np.mean(record.ap) for record in runs.loc[other]])
+        assert world[claim] == pytest.approx(100 * gain.mean()) and len(gain) == 10
+    runs = ensemble.as_runs(read_results("08_ensemble.jsonl.gz"))
+    runs = runs[(runs["members"] <= faces.MEMBERS) & runs["system"].isin(["face and scene", "random start"])]
+    starts = ensemble.starts(runs).set_index(["models", "start"])["difference"]
+    for claim, models in zip(faces.STARTS, ("one model", f"{faces.MEMBERS} views")):
+        assert world[claim] == pytest.approx(starts[models, "random"])
+
+
+# -- halves of the people ------------------------------------------------------------------------------------
+
+
+HARD = "50 % wrong, anyone"  # where the weights of halves differ
+
+
+def halved(name, material, store):
+    """A plan that takes no time: poolings under the names of weights, as different as halves need, and whitening."""
+    pools = dict(zip(("weight 0", "weight 0.5", "weight 1"), ("mean", "norm", "quality")))
+    wanted = {arm for pair in faces.LENT.values() for arm in pair}
+    return {arm: Experiment(aggregator=pool, classifier="class means") for arm, pool in pools.items()} | {
+        arm: e for arm, e in plans.real_faces(store).items() if arm in wanted
+    }
+
+
+@pytest.fixture
+def unsaid(tables, monkeypatch):
+    """Records of halves as they are before they forget persons, two splits: arm, split and AP by person."""
+    monkeypatch.setattr(faces, "kept", lambda arms, records, stores, said: [*zip(arms, records)])
+    found = faces.measure(halved, tables, "ytf", "edgeface", HARD, [0, 1], device="cpu")
+    return {(arm, r.experiment["seed"]): r for arm, r in found}
+
+
+def test_nobody_is_judged_by_a_weight_that_was_chosen_on_him(unsaid):
+    for split in (0, 1):
+        ap = {name: np.array(unsaid[name, split].ap) for name in fusion.WEIGHTS if (name, split) in unsaid}
+        mixed = unsaid[fusion.SCORE, split]
+        for side, key in enumerate(faces.CHOSEN):
+            best = max(ap, key=lambda name: ap[name][1 - side :: 2].sum())  # the first of equal ones is the lowest
+            assert mixed.measures[key] == fusion.WEIGHTS[best]
+            np.testing.assert_array_equal(mixed.ap[side::2], ap[best][side::2])
+        assert mixed.measures["map_at_100"] == pytest.approx(np.mean(mixed.ap))
+    chosen = {unsaid[fusion.SCORE, split].measures[key] for split in (0, 1) for key in faces.CHOSEN}
+    assert len(chosen) > 1  # else halves that choose for themselves would pass
+    assert len({r.key for r in unsaid.values()}) == len(unsaid)
+
+
+@pytest.mark.parametrize("lend", [True, False])
+def test_clips_are_lent_to_training_by_those_who_are_not_ranked(tables, lend):
+    clean = store_of("ytf", tables, "edgeface", 0)
+    whose, split = clean.clips["identity"].to_numpy(), clean.clips["split"].to_numpy()
+    for side in (0, 1):
+        half, theirs = materials.lent(clean, side, lend), (split == "val") & (whose >= 0) & (whose % 2 != side)
+        of = {name: {*half.clips["clip"][half.clips["split"] == name]} for name in ("train", "val")}
+        assert of["val"] == {*clean.clips["clip"][(split == "val") & ~theirs]}
+        lends = {*clean.clips["clip"][theirs]}
+        assert of["train"] == {*clean.clips["clip"][split == "train"]} | (lends if lend else set())
+        at = half.clips["clip"].tolist()
+        same = [clean.clips["clip"].tolist().index(clip) for clip in at]
+        assert torch.equal(half.batch(np.arange(len(at))).feature, clean.batch(same).feature)
+
+
+def test_a_record_of_halves_has_everybody_once(unsaid, tables):
+    store = store_of("ytf", tables, "edgeface", 1, HARD)
+    e = Experiment(classifier="whitened means")
+    for of, (arm, _) in faces.LENT.items():
+        record = unsaid[arm, 1]
+        for side in (0, 1):
+            half = materials.lent(store, side, materials.LENDING[of])
+            found = retrieve(e, half, device="cpu")
+            assert {*found.queries} == {who for who in range(len(store.identities)) if who % 2 == side}
+            np.testing.assert_allclose(np.array(record.ap)[found.queries], found.ap, atol=1e-6)
+    train = store.clips["identity"][(store.clips["split"] == "train") & (store.clips["identity"] >= 0)]
+    val = ((store.clips["split"] == "val") & (store.clips["identity"] >= 0)).sum()
+    counts = [unsaid[arm, 1].measures["deviations"] for arm, _ in faces.LENT.values()]
+    own = len(train) - train.nunique()
+    assert counts == [own, own + val / 2]
+
+
+def test_a_world_is_cut_to_as_many_people_and_clips_as_video(store):
+    cut = materials.alike(store, 20)
+    labelled = cut.clips[cut.clips["identity"] >= 0]
+    sizes = labelled.groupby(["split", "identity"]).size()
+    assert {*sizes["train"]} <= {1, 2} and {*sizes["val"]} <= {1, 2} and sizes["val"].max() == 2
+    assert {*labelled["identity"]} == {*range(20)} == {*labelled["identity"][labelled["split"] == "train"]}
+    owner = dict(zip(store.clips["clip"], store.clips["identity"]))
+    assert all(
+        cut.identities[code] == store.identities[owner[clip]]
+        for clip, code in zip(labelled["clip"], labelled["identity"])
+    )
+    assert (cut.clips["identity"] < 0).sum() == (store.clips["identity"] < 0).sum()
+    assert (cut.modalities["face"].count[cut.clips["identity"] >= 0] > 0).all()
+    train = labelled[labelled["split"] == "train"]
+    alone, lent = (materials.of_halves(Experiment(classifier="class means"), cut, lend) for lend in (False, True))
+    assert alone.measures["deviations"] == len(train) - train["identity"].nunique() < lent.measures["deviations"]
+
+
+def test_kept_records_of_worlds_cut_like_video_are_of_as_many_people_in_ten_worlds():
+    kept = read_results("12_lending.jsonl.gz")
+    video = [r for r in KEPT if (r.experiment["set"], r.experiment["material"]) == ("ytf", CLEAN)]
+    people = {r.measures["identities"] for r in video if "identities" in r.measures}
+    assert {r.key.split(", ")[-1] for r in kept} == {f"{who:.0f}" for who in people}
+    arms = [(arm, seed) for seed in range(10) for pair in faces.LENT.values() for arm in pair]
+    assert [(r.experiment["arm"], r.experiment["seed"]) for r in kept] == arms
+    assert all(len(r.ap) == 1 and r.simulated for r in kept)
+
+
+def test_worlds_are_lent_as_video_is(store, monkeypatch):
+    monkeypatch.setattr(faces, "open_store", lambda world: store)
+    found = {r.experiment["arm"]: r for r in faces.lending([Experiment(profile="tiny")], 20)}
+    cut, e = materials.alike(store, 20), Experiment(profile="tiny", classifier="whitened means")
+    for of, (arm, against) in faces.LENT.items():
+        again = materials.of_halves(e, cut, materials.LENDING[of], device="cpu")
+        assert found[arm].ap == [np.mean(again.ap)] and found[arm].measures == again.measures
+        assert found[against].experiment["classifier"] == "class means"
+    assert len({r.key for r in found.values()}) == 4
+
+
+@pytest.mark.parametrize(
+    "alone, lent, world, few, other",
+    [
+        ("loses", "loses", "gains", "are not shown to be a reason", "are a reason"),
+        ("loses", "cannot be told apart", "gains", "are a reason", "are a reason"),
+        ("loses", "gains", "gains", "are a reason", "are not needed as one"),
+        ("loses", "loses", "loses", "are not shown to be a reason", "are neither shown nor ruled out"),
+        ("was not run", "was not run", "gains", "are not shown to be a reason", "are neither shown nor ruled out"),
+    ],
+)  # fmt: skip
+def test_reasons_follow_the_verdicts(alone, lent, world, few, other):
+    assert faces.reasons(alone, lent, world) == (few, other)
+
+
+def test_a_claim_that_nothing_is_told_of_is_open_in_the_table():
+    rows = [row("", -1, 2, claim, "simulated") for claim in faces.FUSED]
+    rows += [row(network, 1, 2, claim) for claim in faces.FUSED for network in NETWORKS]
+    shown = faces.claims_table(pd.DataFrame(rows)).data
+    assert shown["claim"].tolist() == [*faces.FUSED]
+    assert shown[["simulated", "YTF"]].to_numpy().tolist() == [["open", "gains"]] * 2
 
 
 @pytest.mark.skipif(not REAL, reason="MMLIB_REAL_DATA names no folder with the tables of public faces")

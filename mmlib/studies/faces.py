@@ -21,10 +21,21 @@ from mmlib.aggregate import AGGREGATORS
 from mmlib.data.public import NETWORKS
 from mmlib.data.store import ClipStore
 from mmlib.experiment import KINDS, TRAINED, Experiment, Training
-from mmlib.records import RESULTS, Record, fetch, read_results
-from mmlib.studies import ladder
+from mmlib.records import RESULTS, Record, fetch, open_store, read_results
+from mmlib.studies import ensemble, fusion, ladder
 from mmlib.studies.ladder import Pairs
-from mmlib.studies.materials import CLEAN, MATERIALS, OTHERS, STRANGERS, frozen, quality_between, store_of
+from mmlib.studies.materials import (
+    CLEAN,
+    LENDING,
+    MATERIALS,
+    OTHERS,
+    STRANGERS,
+    alike,
+    frozen,
+    of_halves,
+    quality_between,
+    store_of,
+)
 
 SPLITS = {"ytf": 10, "cfp": 3, "lfw": 3}
 TRAINED_SPLITS, HARDER_SPLITS = 10, 3  # of arms that are trained, on clips as they are and on harder ones
@@ -50,6 +61,26 @@ WEIGHTED: Pairs = {name: (f"{name}, class means", "mean, class means") for name 
 GRID = WEIGHTED | {name: (name, "mean") for name in ("learned scores", "NAN", "attention + scores")}  # of figures
 LOSSES: Pairs = {name: (name, "margin") for name in systems.LOSSES if name != "margin"}
 ENSEMBLES: Pairs = {f"{kind}, {MEMBERS}": (f"{kind}, {MEMBERS}", "seeds, 1") for kind in KINDS}
+RANDOM = ", random start"  # of members' vectors, after the name of what starts at class means
+STARTS: Pairs = {
+    f"a start at random beats class means, {models}": (arm + RANDOM, arm)
+    for models, arm in (("one model", "seeds, 1"), (f"{MEMBERS} views", f"views, {MEMBERS}"))
+}
+FUSED: Pairs = {
+    "score fusion beats the face alone": (fusion.SCORE, "face"),
+    "score fusion beats network fusion": (fusion.SCORE, "scene 128"),
+}
+LONGER = f"seeds, 1{RANDOM}, longer"  # tried after the claim was judged, as set on a split that no number uses
+LONGER_BUDGET = {"epochs": 4 * BUDGET["epochs"], "lr": 1e-2}
+BESIDE: Pairs = {  # no claims
+    "network fusion, against the face alone": ("scene 128", "face"),
+    "one model at random, longer and at a higher rate": (LONGER, "seeds, 1"),
+}
+BY_WEIGHT: Pairs = {name: (name, "weight 0") for name in fusion.WEIGHTS if name != "weight 0"}
+CHOSEN = ("weight_even", "weight_odd")  # of the scene in the score of clips, for people of even and of odd places
+LENT: Pairs = {  # whitening, by what its covariance is of, beside class means in the same ranking
+    of: (f"quality, whitened means, {of}", f"quality, class means, {of}") for of in LENDING
+}
 RULES: Pairs = {
     f"rule: {name}": (f"rule: {name}", "rule: no fallback") for name in ("described", "coded, scale 30")
 } | {"rule: coded": ("rule: coded", "rule: no fallback, scale 1")}
@@ -63,6 +94,7 @@ FROZEN_ARMS = ("learned scores", "NAN", "attention + scores")
 POOLS: dict[str, Pairs] = {  # what they are held against
     pool: {name: (name + FROZEN, f"{pool}, class means") for name in FROZEN_ARMS} for pool in ("mean", "quality")
 }
+SIGN = {"gains": 1, "cannot be told apart": 0, "loses": -1}  # of the words of a verdict
 # Arms of `benchmarks.pipeline`, and what a page calls them.
 DEGRADED = {"norm": "norm", "score": "the score itself", "quality": "quality", "oracle": "oracle"}
 
@@ -79,7 +111,7 @@ def rungs(scene: bool = True) -> Pairs:
 def claims_of(scene: bool = True) -> Pairs:
     """Name the claims that real faces are held against: the arm that takes the step, and the one that does not."""
     views = {VIEWS: (f"views, {MEMBERS}", f"bagging, {MEMBERS}")}
-    return POOLINGS | rungs(scene) | views | ladder.other_claims()
+    return POOLINGS | rungs(scene) | views | (FUSED | STARTS if scene else {}) | ladder.other_claims()
 
 
 def measure(
@@ -95,8 +127,10 @@ def measure(
 
     plan: of a set, a material and its store; options: as for `fetch`.  Trained arms have the first splits alone, of
     clips as they are ``TRAINED_SPLITS``, of harder ones ``HARDER_SPLITS``.  Those of other sets' people are left out
-    where `tables` are `lacking` one of the sets.
+    where `tables` are `lacking` one of the sets.  Where a plan has the weights of score fusion, their records are
+    followed by those of the fusion at a weight chosen on other people, whose measures say which (`CHOSEN`).
     """
+    lend = {arm: LENDING[of] for of, pair in LENT.items() for arm in pair}
     stores = {split: store_of(name, tables, network, split, material) for split in splits}
     arms = plan(name, material, next(iter(stores.values())))
     few = TRAINED_SPLITS if material == CLEAN else HARDER_SPLITS
@@ -119,7 +153,19 @@ def measure(
         replace(r, experiment=r.experiment if run is e else asdict(e), measures=r.measures | found)
         for (_, e), run, r, found in zip(asked, runs, fetch(runs, **options), more)
     ]
-    return kept([arm for arm, _ in asked], made, stores, {"set": name, "network": network, "material": material})
+    for at, (arm, e) in enumerate(asked):
+        if arm in lend:
+            halves = of_halves(e, stores[e.seed], lend[arm], **options)
+            made[at] = replace(made[at], key=f"{e.key()}, {arm}", ap=halves.ap, measures=halves.measures)
+    names = [arm for arm, _ in asked]
+    for split in stores:
+        of_split = pd.Series([r for r in made if r.experiment["seed"] == split], dtype=object)
+        of_split.index = [arm for arm, e in asked if e.seed == split]
+        mixed, weights = fusion.held_out(of_split)
+        said = dict(zip(CHOSEN, weights["weight"]))
+        made += [replace(r, key=f"{r.key}, {fusion.SCORE}", measures=r.measures | said) for r in mixed]
+        names += [fusion.SCORE] * len(mixed)
+    return kept(names, made, stores, {"set": name, "network": network, "material": material})
 
 
 def lacking(tables: str | Path) -> list[str]:
@@ -168,6 +214,7 @@ def pairs_of(arms: Collection[str]) -> list[tuple[str, str]]:
     pairs += [(name, "mean") for name in AGGREGATORS if name != "mean"] + [*CLASS_MEANS.values()]
     pairs += [pair for of in POOLS.values() for pair in of.values()]
     pairs += [*LOSSES.values(), *ENSEMBLES.values(), *RULES.values()]
+    pairs += [*BESIDE.values(), *BY_WEIGHT.values(), *LENT.values()]
     return [pair for pair in dict.fromkeys(pairs) if {*pair} <= {*arms} and pair[0] != pair[1]]
 
 
@@ -221,17 +268,29 @@ def verdicts(frame: pd.DataFrame, by: Sequence[str] = ("set", "step")) -> pd.Ser
 
 def simulated() -> pd.DataFrame:
     """Return what the kept records of simulated clips say of the same claims, as `compare.steps_frame`."""
-    kept = [read_results(f"{name}.jsonl.gz") for name in ("04_arms", "10_ladder", "08_ensemble")]
-    pooled, ladders, ensembles = kept
+    kept = [read_results(f"{name}.jsonl.gz") for name in ("04_arms", "10_ladder", "08_ensemble", "07_arms")]
+    pooled, ladders, ensembles, fusions = kept
     kinds = [(r.experiment["aggregator"], r.experiment["classifier"]) for r in pooled]
     names = [aggregator + f", {kind}" * (kind != "mlp") for aggregator, kind in kinds]
-    rest = {claim: pair for claim, pair in claims_of().items() if claim not in POOLINGS}
+    rest = {claim: pair for claim, pair in claims_of().items() if claim not in POOLINGS | STARTS | FUSED}
+    arms = systems.arms(systems.FUSIONS)
+    fused = fusion.named(fusions, arms | fusion.at_every_weight(arms["face"]))
+    fused = pd.concat([fused, fusion.held_out(fused)[0]])
     parts = [
         compare.steps_frame(POOLINGS, pooled, names),
         compare.steps_frame(rest, ladders, ladder.names_of(ladders, ladder.plan())),
         ladder.views_against_bagging(ensembles, MEMBERS).assign(step=VIEWS),
+        compare.steps_frame(STARTS, *_members(ensembles)),
+        compare.steps_frame(FUSED, fused, fused.index),
     ]
     return compare.with_source(pd.concat([part for part in parts if len(part)]), sum(kept, []))
+
+
+def _members(records: list[Record]) -> tuple[pd.Series, pd.Series]:
+    """Return the records of chapter 08 on face and scene, by its main rule, and what the arm of each is called here."""
+    runs = ensemble.as_runs(records)
+    runs = runs[(runs["rule"] == ensemble.MAIN) & (runs["system"] != "scene alone")]
+    return runs["record"], runs["arm"] + (runs["start"] == "random").map({True: RANDOM, False: ""})
 
 
 def held(records: Iterable[Record]) -> pd.DataFrame:
@@ -246,11 +305,12 @@ def held(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def pictured(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return what a picture of `held` has: the claims of the team and of pooling, simulated and on real video.
+    """Return what a picture of `held` has: claims of the team, of pooling and of fusion, simulated and on real video.
 
-    A column ``clips`` says whose a mark is; rows from the largest gain on simulated clips to the largest loss.
+    A start at random is left out, as what one network loses by it would flatten the rest.  A column ``clips`` says
+    whose a mark is; rows from the largest gain on simulated clips to the largest loss.
     """
-    shown = frame[frame["set"].isin(["simulated", "ytf"]) & ~frame["step"].isin([*ladder.other_claims()])]
+    shown = frame[frame["set"].isin(["simulated", "ytf"]) & ~frame["step"].isin([*STARTS, *ladder.other_claims()])]
     shown = shown.assign(clips=shown["network"].map(lambda name: f"YTF, {TITLES[name]}" if name else "simulated clips"))
     world = shown[shown["set"] == "simulated"].set_index("step")["difference"].astype(float)
     order = shown["step"].map(world).rank(method="dense", ascending=False)
@@ -272,8 +332,7 @@ def agreement(said: pd.DataFrame) -> pd.Series:
     ``same`` and ``opposite`` where both tell a gain or a loss, else ``simulated only``, ``real only`` or ``neither``;
     empty where one of them was not asked.
     """
-    sign = {"gains": 1, "cannot be told apart": 0, "loses": -1}
-    one, two = (said[name].map(sign) for name in ("simulated", "ytf"))
+    one, two = (said[name].map(SIGN) for name in ("simulated", "ytf"))
     kinds = [one.isna() | two.isna(), (one == two) & (one != 0), one * two < 0, (one != 0) & (two == 0)]
     kinds.append((one == 0) & (two != 0))
     return pd.Series(np.select(kinds, ["", "same", "opposite", "simulated only", "real only"], "neither"), said.index)
@@ -287,6 +346,31 @@ def both(frame: pd.DataFrame) -> tuple[str, str]:
     ]
     said = verdicts(frame.assign(all=0), ["all"]).get(0, "was not run")
     return said, compare.listed(effects) if effects else "no numbers"
+
+
+def lending(worlds: Iterable[Experiment], people: int) -> list[Record]:
+    """Make the records of the arms of `LENT` in worlds cut to so many people (`alike`), as they are kept."""
+    out = []
+    for world in worlds:
+        cut = alike(open_store(world), people)
+        for of, pair in LENT.items():
+            for arm, kind in zip(pair, ("whitened means", "class means")):
+                r = of_halves(replace(world, classifier=kind), cut, LENDING[of], device="cpu")
+                e, ap = r.experiment | {"arm": arm}, [r.measures["map_at_100"]]
+                out.append(replace(r, key=f"{r.key}, {arm}, {people}", experiment=e, ap=ap, breakdown={}))
+    return out
+
+
+def reasons(alone: str, lent: str, simulated: str) -> tuple[str, str]:
+    """Say whether few clips, and people who vary in different directions, are why whitening loses on YTF.
+
+    alone, lent: the verdict on YTF without and with clips lent; simulated: with them.  `materials` has the rule.
+    """
+    ytf = SIGN.get(lent, np.nan)
+    few = "are a reason" if ytf > SIGN.get(alone, np.nan) else "are not shown to be a reason"
+    if ytf == 1:
+        return few, "are not needed as one"
+    return few, "are a reason" if simulated == "gains" and ytf < 1 else "are neither shown nor ruled out"
 
 
 def grid(records: Iterable[Record], pairs: Pairs = GRID) -> pd.DataFrame:
@@ -326,8 +410,8 @@ def table(frame: pd.DataFrame, heading: str = "arm", by: str = "step") -> Styler
 
 
 def claims_table(frame: pd.DataFrame) -> Styler | None:
-    """Show the `words` of `held` as a page does: a row a claim, a column a set."""
-    said = words(frame)
+    """Show the `words` of `held` as a page does: a row a claim, a column a set, ``open`` where nothing is told."""
+    said = words(frame).replace("cannot be told apart", "open")
     cells = said.astype(object).where(said.notna(), "").rename(columns=TITLES)
     return compare.table(cells.rename_axis("claim").reset_index())
 

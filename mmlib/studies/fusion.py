@@ -52,8 +52,13 @@ def weighted(face: Experiment, store: ClipStore) -> dict[str, Experiment]:
     Score: (1 - weight) softmax of faces + weight softmax of scenes, two models that all weights share.
     """
     by = "quality" if "quality" in store.modalities["face"].columns else "norm"
+    return at_every_weight(face, by) if "scene" in store.modalities else {}
+
+
+def at_every_weight(face: Experiment, by: str = "quality") -> dict[str, Experiment]:
+    """Return the arms of `weighted`, whatever the store; by: a column that its faces have."""
     rule = Fallback(by=by, share=0.0, absent=None, lr=CHOSEN["scene"])
-    shares = WEIGHTS.items() if "scene" in store.modalities else ()
+    shares = WEIGHTS.items()
     return {name: replace(face, combine="softmax", fallback=replace(rule, weight=share)) for name, share in shares}
 
 

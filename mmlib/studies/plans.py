@@ -100,8 +100,9 @@ def ladders(store: ClipStore, *, members: int = 16) -> Plan:
 def real_faces(store: ClipStore) -> Plan:
     """All that chapter 12 runs on real clips as they are: the arms of chapters 04, 05, 08, 09 and 10, in one budget.
 
-    Of chapter 08 the ensembles of ``faces.MEMBERS``; of chapter 10 what starts at class means, and what the claims ask
-    of the released network.
+    Of chapter 07 the face, network fusion and every weight of score fusion; of chapter 08 the ensembles of
+    ``faces.MEMBERS`` and a start at random; of chapter 10 what starts at class means, and what the claims ask of the
+    released network.  What is asked of whitening has the arms of ``faces.LENT``, which ``materials.of_halves`` runs.
     """
     asked = ladders(store, members=faces.MEMBERS)
     wanted = {name for pair in [*faces.rungs().values(), *ladder.SCALED.values()] for name in pair}
@@ -112,13 +113,18 @@ def real_faces(store: ClipStore) -> Plan:
     out |= {f"{pool(store)}, linear": Experiment(aggregator=pool(store), classifier="linear")}
     arms = {name: replace(arm, aggregator=pool(store)) for name, arm in systems.arms(systems.LOSSES).items()}
     out |= {name: arm for name, arm in arms.items() if not missing_scores(arm, store)}
-    groups = ensembles(store, sizes=(faces.MEMBERS,), others=False).values()
+    groups = [arm for arm in ensembles(store, sizes=(faces.MEMBERS,)).values() if arm.modality]
     main = [arm for arm in groups if (arm.combine, arm.scale) == tuple(ensemble.RULES[ensemble.MAIN].values())]
-    out |= {
-        f"{arm.ensemble}, {len(arm.members)}": arm for arm in main if arm.ensemble == "seeds" or len(arm.members) > 1
-    }
+    named = {f"{arm.ensemble}, {len(arm.members)}" + faces.RANDOM * (arm.start == "random"): arm for arm in main}
+    members = {arm for pair in [*faces.ENSEMBLES.values(), *faces.STARTS.values()] for arm in pair}
+    out |= {name: arm for name, arm in named.items() if name in members}
+    out |= {name: arm for name, arm in fusions(store).items() if name in ("face", "scene 128", *fusion.WEIGHTS)}
+    kinds = ("whitened means", "class means")
+    out |= {arm: Experiment(classifier=kind) for pair in faces.LENT.values() for arm, kind in zip(pair, kinds)}
     out |= {f"rule: {name}": arm for name, arm in inference.rules(inference.base(store)).items()}
-    return {name: _in_budget(arm) for name, arm in out.items()}
+    out = {name: _in_budget(arm) for name, arm in out.items()}
+    random = out[f"seeds, 1{faces.RANDOM}"]
+    return out | {faces.LONGER: replace(random, training=replace(random.training, **faces.LONGER_BUDGET))}
 
 
 def real(name: str, material: str, store: ClipStore) -> Plan:
