@@ -266,6 +266,18 @@ def test_a_verdict_needs_both_networks(one, two, word):
     assert faces.verdicts(pd.DataFrame(rows))["ytf", "a"] == word
 
 
+def test_a_tally_counts_what_both_networks_say():
+    effects = {"a": (1, 2), "b": (-2, -1), "c": (-1, 2)}
+    rows = [row(network, *ends, step) for step, ends in effects.items() for network in NETWORKS]
+    rows += [
+        row("edgeface", 1, 2, "d"),
+        row("mobilefacenet", -2, -1, "d"),
+        *(row(name, 1, 2, "e") for name in NETWORKS),
+    ]
+    assert faces.tally(pd.DataFrame(rows)) == "gain in 2 and lose in 1 of 5 comparisons"
+    assert faces.tally(pd.DataFrame()) == "gain in 0 and lose in 0 of 0 comparisons"
+
+
 def test_agreement_counts_what_simulator_and_video_say():
     words = pd.DataFrame(
         {

@@ -266,6 +266,12 @@ def verdicts(frame: pd.DataFrame, by: Sequence[str] = ("set", "step")) -> pd.Ser
     return frame.groupby([*by], sort=False)[[*frame.columns]].apply(word)
 
 
+def tally(frame: pd.DataFrame) -> str:
+    """Say in how many of some comparisons, by their steps, both networks gain and lose."""
+    said = verdicts(frame, ["step"]) if len(frame) else pd.Series(dtype=object)
+    return f"gain in {(said == 'gains').sum()} and lose in {(said == 'loses').sum()} of {len(said)} comparisons"
+
+
 def simulated() -> pd.DataFrame:
     """Return what the kept records of simulated clips say of the same claims, as `compare.steps_frame`."""
     kept = [read_results(f"{name}.jsonl.gz") for name in ("04_arms", "10_ladder", "08_ensemble", "07_arms")]
