@@ -662,6 +662,12 @@ def test_places_and_terms_are_said_before_anything_is_fetched(tmp_path, monkeypa
     assert re.fullmatch("mmlib: error: http://127.0.0.1:9/.*cannot be downloaded .*\n", result.stderr)
 
 
+def test_fetch_says_where_each_file_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMLIB_CACHE", str(tmp_path))
+    monkeypatch.setattr(sources, "fetch_source", lambda name, folder, progress: folder / name / "network.pt")
+    assert succeed("fetch", "retinaface")[-1] == f"retinaface: {tmp_path / 'sources/retinaface/network.pt'}"
+
+
 @pytest.fixture
 def published(tmp_path, monkeypatch):
     """Stand-ins for the two published files: five photographs of Ann Lee and one of Bob."""

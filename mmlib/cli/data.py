@@ -232,7 +232,7 @@ def fetch(
         print(*sources.announce(wanted, place), f"to {place}", sep="\n", flush=True)
         with writing(place):
             for source in wanted:
-                sources.fetch_source(source, place, progress=progress)
+                print(f"{source}: {sources.fetch_source(source, place, progress=progress)}", flush=True)
     if store is None:
         return
     if folder is not None and (folder / made).exists():

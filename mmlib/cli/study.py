@@ -200,7 +200,7 @@ def rerun(
 def _scores(cells: list) -> list[str]:
     """Return lines of the first table of MAP@100 in an executed chapter, of its own run where kept records stand too.
 
-    Of its columns those stay that say the arm, its MAP@100, what it gains and the intervals.
+    Of its columns those stay that say the arm, which come first, its MAP@100, what it gains and the intervals.
     """
     own = [at for at, cell in enumerate(cells) if cell["cell_type"] == "markdown" and OWN_RUN.search(cell["source"])]
     outputs = [output for cell in cells[own[0] if own else 0 :] for output in cell.get("outputs", [])]
@@ -208,8 +208,8 @@ def _scores(cells: list) -> list[str]:
         shown = "".join(output.get("data", {}).get("text/html", ""))
         rows = [re.findall("<t[hd][^>]*>(.*?)</t[hd]>", row, re.S) for row in re.findall("<tr>(.*?)</tr>", shown, re.S)]
         head = rows[0] if rows and len({*map(len, rows)}) == 1 else []
-        if any("MAP@100" in name for name in head):
-            kept = [at for at, name in enumerate(head) if not at or re.search("MAP@100|gain|interval", name)]
+        if score := next((at for at, name in enumerate(head) if "MAP@100" in name), 0):
+            kept = [at for at, name in enumerate(head) if at < score or re.search("MAP@100|gain|interval", name)]
             texts = [[" ".join(html.unescape(row[at]).split()) for at in kept] for row in rows]
             wide = [max(map(len, column)) for column in zip(*texts)]
             lines = ["  ".join(map(str.ljust, row, wide)).rstrip() for row in texts]

@@ -192,7 +192,7 @@ def import_faces(
     if quality is not None:
         report.notes.append(said(done))
     if kept:
-        report.notes.append(f"scene pictures: {pictures} in {scenes}")
+        report.notes.append(f"scene pictures: {pictures} in {scenes}, of which mmlib scene makes features")
     return report
 
 
@@ -203,7 +203,8 @@ def list_faces(folder: Path, seed: int) -> tuple[pd.DataFrame, list[Path], list[
     and what is hidden, see `is_hidden`.  Blanks in names become underscores, a clip is called `<person>-<clip>`.  The
     split is by `RULE`.
     """
-    rows, other, hidden = [], [], []
+    rows, other = [], []
+    hidden: list[Path] = []
     owner: dict[tuple[str, str], Path] = {}
 
     def call(kind: str, path: Path, name: str) -> str:
