@@ -103,6 +103,7 @@ def test_systems_are_those_of_the_library():
         ["simulat"],
         ["import-features", "table.csv", "array.bin", "store", "--width", "0"],
         ["evaluate", "val_gt.txt"],
+        ["evaluate", "store", "val_gt.txt", "result.txt"],
         ["predict", "store", "--system", "two-name"],
         ["predict", "store", "--epochs", "0"],
     ],
@@ -376,6 +377,51 @@ def test_evaluate_counts_names_that_the_truth_lacks_and_warns_where_nothing_is_f
         assert kind in line and tuple(map(int, re.findall(r"\d+", line))) == counts
 
 
+def rank_badly(store, path):
+    """Write a submission that names each identity's own val clips behind one or two of others."""
+    clips = store.clips.loc[store.select("val")]
+    with open(path, "w") as file:
+        for code, name in enumerate(store.identities):
+            own, other = (clips.loc[which, "clip"] for which in (clips["identity"] == code, clips["identity"] != code))
+            print(name, *(f"{clip}.mp4" for clip in [*other[: 1 + code % 2], *own, *other[5:9]]), file=file)
+
+
+@pytest.mark.parametrize("option", [[], ["--strict"]])
+def test_a_store_is_its_own_ground_truth(simulated, tmp_path, option):
+    folder, result = simulated[0], tmp_path / "result.txt"
+    rank_badly(ClipStore.open(folder / "direct"), result)
+    by_store, by_file = (
+        succeed("evaluate", folder / truth, result, "--json", *option) for truth in ("direct", "official/val_gt.txt")
+    )
+    assert by_store == by_file and 0.3 < json.loads(*by_store)["map_at_100"] < 0.7
+
+
+@pytest.fixture
+def known(tmp_path):
+    """A store of Ann, who has a val clip, Bob, who has none, and a distractor."""
+    table = pd.DataFrame({"clip": list("abcd"), "frame": 0, "identity": ["ann", "ann", "bob", ""]})
+    table.assign(split=["train", "val", "train", "val"]).to_csv(tmp_path / "table.csv", index=False)
+    np.save(tmp_path / "array.npy", np.eye(4, dtype=np.float32))
+    succeed("import-features", tmp_path / "table.csv", tmp_path / "array.npy", tmp_path / "store")
+    return tmp_path / "store"
+
+
+def test_identities_without_a_val_clip_count_for_nothing(known, tmp_path):
+    (tmp_path / "result.txt").write_text("ann d.mp4 b.mp4\nbob b.mp4\n")
+    printed = succeed("evaluate", known, tmp_path / "result.txt")
+    assert {"MAP@100 0.500000", "queries 1"} < {*printed}
+    assert succeed("evaluate", known, tmp_path / "result.txt", "--strict") == ["MAP@100 0.500000"]
+
+
+def test_a_folder_that_knows_no_truth_is_refused(known, tmp_path):
+    (tmp_path / "result.txt").write_text("ann b.mp4\n")
+    table = pd.read_csv(tmp_path / "table.csv")
+    table.assign(split="train").to_csv(tmp_path / "table.csv", index=False)
+    succeed("import-features", tmp_path / "table.csv", tmp_path / "array.npy", known, "--overwrite")
+    assert_refused("store: no val clip has an identity", "evaluate", known, tmp_path / "result.txt")
+    assert_refused("is not a clip store", "evaluate", tmp_path, tmp_path / "result.txt")
+
+
 LONG = "1 a.mp4\n2 " + " ".join(f"{i}.mp4" for i in range(101))
 
 
@@ -616,6 +662,12 @@ def test_places_and_terms_are_said_before_anything_is_fetched(tmp_path, monkeypa
     assert re.fullmatch("mmlib: error: http://127.0.0.1:9/.*cannot be downloaded .*\n", result.stderr)
 
 
+def test_fetch_says_where_each_file_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMLIB_CACHE", str(tmp_path))
+    monkeypatch.setattr(sources, "fetch_source", lambda name, folder, progress: folder / name / "network.pt")
+    assert succeed("fetch", "retinaface")[-1] == f"retinaface: {tmp_path / 'sources/retinaface/network.pt'}"
+
+
 @pytest.fixture
 def published(tmp_path, monkeypatch):
     """Stand-ins for the two published files: five photographs of Ann Lee and one of Bob."""
@@ -701,7 +753,8 @@ def chapters(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     cells = [
         nbformat.v4.new_code_cell(
-            "seeds: list[int] = [0]  # worlds\nshare: float = 0.5  # in [0, 1]", metadata={"tags": ["parameters"]}
+            "seeds: list[int] = [0]  # worlds\nshare: float = 0.5  # in [0, 1]\ndata: str = 'simulated'  # a store",
+            metadata={"tags": ["parameters"]},
         ),
         nbformat.v4.new_code_cell("print('given', seeds, share)"),
         nbformat.v4.new_code_cell("import os\nif share > 1: os._exit(3)\nlen(seeds) / share"),
@@ -730,12 +783,14 @@ def test_rerun_passes_values_and_leaves_the_chapter(chapters, name):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["04", "-p", "seedz=[3]"], "-p seedz: 04_aggregation has no such parameter; it has seeds, share"),
+        (["04", "-p", "seedz=[3]"], "-p seedz: 04_aggregation has no such parameter; it has seeds, share, data"),
         (["04", "-p", "seeds"], "-p seeds: expected NAME=VALUE"),
         (["04", "-p", "seeds=[3"], "-p seeds must be a list such as"),
         (["04", "-p", "seeds=[0, 0]"], "-p seeds must be different whole numbers"),
         (["04", "-p", "share=half"], "-p share must be a finite number"),
         (["04", "-p", "share=1", "-p", "share=2"], "-p share: given twice"),
+        (["04", "-p", "data=book"], "-p data=book: is no clip store, for there is no book/store.json"),
+        (["04", "-p", "data=nowhere"], "-p data=nowhere: is no clip store"),
         (["05"], "05: no chapter has that name; there are 01_data, 04_aggregation"),
         (["0"], "0: no chapter has that name"),
         (["04", "--out", "book/chapters/new.ipynb"], "lies among the chapters"),
@@ -760,11 +815,49 @@ def test_a_failed_rerun_keeps_its_notebook_under_another_name(chapters, paramete
     assert "given" in Path("out/new.failed.ipynb").read_text()
 
 
-def add_cell(chapters, source):
+def add_cell(chapters, source, text=""):
     nbformat = pytest.importorskip("nbformat")
     notebook = nbformat.read(chapters / "04_aggregation.ipynb", as_version=4)
+    if text:
+        notebook.cells.append(nbformat.v4.new_markdown_cell(text))
     notebook.cells.append(nbformat.v4.new_code_cell(source))
     nbformat.write(notebook, chapters / "04_aggregation.ipynb")
+
+
+SHOW = """import pandas as pd
+from mmlib import compare
+rows = [("{0} <i>", 0.9, 1.5, 0.5, 2.5, 0.3, 7, 3, "worlds"), ("plain", 0.885, 0, 0, 0, 0, 5, 3, "worlds")]
+names = ["arm", "map_at_100", "difference", "low", "high", "sd", "cost", "n", "interval"]
+compare.table(pd.DataFrame(rows, columns=names))"""
+
+
+def test_rerun_prints_the_scores_of_its_arms(chapters):
+    add_cell(chapters, SHOW.format("kept"))
+    scores = ["MAP@100", "gain, points", "95 % interval, 3 worlds"]
+    printed = [re.split(r"\s{2,}", line) for line in succeed("rerun", "04")]
+    first = [["arm", *scores], ["kept <i>", "0.900", "+1.50", "[+0.50, +2.50]"], ["plain", "0.885", "—"]]
+    assert printed == [*first, ["wrote 04_aggregation-rerun.ipynb"]]
+    # where the page shows kept records, what it ran itself stands below
+    add_cell(chapters, SHOW.format("own"), "**This page's own run.**")
+    assert [line.split()[0] for line in succeed("rerun", "04")] == ["arm", "own", "plain", "wrote"]
+
+
+def test_rerun_prints_a_dozen_arms_and_counts_the_others(chapters):
+    rows = "pd.DataFrame({'arm': [f'arm {n}' for n in range(30)], 'MAP@100': 0.5}).style.hide(axis='index')"
+    add_cell(chapters, f"import pandas as pd\n{rows}")
+    printed = succeed("rerun", "04")
+    assert len(printed) == 15 and printed[12].startswith("arm 11 ") and printed[13] == "... 18 more"
+
+
+@pytest.mark.parametrize("path", sorted(cli.study.CHAPTERS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_chapter_that_shows_kept_records_says_where_its_own_run_stands(path):
+    cells = json.loads(path.read_text())["cells"]
+    sources = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+    kept = any("committed or" in source for _, source in sources)
+    own = [at for at, (kind, source) in enumerate(sources) if kind == "markdown" and cli.study.OWN_RUN.search(source)]
+    assert len(own) == kept and (
+        not own or any("own" in source and "table(" in source for _, source in sources[own[0] :])
+    )
 
 
 def test_a_missing_package_is_said_with_the_python_that_lacks_it(chapters):

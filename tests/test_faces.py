@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -15,7 +16,7 @@ from scipy import ndimage
 from typer.testing import CliRunner
 
 from mmlib.cli import app
-from mmlib.data import detector, faces
+from mmlib.data import detector, faces, foreign
 from mmlib.data.detector import ANCHORS, TEMPLATE, RetinaFace, align, detect, load_detector
 from mmlib.data.embedder import Embedder, Quality
 from mmlib.data.faces import FaceSettings, import_faces, list_faces, read_video
@@ -254,6 +255,36 @@ def test_a_clip_without_a_face_stands_in_the_store_without_frames(people, weight
     assert "without a face" in "".join(report.lines()) and any("3 without a face" in line for line in report.notes)
 
 
+def test_what_is_left_out_is_named(people, weights, red):
+    for at in range(12):
+        save(people / f"ann/none/{at}.jpg", draw())
+    save_video(people / "bob/film.mp4", [draw()] * 3 + [draw((20, 10, 40))] * 3, rate=8)
+    (people / "bob/notes.txt").write_text("x")
+    spoil(people, "text.png")
+    _, report = run(people, weights, skip_bad_files=True)
+    left = pd.read_csv(people.parent / "store/left-out.csv", keep_default_na=False)
+    named = [(str(people / f"ann/none/{at}.jpg"), "", "no face") for at in range(12)]
+    named += [(str(people / "bob/film.mp4"), str(at), "no face") for at in range(3)]
+    named.append((str(people / "bob/notes.txt"), "", "neither a picture nor a video by its name"))
+    assert {*named} < {*map(tuple, left.to_numpy())} and len(left) == len(named) + 1
+    assert [row.path for row in left.itertuples() if "not a picture" in row.why] == [str(people / "ann/text.png")]
+    said = [line for line in report.lines() if line.startswith("no face: ")]
+    assert said == [f"no face: {path}" for path, *_ in named[:10]]
+    assert f"left out: 17 pictures or files, each named in {people.parent / 'store/left-out.csv'}" in report.lines()
+
+
+def test_a_video_is_named_once_with_its_frames_without_a_face(people, weights, red):
+    save_video(people / "bob/film.mp4", [draw()] * 3 + [draw((20, 10, 40))] * 3, rate=8)
+    _, report = run(people, weights)
+    assert f"no face: {people / 'bob/film.mp4'}, 3 frames" in report.lines()
+
+
+def test_nothing_left_out_leaves_no_list(people, weights, red):
+    _, report = run(people, weights)
+    assert not (people.parent / "store/left-out.csv").exists()
+    assert not any(line.startswith(("left out", "no face", "passed over")) for line in report.lines())
+
+
 def test_no_face_anywhere_is_refused(tmp_path, weights, red):
     save(tmp_path / "people/ann/a.jpg", draw())
     assert_refused(tmp_path / "people", weights, "people: no face in any of 1 pictures")
@@ -285,9 +316,26 @@ def test_a_file_that_cannot_be_read_is_named_or_left_out_and_counted(people, wei
 
 def test_what_is_no_picture_by_its_name_is_counted(people, weights, red):
     (people / "bob/notes.txt").write_text("x")
-    (people / ".DS_Store").write_text("x")
     _, report = run(people, weights)
     assert any("notes.txt" in line and "1 records" in line for line in report.lines())
+
+
+def test_files_of_a_system_are_passed_over_and_counted(people, weights, red):
+    before = run(people, weights)[0].fingerprint
+    for name in ("Thumbs.db", ".DS_Store", "desktop.ini", "ann/THUMBS.DB", "ann/two/.DS_Store", "ann/._photo.jpg"):
+        (people / name).write_text("x")
+    save(people / "__MACOSX/a.jpg", draw((20, 10, 40)))
+    store, report = run(people, weights, overwrite=True)
+    assert store.fingerprint == before
+    (said,) = [line for line in report.lines() if line.startswith("passed over: 7 ")]
+    assert str(people) in said and not any("refused" in line for line in report.lines())
+
+
+def test_progress_is_told_in_lines_where_there_is_no_bar(people, weights, red, monkeypatch):
+    monkeypatch.setattr(foreign, "OFTEN", 0)
+    said = []
+    run(people, weights, say=said.append)
+    assert re.fullmatch(r"faces, files: 8 of 8, [\d.]+ a second, about 0 s left", said[-1])
 
 
 def test_a_file_in_no_persons_folder_is_refused(people, weights, red):

@@ -77,7 +77,8 @@ def test_clips_without_images_and_stray_files_are_counted(bare, tmp_path):
     save(tmp_path / "nobody" / "1.jpg")
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "notes.txt").write_text("")
-    (tmp_path / "a" / ".hidden.jpg").write_text("")
+    for hidden in (".hidden.jpg", "Thumbs.db"):
+        (tmp_path / "a" / hidden).write_text("")
     found = index_images(tmp_path, bare)
     assert (found.present.tolist(), found.unknown, found.other) == ([0], 1, 1)
     assert found.lines()[0] == "images: 1 of 1 clips; 5 clips without any, left out"

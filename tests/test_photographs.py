@@ -1,8 +1,11 @@
 import hashlib
 import os
+import re
 import shutil
 import tarfile
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,7 +18,7 @@ from typer.testing import CliRunner
 
 from benchmarks.degrade import STRENGTHS, choose_frames, degrade
 from mmlib.cli import app
-from mmlib.data import photographs
+from mmlib.data import foreign, photographs
 from mmlib.data.detector import TEMPLATE, RetinaFace, load_detector, load_weights
 from mmlib.data.embedder import Embedder, MobileFaceNet
 from mmlib.data.photographs import check_labels, make_tables
@@ -131,6 +134,23 @@ def test_published_frames_become_tables(ytf, small):
     np.testing.assert_allclose(table["eye_px"], 40 * np.linalg.norm(POINTS[0] - POINTS[1]), rtol=1e-4)
     assert [np.load(made / f"{kind}.npy").shape for kind in ("edgeface", "mobilefacenet")] == [(35, 8), (35, 4)]
     assert [path.name for path in made.parent.iterdir()] == ["ytf"]
+
+
+def test_progress_is_told_in_lines_where_there_is_no_bar(ytf, small, monkeypatch):
+    monkeypatch.setattr(foreign, "OFTEN", 0)
+    said = []
+    make(ytf, say=said.append)
+    ends = [line for line in said if re.fullmatch(r"\w+: 35 of 35, [\d.]+ a second, about 0 s left", line)]
+    assert [line.split(":")[0] for line in ends] == ["find", "score", "edgeface", "mobilefacenet"]
+
+
+def test_a_line_comes_now_and_then_and_not_beside_a_bar(monkeypatch):
+    for progress, expected in ((False, ["find: 64 of 100, 4.0 a second, about 9 s left"]), (True, [])):
+        clock = iter([0, 10, 16, 20])
+        monkeypatch.setattr(foreign, "time", SimpleNamespace(perf_counter=partial(next, clock)))
+        said = []
+        items = foreign.watch("abc", "find", [32, 32, 36], progress=progress, say=said.append)
+        assert [*items] == [*"abc"] and said == expected
 
 
 def test_what_is_made_is_read_as_ready_tables_are(ytf, small):

@@ -10,7 +10,18 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 from mmlib import parameters
-from mmlib.cli.options import PAIRS, NewStore, Overwrite, argument, command, option, split_pairs, write_store, writing
+from mmlib.cli.options import (
+    PAIRS,
+    NewStore,
+    Overwrite,
+    argument,
+    command,
+    option,
+    say,
+    split_pairs,
+    write_store,
+    writing,
+)
 
 if TYPE_CHECKING:
     from mmlib.data.simulate import Settings
@@ -149,7 +160,7 @@ def import_faces(
     if aligned != (detector is None):
         raise ValueError("--detector FILE finds the faces, --aligned says that pictures are crops: give one of them")
     how = faces.FaceSettings(weights, detector, quality, architecture, width, size, mean, std, detect_size, rate, seed)
-    options = {"table": table, "scenes": scenes, "skip_bad_files": skip_bad_files, "overwrite": overwrite}
+    options = {"table": table, "scenes": scenes, "skip_bad_files": skip_bad_files, "overwrite": overwrite, "say": say}
     write_store(store, faces.import_faces, folder, settings=how, **options)
 
 
@@ -221,14 +232,14 @@ def fetch(
         print(*sources.announce(wanted, place), f"to {place}", sep="\n", flush=True)
         with writing(place):
             for source in wanted:
-                sources.fetch_source(source, place, progress=progress)
+                print(f"{source}: {sources.fetch_source(source, place, progress=progress)}", flush=True)
     if store is None:
         return
     if folder is not None and (folder / made).exists():
         tables = folder
     elif not (tables / made).exists() or (shown and name == "ytf" and not (tables / "ytf/scene.npy").exists()):
         print(f"{name.value}: its photographs are cut, embedded and scored, once, in some minutes", flush=True)
-        options: dict = {"scenes": shown is not None, "overwrite": True, "progress": progress}
+        options: dict = {"scenes": shown is not None, "overwrite": True, "progress": progress, "say": say}
         with writing(tables):
             print(*photographs.make_tables(name.value, folder or place, tables, **options), sep="\n", flush=True)
     else:

@@ -78,6 +78,11 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
+def say(line: str) -> None:
+    """Print a line on standard error at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def write_store(store: Path, make: Callable, *given, **options) -> None:
     """Have ``make`` import what is given into a store, and print its report; its bars go to standard error."""
     import rich

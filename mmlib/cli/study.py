@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 import os
@@ -9,17 +10,18 @@ import re
 import sys
 from dataclasses import replace
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mmlib import parameters
-from mmlib.cli.options import PAIRS, Device, Overwrite, Where, argument, command, option, split_pairs, writing
+from mmlib.cli.options import PAIRS, Device, Overwrite, Where, argument, command, option, say, split_pairs, writing
 
 CHAPTERS = Path(__file__).parents[2] / "book" / "chapters"
 System = StrEnum("System", ["one-name", "one-name-as-coded", "face-only"])
+OWN_RUN = re.compile(r"\*\*This page's own run|### What this run adds")  # what a chapter says above tables of it
+MOST = 12  # arms whose score is printed after a chapter
 Split = StrEnum("Split", ["val", "test"])
 
 
@@ -55,7 +57,7 @@ def predict(
 
     asked = {"system": system.value, "split": split.value, "epochs": epochs, "members": members, "seed": seed}
     asked |= {"device": device.value, "overwrite": overwrite, "progress": sys.stderr.isatty()}
-    asked["say"] = partial(print, file=sys.stderr, flush=True)
+    asked["say"] = say
     written = {"labelled_only": labelled_only, "keep_members": keep_members, "shards": merge}
     if shard is not None and any(written.values()):
         raise ValueError(
@@ -72,10 +74,15 @@ def predict(
 
 
 @command(
-    "evaluate val_gt.txt result.txt", "evaluate val_gt.txt result.txt --json", "evaluate gt.txt result.txt --strict"
+    "evaluate val_gt.txt result.txt",
+    "evaluate store/ result.txt",
+    "evaluate val_gt.txt result.txt --json",
+    "evaluate gt.txt result.txt --strict",
 )
 def evaluate(
-    truth: Annotated[Path, argument("GT", "Ground truth, in the format of val_gt.txt.")],
+    truth: Annotated[
+        Path, argument("GT", "Ground truth, in the format of val_gt.txt, or the clip store that was ranked.")
+    ],
     result: Annotated[Path, argument("RESULT", "Submission: an identity and its clips a line, best first.")],
     as_json: Annotated[bool, option("Print one JSON object, with the AP of each identity.", "--json")] = False,
     strict: Annotated[bool, option("MAP@100 alone, as the challenge's script has it.", "--strict")] = False,
@@ -84,8 +91,10 @@ def evaluate(
 
     MAP@100 is a fraction in [0, 1], as is top-1, the share of identities whose first clip is right. Names are
     divided by any white space; with --strict by every single blank, as in the script of the challenge, for which two
-    blanks have a clip without a name between them. Chapter 02 of the book has a table of where the two differ.
+    blanks have a clip without a name between them. Chapter 02 of the book has a table of where the two differ. A clip
+    store knows the identities of its val clips; one without any has no line in that truth.
     """
+    from mmlib.data.store import ClipStore
     from mmlib.data.submission import (
         answered,
         check_as_script,
@@ -93,17 +102,26 @@ def evaluate(
         read_as_script,
         read_result,
         read_val_truth,
+        val_truth,
+        without_lines,
     )
     from mmlib.metrics import bootstrap_interval, official_score, script_score
 
+    known, unasked = None, set()
+    if truth.is_dir():
+        names, clips = val_truth(ClipStore.open(truth), suffix=".mp4" * strict)
+        unasked = {name for name, of in zip(names, clips) if not of}
+        known = without_lines((names, clips), unasked)
+        if not known[0]:
+            raise ValueError(f"{truth}: no val clip has an identity, so there is nothing to score")
     if strict:
-        lines = read_as_script(truth), read_as_script(result)
+        lines = known or read_as_script(truth), without_lines(read_as_script(result), unasked)
         check_as_script((truth, result), *lines)
         value = script_score(*lines)
         print(json.dumps({"map_at_100": value}) if as_json else f"MAP@100 {value:.6f}")
         return
-    wanted = read_val_truth(truth)
-    ranked = read_result(result, known={*wanted[0]})
+    wanted = known or read_val_truth(truth)
+    ranked = without_lines(read_result(result, known={*wanted[0]}), unasked)
     score = official_score(wanted, answered(result, wanted, ranked))
     low, high = bootstrap_interval(score.ap) if len(score.ap) > 1 else (None, None)
     unknown = count_unknown(wanted, ranked)
@@ -151,6 +169,9 @@ def rerun(
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it would log is raised too
     notebook = find_chapter(chapter)
     values = parameters.read_texts(notebook, split_pairs("-p", given or []))
+    described = Path(str(values.get("data", "simulated")), "store.json")
+    if str(described.parent) != "simulated" and not described.exists():  # a kernel would take seconds to say so
+        raise ValueError(f"-p data={described.parent}: is no clip store, for there is no {described}")
     out = out or Path(f"{notebook.stem}-rerun.ipynb")
     if out.suffix != ".ipynb":
         raise ValueError(f"--out {out}: the name of a notebook ends in .ipynb")
@@ -164,7 +185,7 @@ def rerun(
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            papermill.execute_notebook(notebook, partial, values, **options)
+            executed = papermill.execute_notebook(notebook, partial, values, **options)
             partial.replace(out)
         except (papermill.PapermillExecutionError, DeadKernelError) as error:
             partial.replace(failed)
@@ -173,7 +194,27 @@ def rerun(
             raise ValueError(f"{notebook.stem}: {error}{_python()}; that Python needs ipykernel") from None
         finally:
             partial.unlink(missing_ok=True)
-    print(f"wrote {out}")
+    print(*_scores(executed["cells"]), f"wrote {out}", sep="\n")
+
+
+def _scores(cells: list) -> list[str]:
+    """Return lines of the first table of MAP@100 in an executed chapter, of its own run where kept records stand too.
+
+    Of its columns those stay that say the arm, which come first, its MAP@100, what it gains and the intervals.
+    """
+    own = [at for at, cell in enumerate(cells) if cell["cell_type"] == "markdown" and OWN_RUN.search(cell["source"])]
+    outputs = [output for cell in cells[own[0] if own else 0 :] for output in cell.get("outputs", [])]
+    for output in outputs:
+        shown = "".join(output.get("data", {}).get("text/html", ""))
+        rows = [re.findall("<t[hd][^>]*>(.*?)</t[hd]>", row, re.S) for row in re.findall("<tr>(.*?)</tr>", shown, re.S)]
+        head = rows[0] if rows and len({*map(len, rows)}) == 1 else []
+        if score := next((at for at, name in enumerate(head) if "MAP@100" in name), 0):
+            kept = [at for at, name in enumerate(head) if at < score or re.search("MAP@100|gain|interval", name)]
+            texts = [[" ".join(html.unescape(row[at]).split()) for at in kept] for row in rows]
+            wide = [max(map(len, column)) for column in zip(*texts)]
+            lines = ["  ".join(map(str.ljust, row, wide)).rstrip() for row in texts]
+            return lines[: 1 + MOST] + [f"... {len(lines) - 1 - MOST} more"] * (len(lines) > 1 + MOST)
+    return []
 
 
 def _failure(error: Exception) -> str:

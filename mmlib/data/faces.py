@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -18,13 +18,12 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, ImageOps
-from rich.progress import track
 
 from mmlib.data.detector import Detector, align, detect, load_detector, need
 from mmlib.data.embedder import Embedder, Quality
 from mmlib.data.features import BLOCK, digest
-from mmlib.data.foreign import ImportReport, count_lost, read_rows, to_half
-from mmlib.data.images import SUFFIXES, by_number, read_image
+from mmlib.data.foreign import ImportReport, count_lost, read_rows, to_half, watch
+from mmlib.data.images import SUFFIXES, by_number, is_hidden, read_image
 from mmlib.data.quality import BY_RANK, rescale, said
 from mmlib.data.store import ClipStore
 from mmlib.data.submission import check_names, short
@@ -38,6 +37,8 @@ WAITING = 16  # batches of faces whose features are in memory
 ALIKE = 0.99  # of the best score, of faces of which the largest is taken: a poster, or no face at all, has less
 LARGE = 64  # pixels of a face at half the size of a search, of which the points are nearly as good as of a larger one
 PIXELS = 2**25  # of pictures that are in memory together, in one thread, unless one alone has more
+LEFT_OUT, NAMED = "left-out.csv", 10  # in the store: what is not in it, and why; how many of them a report names
+NO_FACE, NO_PICTURE = "no face", "neither a picture nor a video by its name"
 SCENES = "faces.json"  # beside the clips' folders of scene pictures: what wrote them
 RULE = "half of a person's clips, rounded up, to train, the others to val, by seed {}; one clip alone is a distractor"
 
@@ -96,6 +97,7 @@ def import_faces(
     skip_bad_files: bool = False,
     overwrite: bool = False,
     progress: bool = False,
+    say: Callable[[str], object] | None = None,
 ) -> ImportReport:
     """Turn photographs, crops or videos into a store of faces.
 
@@ -103,12 +105,13 @@ def import_faces(
     identity (or empty) and split, says otherwise.  Of several faces the largest of those as sure as the best (`ALIKE`)
     is taken, in a video the one nearest to that of the frame before.  Frames without a face are left out; a clip
     without any stands in the store without frames.  scenes: a folder for whole pictures as `<clip>/<n>.jpg`, of a video
-    one a second.  A file that cannot be read is refused, or left out and counted.
+    one a second.  A file that cannot be read is refused, or left out.  `LEFT_OUT` in the store names all that was left
+    out.  progress, say: as for `foreign.watch`.
     """
     began, folder = time.perf_counter(), Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    files, other = (read_rows(Path(table), files=True), []) if table else list_faces(folder, settings.seed)
+    files, other, hidden = (read_rows(Path(table), files=True), [], []) if table else list_faces(folder, settings.seed)
     clips = files.drop_duplicates("clip")[["clip", "split", "identity"]].reset_index(drop=True)
     files["place"] = pd.factorize(files["clip"])[0]
     _check_files(files, scenes)
@@ -133,7 +136,9 @@ def import_faces(
         find = Finder(detector, settings, kept, [*clips["clip"]])
         spilled = stack.enter_context(TemporaryFile(dir=writer.partial))
         taken = Taken(lambda crops: pool.submit(work, crops), spilled)
-        for source, found in _ahead(pool, workers + 1, find, _chunks(files, folder, settings.rate, progress)):
+        listed = [*zip(files["place"], files["path"], files["frame"])]
+        watched = watch(listed, "faces, files", [1] * len(listed), progress=progress, say=say)
+        for source, found in _ahead(pool, workers + 1, find, _chunks(watched, folder, settings.rate)):
             if isinstance(found, ValueError) and not skip_bad_files:
                 raise found
             taken.add(source, found)
@@ -161,34 +166,45 @@ def import_faces(
         named = pd.Categorical(clips["identity"])
         clips["identity"] = named.codes.astype(np.int32)
         writer.finish(clips, [*named.categories], {"face": (clips.pop("start"), clips.pop("count"))})
+        taken.left += [(path, "", NO_PICTURE) for path in other]
+        if taken.left:
+            pd.DataFrame(taken.left, columns=["path", "frame", "why"]).to_csv(writer.partial / LEFT_OUT, index=False)
         if kept:
             pictures = sum(1 for _ in kept.glob("*/*.jpg"))
             (kept / SCENES).write_text(json.dumps({"pictures": pictures}) + "\n")
     report = ImportReport(ClipStore.open(store), time.perf_counter() - began, [], *lost)
     report.absent = [f"column {name}" for name in ("det", "quality") if name not in columns]
-    if taken.bad:
-        report.refused["files that cannot be read"] = len(taken.bad), taken.bad[0]
+    empty = Counter(path for path, _, why in taken.left if why == NO_FACE)
+    if bad := [why for *_, why in taken.left if why not in (NO_FACE, NO_PICTURE)]:
+        report.refused["files that cannot be read"] = len(bad), bad[0]
     if other:
-        report.refused["neither a picture nor a video by its name"] = len(other), str(other[0])
+        report.refused[NO_PICTURE] = len(other), str(other[0])
     report.notes = [
         f"split: {'as the table says' if table else RULE.format(settings.seed)}",
-        f"pictures: {sum(taken.seen.values())}, {taken.empty} without a face, {taken.several} with several",
+        f"pictures: {sum(taken.seen.values())}, {empty.total()} without a face, {taken.several} with several",
         "of several faces the largest that is as sure as the best was taken, in a video the nearest to the last",
     ]
+    report.notes += [f"{NO_FACE}: {path}{f', {n} frames' * (n > 1)}" for path, n in [*empty.items()][:NAMED]]
+    if taken.left:
+        report.notes.append(f"left out: {len(taken.left)} pictures or files, each named in {Path(store) / LEFT_OUT}")
+    if hidden:
+        report.notes.append(f"passed over: {len(hidden)} hidden files or those of a system; first: {hidden[0]}")
     if quality is not None:
         report.notes.append(said(done))
     if kept:
-        report.notes.append(f"scene pictures: {pictures} in {scenes}")
+        report.notes.append(f"scene pictures: {pictures} in {scenes}, of which mmlib scene makes features")
     return report
 
 
-def list_faces(folder: Path, seed: int) -> tuple[pd.DataFrame, list[Path]]:
+def list_faces(folder: Path, seed: int) -> tuple[pd.DataFrame, list[Path], list[Path]]:
     """List `folder/<person>/<clip>/<n>.jpg`, `folder/<person>/<photograph>` and `folder/<person>/<video>`.
 
-    Returns a table of files with path, clip, identity, split and frame, and what is neither a picture nor a video.
-    Blanks in names become underscores, a clip is called `<person>-<clip>`.  The split is by `RULE`.
+    Returns a table of files with path, clip, identity, split and frame; what is neither a picture nor a video;
+    and what is hidden, see `is_hidden`.  Blanks in names become underscores, a clip is called `<person>-<clip>`.  The
+    split is by `RULE`.
     """
     rows, other = [], []
+    hidden: list[Path] = []
     owner: dict[tuple[str, str], Path] = {}
 
     def call(kind: str, path: Path, name: str) -> str:
@@ -197,12 +213,17 @@ def list_faces(folder: Path, seed: int) -> tuple[pd.DataFrame, list[Path]]:
             raise ValueError(f"{folder}: {kind} {short(word)} would be both {other.name} and {path.name}")
         return word
 
-    for person in _entries(folder):
+    def entries(folder: Path) -> list[Path]:
+        found = sorted(folder.iterdir(), key=lambda path: by_number(path.name))
+        hidden.extend(path for path in found if is_hidden(path.name))
+        return [path for path in found if not is_hidden(path.name)]
+
+    for person in entries(folder):
         if not person.is_dir():
             raise ValueError(f"{person}: lies in no person's folder; expected {folder}/<person>/{person.name}")
         identity = call("identity", person, person.name)
-        for entry in _entries(person):
-            files = _entries(entry) if entry.is_dir() else [entry]
+        for entry in entries(person):
+            files = entries(entry) if entry.is_dir() else [entry]
             chosen = [path for path in files if path.suffix.lower() in (*PICTURES, *VIDEOS) and not path.is_dir()]
             other += [path for path in files if path not in chosen]
             if chosen:
@@ -218,11 +239,7 @@ def list_faces(folder: Path, seed: int) -> tuple[pd.DataFrame, list[Path]]:
         trained = (len(order) + 1) // 2 if len(order) > 1 else 0
         split |= dict.fromkeys(order[:trained], "train") | dict.fromkeys(order[trained:], "val")
     alone = table.groupby("identity")["clip"].transform("nunique") == 1
-    return table.assign(split=table["clip"].map(split), identity=table["identity"].mask(alone, None)), other
-
-
-def _entries(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.iterdir() if path.name[0] != "."), key=lambda path: by_number(path.name))
+    return table.assign(split=table["clip"].map(split), identity=table["identity"].mask(alone, None)), other, hidden
 
 
 def _is_video(path: str) -> bool:
@@ -240,13 +257,11 @@ def _check_files(files: pd.DataFrame, scenes: str | Path | None) -> None:
             raise ValueError(f"clip {short(clip)}: is no name for a folder of scene pictures")
 
 
-def _chunks(files: pd.DataFrame, folder: Path, rate: float, progress: bool) -> Iterator[list[Source]]:
+def _chunks(files: Iterable[tuple[int, str, int]], folder: Path, rate: float) -> Iterator[list[Source]]:
     """Yield pictures in the order of clips, so many as a thread should have at once; videos are decoded here."""
     chunk: list[Source] = []
     pixels = 0
-    for place, name, number in track(
-        [*zip(files["place"], files["path"], files["frame"])], "faces", transient=True, disable=not progress
-    ):
+    for place, name, number in files:
         path = folder / name
         frames = enumerate(read_video(path, rate)) if _is_video(name) else [(number, None)]
         for at, frame in frames:
@@ -344,21 +359,21 @@ class Taken:
     def __init__(self, embed: Callable[[np.ndarray], Future], spilled: IO[bytes]):
         self.rows: list[tuple[int, int, np.ndarray]] = []  # clip, number, row as `detect` has it
         self.seen: Counter[int] = Counter()  # pictures that could be read, by clip
-        self.bad: list[str] = []
-        self.empty = self.several = 0
+        self.left: list[tuple[Path, int | str, str]] = []  # file, frame if it is of a video, and why it is left out
+        self.several = 0
         self._embed, self._jobs, self._crops = embed, deque[Future](), list[np.ndarray]()
         self._spilled, self._width, self._scores = spilled, 0, list[tuple[np.ndarray, np.ndarray | None]]()
 
     def add(self, source: Source, found: Found | ValueError) -> None:
         """Take the largest face of those as sure as the best, in a video the one nearest to the last of its clip."""
         if isinstance(found, ValueError):
-            self.bad.append(str(found))
+            self.left.append((source.path, "", str(found)))
             return
         rows = found.rows
         self.seen[source.clip] += 1
         self.several += len(rows) > 1
-        self.empty += not len(rows)
         if not len(rows):
+            self.left.append((source.path, "" if source.frame is None else source.number, NO_FACE))
             return
         sure = rows[:, 4] >= ALIKE * rows[:, 4].max()
         at = np.where(sure, np.prod(rows[:, 2:4] - rows[:, :2], 1), 0).argmax()

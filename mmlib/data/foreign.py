@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 import string
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
+from rich.progress import track
 
 from mmlib.data.content import read_table
 from mmlib.data.store import ClipStore
@@ -19,6 +23,7 @@ TEXT, SCORES = ("clip", "identity", "split"), ("quality", "det")
 REQUIRED = (*TEXT, "frame")
 FLOAT = re.compile(r"-?\d+(\.\d+(e\+\d+)?|e\+\d+)", re.ASCII)  # a float as a table of text has it
 NPY = "a .npy"
+OFTEN = 15  # seconds from one line on the progress of an import to the next
 MAGIC = {
     b"PK\3\4": "a zip archive, as np.savez and torch.save write it",
     b"\x1f\x8b\x08": "compressed by gzip",
@@ -194,6 +199,32 @@ def _kind(path: Path) -> str:
     if head and not head.translate(None, string.printable.encode()):
         return "text"
     return next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), "")
+
+
+T = TypeVar("T")
+
+
+def watch(
+    items: Iterable[T],
+    what: str,
+    sizes: list[int],
+    *,
+    progress: bool = False,
+    say: Callable[[str], object] | None = None,
+) -> Iterator[T]:
+    """Yield items, each of which is so many (`sizes`) pictures or files, and tell how far that is.
+
+    progress: show a bar.  say: is called without one, every `OFTEN` seconds, with how many are done, how many that is
+    a second, and how long the rest will take.
+    """
+    began = said = time.perf_counter()
+    done, total = 0, sum(sizes)
+    for item, size in zip(track(items, what, len(sizes), transient=True, disable=not progress), sizes):
+        yield item
+        done, now = done + size, time.perf_counter()
+        if say and not progress and now - said >= OFTEN:
+            rate, said = done / (now - began), now
+            say(f"{what}: {done} of {total}, {rate:.1f} a second, about {(total - done) / rate:.0f} s left")
 
 
 def to_half(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

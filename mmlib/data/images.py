@@ -31,6 +31,7 @@ from mmlib.data.store import ClipStore
 from mmlib.data.writer import partial_folder
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
+SYSTEM = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir")  # left by systems, in any case
 LONGEST = 2  # longer sides, in shorter ones: of a longer picture the middle is taken, so that memory is bounded
 EVALUATION = -1  # in place of an epoch: the one picture a clip that is drawn in test
 DECODED = "decoded.json"  # in a folder of decoded pictures: of which files
@@ -96,11 +97,11 @@ def index_images(folder: str | Path, store: ClipStore) -> Images:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of images")
     names = tuple(store.clips["clip"])
-    found = {entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")}
+    found = {entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name)}
     files, other = [], 0
     for name in names:
         entries = os.scandir(folder / name) if name in found else ()
-        listed = [entry.name for entry in entries if not entry.name.startswith(".")]
+        listed = [entry.name for entry in entries if not is_hidden(entry.name)]
         chosen = [file for file in listed if file.lower().endswith(SUFFIXES)]
         other += len(listed) - len(chosen)
         files.append(tuple(sorted(chosen, key=by_number)))
@@ -108,6 +109,11 @@ def index_images(folder: str | Path, store: ClipStore) -> Images:
         example = f"{names[0] if names else 'none'}/1.jpg"
         raise ValueError(f"{folder}: holds no image <clip>/<n>.jpg of any clip of {store.path}, such as {example}")
     return Images(folder, names, tuple(files), len(found.difference(names)), other)
+
+
+def is_hidden(name: str) -> bool:
+    """Say whether a file or folder is hidden, or one that a system puts beside pictures, by its name."""
+    return name.startswith(".") or name.lower() in SYSTEM
 
 
 def by_number(file: str) -> tuple[bool, int, str]:

@@ -26,6 +26,7 @@ from mmlib.data.submission import (
     read_train_truth,
     read_val_truth,
     short,
+    val_truth,
     write_train_truth,
     write_val_truth,
 )
@@ -143,12 +144,9 @@ def export_folder(store: ClipStore, folder: str | Path, *, overwrite: bool = Fal
             if len(clips := store.select(split)):
                 write_pickle(pickle_path(made, modality.name, split), _official_items(store, modality, clips))
         names = store.clips["clip"].to_numpy(object)
-        train, val = (store.select(split, labelled=True) for split in ("train", "val"))
+        train = store.select("train", labelled=True)
         write_train_truth(made / "train_gt.txt", names[train], store.identities[store.identity_of(train)])
-        code = store.identity_of(val)
-        rows = pd.Series(code).groupby(code).indices
-        clips_of = [names[val[rows.get(identity, slice(0))]] for identity in range(len(store.identities))]
-        write_val_truth(made / "val_gt.txt", store.identities, clips_of)
+        write_val_truth(made / "val_gt.txt", *val_truth(store))
         origin = {key: store.meta[key] for key in ("simulated", "provenance")}
         (made / ORIGIN).write_text(json.dumps(origin) + "\n")
 

