@@ -308,9 +308,9 @@ def test_a_difference_and_a_grid_say_what_they_were_made_from(kept):
     assert faces.pictured(held).attrs["made"] == held.attrs["made"]
 
 
-def test_effects_are_said_with_their_networks():
+def test_effects_are_said_in_the_order_of_their_networks():
     rows = [row("edgeface", 1, 2), row("mobilefacenet", -1, 3)]
-    assert faces.both(pd.DataFrame(rows))[1] == "+1.50 points with EdgeFace and +1.00 with MobileFaceNet"
+    assert faces.both(pd.DataFrame(rows))[1] == "+1.50 and +1.00 points"
 
 
 def test_the_picture_has_claims_alone_by_their_effect_on_simulated_clips():

@@ -346,12 +346,8 @@ def agreement(said: pd.DataFrame) -> pd.Series:
 
 def both(frame: pd.DataFrame) -> tuple[str, str]:
     """Return what `verdicts` says of one comparison, a row a network, and the effects as a sentence has them."""
-    effects = [
-        f"{compare.signed(row['difference'])}{'' if at else ' points'} with {TITLES[row['network']]}"
-        for at, row in enumerate(frame.to_dict("records"))
-    ]
     said = verdicts(frame.assign(all=0), ["all"]).get(0, "was not run")
-    return said, compare.listed(effects) if effects else "no numbers"
+    return said, f"{compare.listed(map(compare.signed, frame['difference']))} points" if len(frame) else "no numbers"
 
 
 def lending(worlds: Iterable[Experiment], people: int) -> list[Record]:
