@@ -72,7 +72,9 @@ FUSED: Pairs = {
 }
 LONGER = f"seeds, 1{RANDOM}, longer"  # tried after the claim was judged, as set on a split that no number uses
 LONGER_BUDGET = {"epochs": 4 * BUDGET["epochs"], "lr": 1e-2}
+WHOLE = "the whole system, against one model on faces"
 BESIDE: Pairs = {  # no claims
+    WHOLE: ("described: fallback", "described: baseline"),
     "network fusion, against the face alone": ("scene 128", "face"),
     "one model at random, longer and at a higher rate": (LONGER, "seeds, 1"),
 }
