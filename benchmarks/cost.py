@@ -70,6 +70,13 @@ def machine_frame(results: list[dict]) -> pd.DataFrame:
     return frame.rename(columns=names)[[*names.values(), "torch", "commit", "scale"]]
 
 
+def _with_source(frame: pd.DataFrame, results: list[dict]) -> pd.DataFrame:
+    """Say with a frame, as ``figures.note`` wants it, who measured it."""
+    files = machine_frame(results)[["measured", "processor", "commit"]].itertuples(index=False) if results else ()
+    frame.attrs["made"] = " ".join("Measured {} on {}, commit {}.".format(*file) for file in files)
+    return frame
+
+
 def measured_lines(results: list[dict]) -> list[tuple[dict, dict]]:
     """Return every line that was measured, with the file it stands in."""
     return [(result, row) for result in results for row in result["lines"] if "seconds" in row]
@@ -169,7 +176,8 @@ def roofline_frame(results: list[dict]) -> pd.DataFrame:
             attainable = min(ceilings[precision], intensity * ceilings["copy"])
             reached = row["flops"] / row["median"]
             rows.append((name, mark, where(result, row["device"]), precision, intensity, reached, attainable))
-    return pd.DataFrame(rows, columns=["line", "mark", "where", "precision", "intensity", "reached", "attainable"])
+    columns = ["line", "mark", "where", "precision", "intensity", "reached", "attainable"]
+    return _with_source(pd.DataFrame(rows, columns=columns), results)
 
 
 def ceiling_frame(results: list[dict]) -> pd.DataFrame:
@@ -195,7 +203,7 @@ def growth_frame(results: list[dict]) -> pd.DataFrame:
         for row in result["growth"]
         for point in row.get("points", [])
     ]
-    return pd.DataFrame(rows, columns=columns)
+    return _with_source(pd.DataFrame(rows, columns=columns), results)
 
 
 def exponents(growth: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:

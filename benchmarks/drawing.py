@@ -10,6 +10,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 
+from mmlib.figures import note
+
 COLOURS, MARKERS = [f"C{number}" for number in range(7)], "osD^vP*X"  # the palette that ``figures.set_style`` sets
 _PRECISIONS = {"fp32": "-", "bf16": "--"}
 
@@ -37,6 +39,7 @@ def roofline(lines: pd.DataFrame, ceilings: pd.DataFrame) -> Figure:
         ax.yaxis.set_minor_formatter(NullFormatter())
         ax.text(0.01, 1.02, place, transform=ax.transAxes, fontsize=9)
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    note(axes[0, 0], lines)
     return figure
 
 
@@ -68,6 +71,7 @@ def growth(points: pd.DataFrame, fits: pd.DataFrame) -> Figure:
     for ax in axes.flat[len(series) :]:
         ax.remove()
     if series:
+        note(axes[0, 0], points.drop(columns="fixed"))
         known = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels())}
         figure.legend(known.values(), known.keys(), loc="outside upper center", ncols=2)
     return figure

@@ -187,8 +187,8 @@ def _as_csv(frames: Sequence[pd.DataFrame]) -> str:
     return pd.concat(frames).to_csv(index=False, float_format="%.6g", lineterminator="\n") if frames else ""
 
 
-def _note(ax: Axes, frame: pd.DataFrame) -> None:
-    """Remember what axes are drawn from, for ``drawing``."""
+def note(ax: Axes, frame: pd.DataFrame) -> None:
+    """Remember what axes are drawn from, for ``drawing``: its table, and in ``attrs["made"]`` who made that."""
     _DRAWN.setdefault(ax.figure.get_figure(root=True), []).append(frame)
 
 
@@ -238,7 +238,7 @@ def forest(
     """
     alone, ax = ax is None, ax or plt.gca()
     frame = frame if by else frame.sort_values(value, ascending=False)
-    _note(ax, frame)
+    note(ax, frame)
     rows, kinds = list(frame[label].unique()), list(frame[by or label].unique())
     aside = np.linspace(-0.25, 0.25, len(kinds)) if by else np.zeros(len(kinds))
     for kind, shift, marker in zip(kinds, aside, cycle(MARKERS if by else "o")):
@@ -292,7 +292,7 @@ def traces(
     stands, ``above`` the axes, or ``none``; a single line has none.
     """
     ax = ax or plt.gca()
-    _note(ax, frame)
+    note(ax, frame)
     ticks = {value: i if scale == "categories" else value for i, value in enumerate(dict.fromkeys(frame[x]))}
     groups = list(frame.groupby(by, sort=False)) if by else [("", frame)]
     for place, ((name, part), marker, dash) in enumerate(zip(groups, cycle(MARKERS), cycle(DASHES))):
@@ -356,7 +356,7 @@ def curves(frames: Mapping[str, pd.DataFrame], *, x: str, y: str, ax: Axes | Non
     """Draw two named frames: a line, such as a distribution of the store, and points, such as the published ones."""
     ax = ax or plt.gca()
     for (name, frame), style, colour in zip(frames.items(), ("-", "o"), (BLUE, ORANGE)):
-        _note(ax, frame.assign(line=name))
+        note(ax, frame.assign(line=name))
         ax.plot(frame[x], frame[y], style, color=colour, markersize=5, label=name)
     ax.set(**axis)
     ax.legend()
@@ -370,7 +370,7 @@ def densities(frame: pd.DataFrame, *, value: str, by: str, ax: Axes | None = Non
     for dash, (name, part) in zip(cycle(DASHES), frame.groupby(by, sort=False)):
         style = {"histtype": "step", "linestyle": dash, "color": COLOURS.get(name)}
         density, edges, _ = ax.hist(part[value], bins, density=True, label=name, **style)
-        _note(ax, pd.DataFrame({by: name, f"{value} from": edges[:-1], "to": edges[1:], "density": density}))
+        note(ax, pd.DataFrame({by: name, f"{value} from": edges[:-1], "to": edges[1:], "density": density}))
     ax.set(ylabel="density", **axis)
     ax.legend()
     return ax
@@ -392,7 +392,7 @@ def frame_weights(frame: pd.DataFrame, axes: Sequence[Axes]) -> Sequence[Axes]:
 def attention_maps(maps: Mapping[str, np.ndarray], axes: Sequence[Axes]) -> None:
     """Draw a map (n, n) a panel, on one scale from 0 to 1; below it, its name."""
     for ax, (name, entries) in zip(axes, maps.items(), strict=True):
-        _note(ax, pd.DataFrame(entries).assign(map=name))
+        note(ax, pd.DataFrame(entries).assign(map=name))
         drawn = ax.imshow(entries, cmap="magma_r", vmin=0, vmax=1)
         ax.set(xlabel=name, xticks=[], yticks=[])
         ax.grid(visible=False)
@@ -408,7 +408,7 @@ def verdict_grids(frame: pd.DataFrame) -> Figure:
     arms, reliabilities = frame["aggregator"].unique(), sorted(frame["reliability"].unique())
     high, wide = max(1, len(arms)), max(1, len(reliabilities))
     figure, axes = plt.subplots(high, wide, squeeze=False, layout="constrained", figsize=(3.0 * wide, 2.3 * high))
-    _note(axes[0, 0], frame)
+    note(axes[0, 0], frame)
     limit = max(0.5, frame["difference"].abs().max()) if len(frame) else 1.0
     rows, columns = sorted(frame["wrong quality"].unique(), reverse=True), sorted(frame["share"].unique())
     style = {"cmap": "RdBu", "center": 0, "vmin": -limit, "vmax": limit, "fmt": "+.1f", "cbar": False}
@@ -439,7 +439,7 @@ def partition(frame: pd.DataFrame, *, ax: Axes | None = None, **axis) -> Axes:
     frame: columns member, start, stop (exclusive), width, all but the first in dimensions.
     """
     ax = ax or plt.gca()
-    _note(ax, frame)
+    note(ax, frame)
     ax.barh(frame["member"], frame["width"], height=0.7, color="0.9", label="kept")
     gap = frame["stop"] - frame["start"]
     ax.barh(frame["member"], gap, left=frame["start"], height=0.7, color=RED, label="discarded")
@@ -503,7 +503,7 @@ def show_confusion(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     if table.empty:
         return _without_pictures(ax)
     style = {"cmap": "Blues", "vmin": 0, "vmax": 100, "linewidths": 0.5, "cbar": False, "annot_kws": {"fontsize": 9}}
-    _note(ax, table.rename_axis("show").reset_index())
+    note(ax, table.rename_axis("show").reset_index())
     sns.heatmap(100 * table, mask=table == 0, annot=True, fmt=".0f", ax=ax, **style)
     _keep_ink(ax)
     ax.grid(visible=False)

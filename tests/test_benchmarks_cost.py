@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import cost, drawing, growth, prediction
+from mmlib import figures
 
 MACHINE = {
     "cpu": "A",
@@ -274,6 +275,7 @@ def test_growth_has_a_panel_a_series_with_its_points_and_fit():
     ]
     points = cost.growth_frame(results)
     figure = drawing.growth(points, cost.exponents(points))
+    assert "Measured 2026-01-02 on A, commit abc." in figures.drawing(figure)
     assert [(ax.get_ylabel(), ax.get_xlabel()) for ax in figure.axes] == [
         ("rank", "clips"),
         ("rank", "identities"),

@@ -370,10 +370,6 @@ def test_a_thinned_world_trains_on_as_few_clips_as_video(store):
     assert thin.clips[thin.clips["split"] == "val"].equals(
         store.clips[store.clips["split"] == "val"].set_index(thin.clips.index[thin.clips["split"] == "val"])
     )
-    found = materials.whitening({"all": store, "few": thin})
-    assert found["train"].iloc[1] == pytest.approx(len(train) / len(store.identities))
-    assert found["train"].iloc[1] < found["train"].iloc[0]
-    assert np.isfinite(found[["difference", "low", "high"]].to_numpy()).all()
 
 
 # -- aggregators of other people -----------------------------------------------------------------------------

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -38,7 +37,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from mmlib import metrics
 from mmlib.claims import cache_folder, claim, clear_partial
 from mmlib.data.features import digest
 from mmlib.data.public import import_public, people_of, shared_names
@@ -46,7 +44,7 @@ from mmlib.data.quality import rescale
 from mmlib.data.store import ClipStore
 from mmlib.experiment import Experiment
 from mmlib.records import Record, code_hash, library_hash, run
-from mmlib.retrieve import fit, retrieve
+from mmlib.retrieve import fit
 from mmlib.train import pooled_features
 
 MAKING = ("data/features.py", "data/public.py", "data/quality.py", "studies/materials.py")
@@ -306,14 +304,3 @@ def of_halves(e: Experiment, store: ClipStore, lend: bool, **options) -> Record:
     train = [half.identity_of(half.select("train", labelled=True, having="face")) for half in halves]
     measures = {"map_at_100": float(ap.mean()), "deviations": float(np.mean([len(x) - len({*x}) for x in train]))}
     return replace(parts[0], ap=ap.tolist(), measures=measures)
-
-
-def whitening(stores: Mapping[str, ClipStore]) -> pd.DataFrame:
-    """Return what whitening adds to class means by quality on simulated clips: clips, train, difference, low, high."""
-    rows = []
-    for name, store in stores.items():
-        arms = [Experiment(classifier=kind) for kind in ("whitened means", "class means")]
-        found = metrics.paired_test(*(retrieve(e, store, device="cpu").ap for e in arms))
-        train = len(store.select("train", labelled=True)) / len(store.identities)
-        rows.append((name, train, *(100 * value for value in (found.difference, found.low, found.high))))
-    return pd.DataFrame(rows, columns=["clips", "train", "difference", "low", "high"])
