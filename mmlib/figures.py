@@ -159,6 +159,7 @@ def _svg(figure: Figure, kind: str) -> str:
         drawn = drawn.replace(colour, on_any_ground)
     drawn = re.sub(r' id="[a-zA-Z]\w*_\d+"|\s*<metadata>.*?</metadata>', "", drawn, flags=re.DOTALL)
     drawn = re.sub(r"(<text[^>]*>)-(?=[.\d])", r"\1−", drawn)  # a minus, where a format has left a hyphen
+    drawn = drawn.replace('<g id="inside">', '<g class="inside">')
     return re.sub(r'<g id="tip ([^"]*)">', r"<g><title>\1</title>", drawn)
 
 

@@ -89,7 +89,7 @@ def _label_inside(ax: Axes) -> float:
     labels = [textwrap.fill(label, INSIDE_LABEL) for label in labels]
     for place, label in zip(ax.get_yticks(), labels):
         point = {"xy": (0, place + aside), "xycoords": ax.get_yaxis_transform(), "textcoords": "offset points"}
-        ax.annotate(label, xytext=(2, 4), va="bottom", fontsize=9, **point).set_in_layout(False)
+        ax.annotate(label, xytext=(2, 4), va="bottom", fontsize=9, gid="inside", **point).set_in_layout(False)
     ax.tick_params(axis="y", left=False, labelleft=False)
     ax.set_ylim(min(ax.get_yticks()) - aside - 0.3, max(ax.get_yticks()) + 1 - aside)
     points = max((11 * max(label.count("\n") + 1 for label in labels) + 13) / (1 - 2 * aside), 14 * (len(beside) - 1))

@@ -149,6 +149,23 @@ def test_a_part_works_that_works_on_one_of_two_processors():
         {"part": ["rank", "rank", "train"], "verdict": ["too slow", prediction.AS_IT_IS, "too slow"]}
     )
     assert prediction.works(predicted).to_dict() == {"rank": True, "train": False}
+    predicted.loc[2, "verdict"] = prediction.BY_ESTIMATE
+    assert prediction.works(predicted).all()
+    assert prediction.verdicts(predicted).to_dict() == {"rank": prediction.AS_IT_IS, "train": prediction.BY_ESTIMATE}
+
+
+def test_what_fits_with_an_interval_that_does_not_fits_by_the_estimate_alone():
+    noisy = dict(zip((10, 20, 40, 80), (1.0, 3.0, 3.0, 9.0)))  # about in proportion
+    grown = [series("open", "clips", noisy.get)]
+    sizes = {"clips": 8_000, "identities": 5, "faces": 2}  # a hundred times the last
+    found = prediction.predict([result(growth=grown)], **sizes).iloc[0]
+    assert found["seconds"] < found["high"]
+    for hours, said in (
+        (found["high"] / 3_599, prediction.AS_IT_IS),
+        (found["seconds"] / 3_599, prediction.BY_ESTIMATE),
+    ):
+        again = prediction.predict([result(growth=grown)], **sizes, hours=hours).iloc[0]
+        assert (again["verdict"], again["needs"]) == (said, "")
 
 
 def test_parts_break_in_the_order_of_the_sizes_at_which_they_fail():

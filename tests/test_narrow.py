@@ -154,3 +154,13 @@ def test_ticks_do_not_run_into_each_other():
     ax.set_xlabel("a label that is longer than what a narrow drawing has room for")
     (small,) = laid_out(ax.figure).axes
     assert "\n" in small.get_xlabel() and {label.get_rotation() for label in small.get_xticklabels()} == {60}
+
+
+def test_letters_among_marks_have_a_class_that_the_page_sets_off_from_them():
+    frame = DODGED[:2].assign(
+        step=["the attention of the released code beats quality weights", "a claim with a long name"]
+    )
+    drawn = figures.drawing(
+        figures.forest(frame, label="step", value="gain", xlabel="points", ax=plt.figure().gca()).figure
+    )
+    assert drawn.count("&lt;g class=&quot;inside&quot;&gt;") == len(frame) and '<g class="inside">' not in drawn

@@ -110,6 +110,10 @@ def rungs(scene: bool = True) -> Pairs:
     return {MARGIN: (names[0], ladder.NO_MARGIN)} | pairs
 
 
+# What the landing page shows: what the team claims, and the rest of what a reader may build on.
+LEADING = (*rungs(), ladder.ATTENTION, VIEWS, QUALITY, WHITENING, next(iter(FUSED)))
+
+
 def claims_of(scene: bool = True) -> Pairs:
     """Name the claims that real faces are held against: the arm that takes the step, and the one that does not."""
     views = {VIEWS: (f"views, {MEMBERS}", f"bagging, {MEMBERS}")}
