@@ -19,12 +19,16 @@ function firstScreen() {
 }
 
 // With all open that is folded; tables, code and formulas may scroll on a phone (`wide` false), drawings that have a form for one nowhere.
-function layout([wide, smallest]) {
+async function layout([wide, smallest]) {
   const width = document.documentElement.scrollWidth;
   const found = width > innerWidth + 1 ? [`the page is ${width} pixels wide`] : [];
   const say = (fault, elements) => found.push(...elements.map((element) => `${fault}: ${named(element)}`));
   for (const folded of all("details")) folded.open = true;
   say("cut", all(wide ? "pre, table, div.math, .drawing" : ".drawing:has(.narrow)").filter((e) => within(e).some(runsOver)));
+  await new Promise((frame) => requestAnimationFrame(() => requestAnimationFrame(frame)));  // then the fade is there
+  const fade = (box) => parseFloat(getComputedStyle(box).getPropertyValue("--fade"));
+  const cut = new Set(all("table").map((table) => within(table).find(runsOver)).filter(Boolean));
+  if (!wide) say("goes on to the right without a sign", [...cut].filter((box) => !fade(box)));
   const letters = all(".drawing:has(.narrow) svg text, .drawing svg.wide text").filter((text) => shown(text) && text.textContent.trim());
   const scale = ({ a, b }) => Math.hypot(a, b);
   const size = (text) => parseFloat(getComputedStyle(text).fontSize) * scale(text.getScreenCTM());

@@ -260,6 +260,15 @@ def test_a_sound_page_is_accepted(browser, seen, tmp_path):
 
 
 @needs_browser
+def test_a_table_that_goes_on_to_the_right_of_a_phone_needs_a_sign(browser, tmp_path):
+    wide = GOOD.replace("<td>", '<td style="min-width: 900px">')
+    (tmp_path / "page.html").write_text(wide)
+    (tmp_path / "faded.html").write_text(wide.replace("overflow-x: auto", "overflow-x: auto; --fade: 48px"))
+    found = look(browser, tmp_path, ["page.html", "faded.html"], width=PHONE)
+    assert [*found] == ["page.html"] and "without a sign" in found["page.html"][0]
+
+
+@needs_browser
 @pytest.mark.parametrize("number", range(len(FAULTS)), ids=[complaint for _, _, complaint in FAULTS])
 def test_a_fault_of_a_page_is_seen(seen, number):
     assert any(FAULTS[number][2] in found for found in seen[f"chapters/{number}.html"])
