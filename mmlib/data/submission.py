@@ -5,6 +5,7 @@ nothing. Anything else that departs from the format is refused. The script of th
 word and no other white space: see `read_as_script`. Clip names carry `.mp4` in the files and nowhere else.
 """
 
+from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from itertools import accumulate, chain
 from operator import eq
@@ -170,6 +171,25 @@ def count_unknown(truth: Lines, result: Lines) -> dict[str, tuple[int, int]]:
     named = {"identities": {*result[0]}, "clips": {*chain.from_iterable(result[1])}}
     known = {"identities": truth[0], "clips": [*chain.from_iterable(truth[1])]}
     return {kind: (len(names), len(names.difference(known[kind]))) for kind, names in named.items()}
+
+
+def remarks(path: str | Path, truth: Lines, result: Lines) -> list[str]:
+    """Say what the score of the submission `result`, read from `path`, passes over in silence, a sentence each.
+
+    A clip that a line repeats is dropped, and an identity of `truth` without a line scores 0.
+    """
+    known, said = {*truth[0]}, []
+    lines = ((line, name, clips) for line, (name, clips) in enumerate(zip(*result), 1) if name in known)
+    twice = [(*at, clip) for *at, clips in lines for clip, n in Counter(clips).items() if n > 1]
+    if twice:
+        line, name, clip = twice[0]
+        more = f", and so are {len(twice) - 1} more" * (len(twice) > 1)
+        where = f"{path}, line {line}: identity {short(name)}"
+        said.append(f"{where} names clip {short(clip) or repr(clip)} more than once; a repeat is dropped{more}")
+    if lacking := [name for name in dict.fromkeys(truth[0]) if name not in {*result[0]}]:
+        many = f"{len(lacking)} of {len(known)} identities of the ground truth"
+        said.append(f"{path}: no line for {many}, which score 0; first: {short(lacking[0])}")
+    return said
 
 
 def write_train_truth(path: str | Path, clips: Sequence[str], identities: Sequence[str]) -> None:
