@@ -777,7 +777,8 @@ def chapters(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     cells = [
         nbformat.v4.new_code_cell(
-            "seeds: list[int] = [0]  # worlds\nshare: float = 0.5  # in [0, 1]\ndata: str = 'simulated'  # a store",
+            "seeds: list[int] = [0]  # worlds\nshare: float = 0.5  # in [0, 1]\n"
+            "profile: str = 'quick'\ndata: str = 'simulated'  # a store",
             metadata={"tags": ["parameters"]},
         ),
         nbformat.v4.new_code_cell("print('given', seeds, share)"),
@@ -807,7 +808,10 @@ def test_rerun_passes_values_and_leaves_the_chapter(chapters, name):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["04", "-p", "seedz=[3]"], "-p seedz: 04_aggregation has no such parameter; it has seeds, share, data"),
+        (
+            ["04", "-p", "seedz=[3]"],
+            "-p seedz: 04_aggregation has no such parameter; it has seeds, share, profile, data",
+        ),
         (["04", "-p", "seeds"], "-p seeds: expected NAME=VALUE"),
         (["04", "-p", "seeds=[3"], "-p seeds must be a list such as"),
         (["04", "-p", "seeds=[0, 0]"], "-p seeds must be different whole numbers"),
@@ -815,6 +819,7 @@ def test_rerun_passes_values_and_leaves_the_chapter(chapters, name):
         (["04", "-p", "share=1", "-p", "share=2"], "-p share: given twice"),
         (["04", "-p", "data=book"], "-p data=book: is no clip store, for there is no book/store.json"),
         (["04", "-p", "data=nowhere"], "-p data=nowhere: is no clip store"),
+        (["04", "-p", "profile=huge"], "-p profile must be one of tiny, quick, full, got 'huge'"),
         (["05"], "05: no chapter has that name; there are 01_data, 04_aggregation"),
         (["0"], "0: no chapter has that name"),
         (["04", "--out", "book/chapters/new.ipynb"], "lies among the chapters"),

@@ -178,15 +178,15 @@ def remarks(path: str | Path, truth: Lines, result: Lines) -> list[str]:
 
     A clip that a line repeats is dropped, and an identity of `truth` without a line scores 0.
     """
-    known, said = {*truth[0]}, []
+    known, answering, said = {*truth[0]}, {*result[0]}, []
     lines = ((line, name, clips) for line, (name, clips) in enumerate(zip(*result), 1) if name in known)
-    twice = [(*at, clip) for *at, clips in lines for clip, n in Counter(clips).items() if n > 1]
+    twice = [(line, name, clip) for line, name, clips in lines for clip, n in Counter(clips).items() if n > 1]
     if twice:
         line, name, clip = twice[0]
         more = f", and so are {len(twice) - 1} more" * (len(twice) > 1)
         where = f"{path}, line {line}: identity {short(name)}"
         said.append(f"{where} names clip {short(clip) or repr(clip)} more than once; a repeat is dropped{more}")
-    if lacking := [name for name in dict.fromkeys(truth[0]) if name not in {*result[0]}]:
+    if lacking := [name for name in dict.fromkeys(truth[0]) if name not in answering]:
         many = f"{len(lacking)} of {len(known)} identities of the ground truth"
         said.append(f"{path}: no line for {many}, which score 0; first: {short(lacking[0])}")
     return said
