@@ -327,7 +327,8 @@ def test_evaluate_prints_the_official_score(tmp_path, ends):
     files = write_lines(tmp_path, f"1 a.mp4 b.mp4 {ends}2 c.mp4 {ends}{ends}", f"1 a.mp4 x.mp4 b.mp4{ends}")
     # identity 1 has precision 1 and 2/3 at its two clips, identity 2 has no ranking: (5/6 + 0) / 2
     result = run("evaluate", *files)
-    assert (result.exit_code, result.stderr) == (0, "")
+    lacking = "result.txt: no line for 1 of 2 identities of the ground truth, which score 0; first: 2\n"
+    assert result.exit_code == 0 and re.fullmatch(f"mmlib: note: .*{lacking}", result.stderr)
     assert result.stdout.splitlines()[:4] == [
         "MAP@100 0.416667",
         "95% interval 0.000000 to 0.833333, a bootstrap over identities",
@@ -481,6 +482,29 @@ def test_evaluate_ignores_an_identity_that_the_truth_lacks_on_two_lines(tmp_path
 )
 def test_evaluate_says_why_nothing_was_found(tmp_path, truth, result, why):
     assert run("evaluate", *write_lines(tmp_path, truth, result)).stderr.endswith(f"{why}\n")
+
+
+@pytest.mark.parametrize("option", [[], ["--json"], ["--strict"]])
+def test_evaluate_says_which_line_names_a_clip_twice_and_keeps_the_score(tmp_path, option):
+    once = "{0}1 x.mp4 a.mp4\n2 c.mp4\n"
+    twice = "{0}1 x.mp4 x.mp4 a.mp4\n2 c.mp4 c.mp4 d.mp4 d.mp4\n"
+    truth = "0 z.mp4\n1 a.mp4\n2 c.mp4\n"
+    for first, line in (
+        ("", 1),
+        ("9 z.mp4 z.mp4\n", 2),
+    ):  # a line of an identity that nobody asked for counts for nothing
+        plain = succeed("evaluate", *write_lines(tmp_path, truth, once.format(first)), *option)
+        said = run("evaluate", *write_lines(tmp_path, truth, twice.format(first)), *option)
+        repeats, lacking = said.stderr.splitlines()
+        suffix = ".mp4" if option == ["--strict"] else ""
+        where = f"result.txt, line {line}: identity 1 names clip x{suffix} more than once; a repeat is dropped"
+        assert repeats.startswith("mmlib: note: ") and repeats.endswith(f"{where}, and so are 2 more")
+        assert lacking.endswith("no line for 1 of 3 identities of the ground truth, which score 0; first: 0")
+        assert score_of(said.stdout) == score_of("\n".join(plain))
+
+
+def score_of(printed):
+    return re.search(r"MAP@100 [\d.]+|\"map_at_100\": [\d.]+", printed)[0]
 
 
 def test_evaluate_names_a_missing_file(tmp_path):
@@ -753,7 +777,8 @@ def chapters(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     cells = [
         nbformat.v4.new_code_cell(
-            "seeds: list[int] = [0]  # worlds\nshare: float = 0.5  # in [0, 1]\ndata: str = 'simulated'  # a store",
+            "seeds: list[int] = [0]  # worlds\nshare: float = 0.5  # in [0, 1]\n"
+            "profile: str = 'quick'\ndata: str = 'simulated'  # a store",
             metadata={"tags": ["parameters"]},
         ),
         nbformat.v4.new_code_cell("print('given', seeds, share)"),
@@ -783,7 +808,10 @@ def test_rerun_passes_values_and_leaves_the_chapter(chapters, name):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["04", "-p", "seedz=[3]"], "-p seedz: 04_aggregation has no such parameter; it has seeds, share, data"),
+        (
+            ["04", "-p", "seedz=[3]"],
+            "-p seedz: 04_aggregation has no such parameter; it has seeds, share, profile, data",
+        ),
         (["04", "-p", "seeds"], "-p seeds: expected NAME=VALUE"),
         (["04", "-p", "seeds=[3"], "-p seeds must be a list such as"),
         (["04", "-p", "seeds=[0, 0]"], "-p seeds must be different whole numbers"),
@@ -791,6 +819,7 @@ def test_rerun_passes_values_and_leaves_the_chapter(chapters, name):
         (["04", "-p", "share=1", "-p", "share=2"], "-p share: given twice"),
         (["04", "-p", "data=book"], "-p data=book: is no clip store, for there is no book/store.json"),
         (["04", "-p", "data=nowhere"], "-p data=nowhere: is no clip store"),
+        (["04", "-p", "profile=huge"], "-p profile must be one of tiny, quick, full, got 'huge'"),
         (["05"], "05: no chapter has that name; there are 01_data, 04_aggregation"),
         (["0"], "0: no chapter has that name"),
         (["04", "--out", "book/chapters/new.ipynb"], "lies among the chapters"),

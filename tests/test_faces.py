@@ -270,7 +270,10 @@ def test_what_is_left_out_is_named(people, weights, red):
     assert [row.path for row in left.itertuples() if "not a picture" in row.why] == [str(people / "ann/text.png")]
     said = [line for line in report.lines() if line.startswith("no face: ")]
     assert said == [f"no face: {path}" for path, *_ in named[:10]]
-    assert f"left out: 17 pictures or files, each named in {people.parent / 'store/left-out.csv'}" in report.lines()
+    assert (
+        f"left out: 17 pictures, files or folders, each named in {people.parent / 'store/left-out.csv'}"
+        in report.lines()
+    )
 
 
 def test_a_video_is_named_once_with_its_frames_without_a_face(people, weights, red):
@@ -279,10 +282,32 @@ def test_a_video_is_named_once_with_its_frames_without_a_face(people, weights, r
     assert f"no face: {people / 'bob/film.mp4'}, 3 frames" in report.lines()
 
 
+def test_empty_folders_are_named_and_counted(people, weights, red):
+    for name in ("zoe", "ann/none", "hid"):
+        (people / name).mkdir()
+    (people / "hid/.hidden").touch()
+    _, report = run(people, weights)
+    empty = [str(people / name) for name in ("ann/none", "hid", "zoe")]
+    left = pd.read_csv(people.parent / "store/left-out.csv", keep_default_na=False)
+    assert [*map(tuple, left.to_numpy())] == [(path, "", "an empty folder") for path in empty]
+    assert f"refused: 3 records, an empty folder; first: {empty[0]}" in report.lines()
+
+
+def test_blanks_that_become_underscores_are_said_once(people, weights, red):
+    (people / "ann").rename(people / "ann ash")
+    (people / "bob/a.jpg").rename(people / "bob/a b.jpg")
+    store, report = run(people, weights)
+    assert store.identities.tolist() == ["ann_ash", "bob"] and "bob-a_b" in [*store.clips["clip"]]
+    said = "mended: 2 names with blanks, which became underscores; first: ann ash is ann_ash"
+    assert [line for line in report.lines() if "blanks" in line] == [said]
+
+
 def test_nothing_left_out_leaves_no_list(people, weights, red):
     _, report = run(people, weights)
     assert not (people.parent / "store/left-out.csv").exists()
-    assert not any(line.startswith(("left out", "no face", "passed over")) for line in report.lines())
+    assert not any(
+        line.startswith(("left out", "no face", "passed over", "mended", "refused")) for line in report.lines()
+    )
 
 
 def test_no_face_anywhere_is_refused(tmp_path, weights, red):
@@ -490,14 +515,37 @@ def test_a_video_that_breaks_off_gives_what_is_good_and_says_so(tmp_path, people
     assert len(frames_of(store, "ann-film")) == 1 and any("after 1 frames" in line for line in report.lines())
 
 
-def test_crops_that_are_aligned_are_taken_as_they_are(people, weights):
-    store, report = run(people, weights, detector=None)
+@pytest.fixture
+def crops(tmp_path):
+    """Ann and Bob, two crops of 48 pixels each."""
+    for name in ("ann/a", "ann/b", "bob/a", "bob/b"):
+        save(tmp_path / f"people/{name}.png", draw((20, 10, 20), size=(48, 48)))
+    return tmp_path / "people"
+
+
+def test_crops_that_are_aligned_are_taken_as_they_are(crops, weights):
+    store, report = run(crops, weights, detector=None)
     assert [*store.modalities["face"].columns] == ["frame"]
     assert report.absent == ["column det", "column quality"]
     embed = Embedder(weights / "embedder.safetensors", "test_resnet", 8, 32, 0.5, 0.5)
-    with Image.open(people / "bob/b.png") as picture:
+    with Image.open(crops / "bob/b.png") as picture:
         crop = np.array(picture.resize((32, 32), Image.Resampling.BILINEAR))
     np.testing.assert_allclose(frames_of(store, "bob-b"), embed(crop[None]), atol=2e-3)
+
+
+def test_of_crops_nothing_is_said_that_a_detector_would_say(crops, weights, monkeypatch):
+    _, report = run(crops, weights, detector=None)
+    assert "pictures: 4" in report.lines() and not any("several" in line for line in report.lines())
+    monkeypatch.setattr(faces, "detect", find_red)
+    _, report = run(crops, weights, overwrite=True)
+    assert sum("several" in line for line in report.lines()) == 2
+
+
+def test_a_crop_that_is_not_square_is_refused_or_left_out(crops, weights):
+    save(crops / "bob/c.png", draw(size=(48, 36)))
+    assert_refused(crops, weights, "c.png: clip bob-c is 48 x 36 pixels; an aligned crop is square", detector=None)
+    store, report = run(crops, weights, detector=None, skip_bad_files=True)
+    assert len(store) == 4 and any("48 x 36" in line and "1 records" in line for line in report.lines())
 
 
 def test_features_are_held_a_few_batches_at_once_and_written_in_order(people, weights, red, monkeypatch):

@@ -202,6 +202,8 @@ def test_windows_line_ends_and_mp4_are_read(tmp_path):
         ({"clip": ["b", None, "b", "c", "a"]}, "row 2: .*clip is"),
         ({"quality": [0.3, 0.2, np.inf, 0.0, 0.5]}, "row 3: clip b: quality is inf"),
         ({"quality": [0.3, None, 0.1, 0.0, 0.5]}, "row 2: clip a: quality is nan"),
+        ({"det": [0, 0.5, 1, 1.5, 2]}, r"row 4: clip c: det is 1.5; it must be in \[0, 1\]"),
+        ({"det": [0, 0.5, -0.1, 1, 1]}, "row 3: clip b: det is -0.1; it must be"),
     ],
 )
 def test_a_bad_cell_is_refused_with_its_clip_and_value(tmp_path, columns, message):
@@ -217,6 +219,14 @@ def test_a_number_that_float16_cannot_hold_is_refused(tmp_path, value):
     array = ARRAY.copy()
     array[2, 1] = value
     assert_refused(tmp_path, f"array.npy, row 3: clip b, frame 1: feature is {value:.0f}.* at position 1", array=array)
+
+
+@pytest.mark.parametrize("block", [1, 10**6])
+def test_a_row_of_zeros_is_refused(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(module, "BLOCK", block)
+    array = ARRAY.copy()
+    array[2] = 0
+    assert_refused(tmp_path, "array.npy, row 3: clip b, frame 1: feature is 0 at every position", array=array)
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e-7, 1e-6])
@@ -235,8 +245,8 @@ def test_small_frames_among_others_are_stored_and_counted(tmp_path):
     assert any("2" in line and "1" in line for line in report.lines() if "float16" in line)
 
 
-@pytest.mark.parametrize("array", [ARRAY * 0, ARRAY, ARRAY * 1e-3, (ARRAY * 1e-7).astype(np.float16)])
-def test_zeros_and_what_float16_can_hold_are_not_counted(tmp_path, array):
+@pytest.mark.parametrize("array", [ARRAY, ARRAY * 1e-3, (ARRAY * 1e-7).astype(np.float16)])
+def test_what_float16_can_hold_is_not_counted(tmp_path, array):
     _, report = run(tmp_path, array=array)
     assert (report.damaged, report.vanished) == (0, 0)
 
@@ -303,8 +313,8 @@ def test_an_array_that_does_not_fit_is_refused(tmp_path, array, message):
 @pytest.mark.parametrize(
     "width, message",
     [
-        (None, "width: None"),
-        (0, "width: 0"),
+        (None, "array.bin: raw numbers, .*--width.*None"),
+        (0, "array.bin: raw numbers, .*--width.*0"),
         (4, "array.bin: 60 bytes are not whole rows of 4 float32"),
         (5, "array.bin: 3 rows, but .* has 5"),
     ],

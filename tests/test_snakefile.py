@@ -68,6 +68,11 @@ def test_every_chapter_and_the_book_are_planned(sweep, tmp_path):
     assert "rule book" in said and calls(tmp_path) == []
 
 
+def test_chapter_of_real_faces_is_not_run_on_a_store(sweep, tmp_path):
+    status, said = sweep("--dry-run", data=tmp_path / "store")
+    assert status == 0 and "11_cost-seed0.ipynb" in said and "12_real_faces" not in said
+
+
 def test_chapters_are_run_with_what_is_asked_and_then_the_book(sweep, tmp_path):
     status, said = sweep(chapters="02,3", seeds=7, profile="tiny", device="cpu")
     assert status == 0, said

@@ -130,7 +130,7 @@ def import_faces(
     store: NewStore,
     weights: Annotated[Path, option("Embedder: safetensors, weights of torch, or .onnx.", metavar="FILE")],
     detector: Annotated[Path | None, option("RetinaFace mobilenet0.25, or UltraFace (.onnx).", metavar="FILE")] = None,
-    aligned: Annotated[bool, option("Pictures are crops, aligned already.", "--aligned")] = False,
+    aligned: Annotated[bool, option("Pictures are square crops, aligned already.", "--aligned")] = False,
     quality: Annotated[Path | None, option("Graph of LightQNet (.pb).", metavar="FILE")] = None,
     table: Annotated[
         Path | None, option("Its columns path, clip, identity and split say what is whose.", metavar="TABLE")

@@ -94,6 +94,7 @@ def evaluate(
     blanks have a clip without a name between them. Chapter 02 of the book has a table of where the two differ. A clip
     store knows the identities of its val clips; one without any has no line in that truth.
     """
+    from mmlib.data.iqiyi import val_truth
     from mmlib.data.store import ClipStore
     from mmlib.data.submission import (
         answered,
@@ -102,7 +103,7 @@ def evaluate(
         read_as_script,
         read_result,
         read_val_truth,
-        val_truth,
+        remarks,
         without_lines,
     )
     from mmlib.metrics import bootstrap_interval, official_score, script_score
@@ -115,14 +116,20 @@ def evaluate(
         if not known[0]:
             raise ValueError(f"{truth}: no val clip has an identity, so there is nothing to score")
     if strict:
-        lines = known or read_as_script(truth), without_lines(read_as_script(result), unasked)
+        whole = read_as_script(result)
+        lines = known or read_as_script(truth), without_lines(whole, unasked)
         check_as_script((truth, result), *lines)
+        for line in remarks(result, lines[0], whole):
+            say(f"mmlib: note: {line}")
         value = script_score(*lines)
         print(json.dumps({"map_at_100": value}) if as_json else f"MAP@100 {value:.6f}")
         return
     wanted = known or read_val_truth(truth)
-    ranked = without_lines(read_result(result, known={*wanted[0]}), unasked)
+    whole = read_result(result, known={*wanted[0]})
+    ranked = without_lines(whole, unasked)
     score = official_score(wanted, answered(result, wanted, ranked))
+    for line in remarks(result, wanted, whole):
+        say(f"mmlib: note: {line}")
     low, high = bootstrap_interval(score.ap) if len(score.ap) > 1 else (None, None)
     unknown = count_unknown(wanted, ranked)
     if not score.ap.any():
@@ -133,7 +140,7 @@ def evaluate(
             why = "it names no clip" if ranked[0] else "it is empty"
         elif not any(map(len, wanted[1])):
             why = f"{truth} names no clip"
-        print(f"mmlib: warning: {result}: nothing was found: {why}", file=sys.stderr)
+        say(f"mmlib: warning: {result}: nothing was found: {why}")
     if as_json:
         said = {"map_at_100": score.map_at_k, "top1": score.top1, "low": low, "high": high, "queries": len(score.ap)}
         for kind, (named, lacking) in unknown.items():

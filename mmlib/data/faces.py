@@ -38,7 +38,7 @@ ALIKE = 0.99  # of the best score, of faces of which the largest is taken: a pos
 LARGE = 64  # pixels of a face at half the size of a search, of which the points are nearly as good as of a larger one
 PIXELS = 2**25  # of pictures that are in memory together, in one thread, unless one alone has more
 LEFT_OUT, NAMED = "left-out.csv", 10  # in the store: what is not in it, and why; how many of them a report names
-NO_FACE, NO_PICTURE = "no face", "neither a picture nor a video by its name"
+NO_FACE, NO_PICTURE, EMPTY = "no face", "neither a picture nor a video by its name", "an empty folder"
 SCENES = "faces.json"  # beside the clips' folders of scene pictures: what wrote them
 RULE = "half of a person's clips, rounded up, to train, the others to val, by seed {}; one clip alone is a distractor"
 
@@ -48,9 +48,9 @@ class FaceSettings:
     """With what faces are found and embedded.
 
     weights, architecture, width, size, mean, std: see `Embedder`; size is the side of a crop in pixels.  detector:
-    weights of `RetinaFace`, or `UltraFace`; None takes every picture for a face that is aligned already.  quality: the
-    graph of `Quality`, or None.  detect_size: pixels of the longer side of a picture in which faces are looked for.
-    rate: frames a second of a video.  seed: of the split.
+    weights of `RetinaFace`, or `UltraFace`; None takes every picture for a face that is aligned already, and square.
+    quality: the graph of `Quality`, or None.  detect_size: pixels of the longer side of a picture in which faces are
+    looked for.  rate: frames a second of a video.  seed: of the split.
     """
 
     weights: Path
@@ -105,13 +105,15 @@ def import_faces(
     identity (or empty) and split, says otherwise.  Of several faces the largest of those as sure as the best (`ALIKE`)
     is taken, in a video the one nearest to that of the frame before.  Frames without a face are left out; a clip
     without any stands in the store without frames.  scenes: a folder for whole pictures as `<clip>/<n>.jpg`, of a video
-    one a second.  A file that cannot be read is refused, or left out.  `LEFT_OUT` in the store names all that was left
-    out.  progress, say: as for `foreign.watch`.
+    one a second.  A file that cannot be read, or without a detector is not square, is refused, or left out.  `LEFT_OUT`
+    in the store names all that was left out.  progress, say: as for `foreign.watch`.
     """
     began, folder = time.perf_counter(), Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    files, other, hidden = (read_rows(Path(table), files=True), [], []) if table else list_faces(folder, settings.seed)
+    files, other, hidden, renamed = (
+        (read_rows(Path(table), files=True), [], [], []) if table else list_faces(folder, settings.seed)
+    )
     clips = files.drop_duplicates("clip")[["clip", "split", "identity"]].reset_index(drop=True)
     files["place"] = pd.factorize(files["clip"])[0]
     _check_files(files, scenes)
@@ -166,7 +168,7 @@ def import_faces(
         named = pd.Categorical(clips["identity"])
         clips["identity"] = named.codes.astype(np.int32)
         writer.finish(clips, [*named.categories], {"face": (clips.pop("start"), clips.pop("count"))})
-        taken.left += [(path, "", NO_PICTURE) for path in other]
+        taken.left += [(path, "", why) for path, why in other]
         if taken.left:
             pd.DataFrame(taken.left, columns=["path", "frame", "why"]).to_csv(writer.partial / LEFT_OUT, index=False)
         if kept:
@@ -175,18 +177,26 @@ def import_faces(
     report = ImportReport(ClipStore.open(store), time.perf_counter() - began, [], *lost)
     report.absent = [f"column {name}" for name in ("det", "quality") if name not in columns]
     empty = Counter(path for path, _, why in taken.left if why == NO_FACE)
-    if bad := [why for *_, why in taken.left if why not in (NO_FACE, NO_PICTURE)]:
-        report.refused["files that cannot be read"] = len(bad), bad[0]
-    if other:
-        report.refused[NO_PICTURE] = len(other), str(other[0])
+    if bad := [why for *_, why in taken.left if why not in (NO_FACE, NO_PICTURE, EMPTY)]:
+        report.refused["files that cannot be taken"] = len(bad), bad[0]
+    for reason in (NO_PICTURE, EMPTY):
+        if paths := [str(path) for path, why in other if why == reason]:
+            report.refused[reason] = len(paths), paths[0]
+    if renamed:
+        report.mended["names with blanks, which became underscores"] = len(renamed), renamed[0]
     report.notes = [
         f"split: {'as the table says' if table else RULE.format(settings.seed)}",
-        f"pictures: {sum(taken.seen.values())}, {empty.total()} without a face, {taken.several} with several",
-        "of several faces the largest that is as sure as the best was taken, in a video the nearest to the last",
+        f"pictures: {sum(taken.seen.values())}"
+        + f", {empty.total()} without a face, {taken.several} with several" * (detector is not None),
     ]
+    if detector:
+        largest = "of several faces the largest that is as sure as the best was taken"
+        report.notes.append(f"{largest}, in a video the nearest to the last")
     report.notes += [f"{NO_FACE}: {path}{f', {n} frames' * (n > 1)}" for path, n in [*empty.items()][:NAMED]]
     if taken.left:
-        report.notes.append(f"left out: {len(taken.left)} pictures or files, each named in {Path(store) / LEFT_OUT}")
+        report.notes.append(
+            f"left out: {len(taken.left)} pictures, files or folders, each named in {Path(store) / LEFT_OUT}"
+        )
     if hidden:
         report.notes.append(f"passed over: {len(hidden)} hidden files or those of a system; first: {hidden[0]}")
     if quality is not None:
@@ -196,14 +206,15 @@ def import_faces(
     return report
 
 
-def list_faces(folder: Path, seed: int) -> tuple[pd.DataFrame, list[Path], list[Path]]:
+def list_faces(folder: Path, seed: int) -> tuple[pd.DataFrame, list[tuple[Path, str]], list[Path], list[str]]:
     """List `folder/<person>/<clip>/<n>.jpg`, `folder/<person>/<photograph>` and `folder/<person>/<video>`.
 
-    Returns a table of files with path, clip, identity, split and frame; what is neither a picture nor a video;
-    and what is hidden, see `is_hidden`.  Blanks in names become underscores, a clip is called `<person>-<clip>`.  The
-    split is by `RULE`.
+    Returns a table of files with path, clip, identity, split and frame; what is none of them, and why; what is hidden,
+    see `is_hidden`; and names with blanks, which become underscores, as `Ann Ash is Ann_Ash`.  A clip is called
+    `<person>-<clip>`.  The split is by `RULE`.
     """
-    rows, other = [], []
+    rows: list[tuple[str, str, str, int]] = []
+    other: list[tuple[Path, str]] = []
     hidden: list[Path] = []
     owner: dict[tuple[str, str], Path] = {}
 
@@ -222,10 +233,12 @@ def list_faces(folder: Path, seed: int) -> tuple[pd.DataFrame, list[Path], list[
         if not person.is_dir():
             raise ValueError(f"{person}: lies in no person's folder; expected {folder}/<person>/{person.name}")
         identity = call("identity", person, person.name)
-        for entry in entries(person):
+        clips = entries(person)
+        other += [(person, EMPTY)] * (not clips)
+        for entry in clips:
             files = entries(entry) if entry.is_dir() else [entry]
             chosen = [path for path in files if path.suffix.lower() in (*PICTURES, *VIDEOS) and not path.is_dir()]
-            other += [path for path in files if path not in chosen]
+            other += [(path, NO_PICTURE) for path in files if path not in chosen] or [(entry, EMPTY)] * (not files)
             if chosen:
                 clip = call("clip", entry, f"{person.name}-{entry.name if entry.is_dir() else entry.stem}")
                 rows += [(str(path.relative_to(folder)), clip, identity, at) for at, path in enumerate(chosen)]
@@ -234,12 +247,14 @@ def list_faces(folder: Path, seed: int) -> tuple[pd.DataFrame, list[Path], list[
     table = pd.DataFrame(rows, columns=["path", "clip", "identity", "frame"])
     rng = np.random.default_rng(seed)
     split: dict[str, str] = {}
-    for _, clips in table.groupby("identity", sort=False)["clip"].unique().items():
-        order = rng.permutation(clips)
+    for _, names in table.groupby("identity", sort=False)["clip"].unique().items():
+        order = rng.permutation(names)
         trained = (len(order) + 1) // 2 if len(order) > 1 else 0
         split |= dict.fromkeys(order[:trained], "train") | dict.fromkeys(order[trained:], "val")
     alone = table.groupby("identity")["clip"].transform("nunique") == 1
-    return table.assign(split=table["clip"].map(split), identity=table["identity"].mask(alone, None)), other, hidden
+    renamed = [f"{path.name} is {word}" for (_, word), path in owner.items() if path.name.split() != [path.name]]
+    table = table.assign(split=table["clip"].map(split), identity=table["identity"].mask(alone, None))
+    return table, other, hidden, renamed
 
 
 def _is_video(path: str) -> bool:
@@ -327,6 +342,9 @@ class Finder:
         clip, picture = self.clips[source.clip], source.frame
         if picture is None:
             picture = np.asarray(ImageOps.exif_transpose(read_image(source.path, clip)[0]))
+        if self.detector is None and picture.shape[0] != picture.shape[1]:  # a face that is squeezed is another one
+            high, wide = picture.shape[:2]
+            raise ValueError(f"{source.path}: clip {short(clip)} is {wide} x {high} pixels; an aligned crop is square")
         if self.folder and (source.frame is None or source.number % max(1, round(self.settings.rate)) == 0):
             (self.folder / clip).mkdir(exist_ok=True)
             Image.fromarray(picture).save(self.folder / clip / f"{source.number}.jpg", quality=92)

@@ -30,9 +30,10 @@ def import_features(
     """Turn `table` (parquet or CSV) and `array` into a store of faces.
 
     Row i of the table (columns clip, frame, identity, split, and quality and det where known) belongs to row i of the
-    array: a `.npy` (F, D) of floats, or raw little-endian float32 of the given `width`. Rows may come in any order; an
-    empty identity is none. Identities stand in the store sorted by name. quality_scale: that of the scores, as in
-    `quality.rescale`; without one, scores that plainly are not in the challenge's units are refused.
+    array: a `.npy` (F, D) of floats, or raw little-endian float32 of the given `width`; a row of zeros is refused. Rows
+    may come in any order; an empty identity is none; det is in [0, 1]. Identities stand in the store sorted by name.
+    quality_scale: that of the scores, as in `quality.rescale`; without one, scores that plainly are not in the
+    challenge's units are refused.
     """
     began, table, array = time.perf_counter(), Path(table), Path(array)
     rows, features = read_rows(table), open_array(array, width)
@@ -71,9 +72,11 @@ def write_faces(
             block = rows.iloc[first : first + step]
             taken = features[block.index.to_numpy()]
             feature, loss = to_half(taken)
-            for row in nonfinite_rows(feature):
+            for row in sorted({*nonfinite_rows(feature), *np.flatnonzero(~taken.any(1))}):
                 place, at = np.argmin(np.isfinite(feature[row])), block.iloc[row]
                 where = f"{array}, row {at.name + 1}: clip {at['clip']}, frame {at['frame']}"
+                if not taken[row].any():
+                    raise ValueError(f"{where}: feature is 0 at every position, which is nobody's face")
                 what = f"feature is {taken[row, place]} at position {place}, which float16 cannot hold"
                 raise ValueError(f"{where}: {what}")
             writer.append("face", feature, **{name: block[name].to_numpy() for name in columns})

@@ -137,6 +137,8 @@ def check_rows(table: pd.DataFrame, path: Path, *, files: bool = False) -> pd.Da
         if name == "frame":
             refuse((numbers < 0) | (numbers >= 2**31) | (numbers % 1 != 0), name)
             numbers = numbers.astype(np.int64)
+        if name == "det":
+            refuse((numbers < 0) | (numbers > 1), name, "; it must be in [0, 1]")
         table[name] = numbers
     table = table.sort_values(["clip", "frame"], kind="stable")
     _check_clips(table, path)
@@ -181,7 +183,7 @@ def open_array(path: Path, width: int | None = None) -> np.ndarray:
             raise ValueError(f"{path}: {features.dtype} {features.shape}, expected floats {expected}")
         return features
     if width is None or width < 1:
-        raise ValueError(f"width: {width!r}, but {path} is raw numbers and needs one")
+        raise ValueError(f"{path}: raw numbers, of which --width says how many a row has, 1 or more; got {width}")
     size = path.stat().st_size
     if not size or size % (4 * width):
         raise ValueError(f"{path}: {size} bytes are not whole rows of {width} float32")

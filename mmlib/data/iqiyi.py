@@ -26,7 +26,6 @@ from mmlib.data.submission import (
     read_train_truth,
     read_val_truth,
     short,
-    val_truth,
     write_train_truth,
     write_val_truth,
 )
@@ -126,6 +125,18 @@ def import_folder(
         clips["identity"] = [truth.get(clip, (0, -1))[1] for clip in count.index]
         writer.finish(clips, identities, {name: (start[name], count[name]) for name in count})
     return ImportReport(ClipStore.open(store), time.perf_counter() - began, absent, *lost.tolist(), refused, mended)
+
+
+def val_truth(store: ClipStore, suffix: str = "") -> tuple[list[str], list[list[str]]]:
+    """Return what `val_gt.txt` says of a store: its identities, and the val clips of each, of which there may be none.
+
+    suffix: behind the name of every clip, such as the `.mp4` of `read_as_script`.
+    """
+    names, val = (store.clips["clip"] + suffix).to_numpy(object), store.select("val", labelled=True)
+    code = store.identity_of(val)
+    rows = pd.Series(code).groupby(code).indices
+    clips = [names[val[rows.get(identity, slice(0))]].tolist() for identity in range(len(store.identities))]
+    return store.identities.tolist(), clips
 
 
 def export_folder(store: ClipStore, folder: str | Path, *, overwrite: bool = False) -> None:

@@ -5,19 +5,16 @@ nothing. Anything else that departs from the format is refused. The script of th
 word and no other white space: see `read_as_script`. Clip names carry `.mp4` in the files and nowhere else.
 """
 
+from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from itertools import accumulate, chain
 from operator import eq
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from mmlib.data.content import write_whole
-
-if TYPE_CHECKING:
-    from mmlib.data.store import ClipStore
 
 RESULT_LIMIT = 100  # clips to a line of a submission
 NAME_RULE = "the challenge's text files take names of one word, those of identities not ending in .mp4"
@@ -172,6 +169,25 @@ def count_unknown(truth: Lines, result: Lines) -> dict[str, tuple[int, int]]:
     return {kind: (len(names), len(names.difference(known[kind]))) for kind, names in named.items()}
 
 
+def remarks(path: str | Path, truth: Lines, result: Lines) -> list[str]:
+    """Say what the score of the submission `result`, read from `path`, passes over in silence, a sentence each.
+
+    A clip that a line repeats is dropped, and an identity of `truth` without a line scores 0.
+    """
+    known, answering, said = {*truth[0]}, {*result[0]}, []
+    lines = ((line, name, clips) for line, (name, clips) in enumerate(zip(*result), 1) if name in known)
+    twice = [(line, name, clip) for line, name, clips in lines for clip, n in Counter(clips).items() if n > 1]
+    if twice:
+        line, name, clip = twice[0]
+        more = f", and so are {len(twice) - 1} more" * (len(twice) > 1)
+        where = f"{path}, line {line}: identity {short(name)}"
+        said.append(f"{where} names clip {short(clip) or repr(clip)} more than once; a repeat is dropped{more}")
+    if lacking := [name for name in dict.fromkeys(truth[0]) if name not in answering]:
+        many = f"{len(lacking)} of {len(known)} identities of the ground truth"
+        said.append(f"{path}: no line for {many}, which score 0; first: {short(lacking[0])}")
+    return said
+
+
 def write_train_truth(path: str | Path, clips: Sequence[str], identities: Sequence[str]) -> None:
     """Write `train_gt.txt`."""
     check_names(clips, identities)
@@ -184,18 +200,6 @@ def write_val_truth(path: str | Path, identities: Sequence[str], clips: Sequence
     check_names(chain(*clips), identities)
     words = ([name, *(f"{clip}.mp4" for clip in of)] for name, of in zip(identities, clips, strict=True))
     write_whole(Path(path), "".join(" ".join(line) + " \n" for line in words).encode())
-
-
-def val_truth(store: "ClipStore", suffix: str = "") -> tuple[list[str], list[list[str]]]:
-    """Return what `val_gt.txt` says of a store: its identities, and the val clips of each, of which there may be none.
-
-    suffix: behind the name of every clip, such as the `.mp4` of `read_as_script`.
-    """
-    names, val = (store.clips["clip"] + suffix).to_numpy(object), store.select("val", labelled=True)
-    code = store.identity_of(val)
-    rows = pd.Series(code).groupby(code).indices
-    clips = [names[val[rows.get(identity, slice(0))]].tolist() for identity in range(len(store.identities))]
-    return store.identities.tolist(), clips
 
 
 def write_result(path: str | Path, identities: Sequence[str], ranking: np.ndarray, clips: Sequence[str]) -> None:
