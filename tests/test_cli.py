@@ -274,7 +274,7 @@ def test_an_interrupt_leaves_nothing(tmp_path, option, sent, said, status):
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path):
-    write_lines(tmp_path)
+    write_lines(tmp_path, result="1 a.mp4\n2 c.mp4\n")
     process = start(tmp_path, "evaluate", "val_gt.txt", "result.txt")
     process.stdout.close()
     assert process.stderr.read() == ""
@@ -284,7 +284,7 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_output_that_cannot_be_written_is_said(tmp_path):
-    write_lines(tmp_path)
+    write_lines(tmp_path, result="1 a.mp4\n2 c.mp4\n")
     with open("/dev/full", "w") as full:
         process = start(tmp_path, "evaluate", "val_gt.txt", "result.txt", stdout=full)
         assert process.communicate(timeout=120)[1] == "mmlib: error: No space left on device\n"
