@@ -37,22 +37,26 @@ def predict(
     batch: int = 512,
     hours: float = 24.0,
     level: float = 0.95,
+    corrected: bool = True,
 ) -> pd.DataFrame:
     """Predict time and memory of every cost at another size, on every processor that its growth was measured on.
 
     faces: a clip; batch: clips of a training step, of one epoch; hours: that a part may take.  By ``power`` the time is
     that of the largest size measured, times (asked / measured)^exponent for every axis, ``low`` and ``high`` with all
     exponents at their lower and upper ends, and in proportion to the axis of `STEPS` that has no series.  By ``line``
-    each factor is that of a fixed cost and one in proportion,
-    fitted to the same points: where the fixed cost is large, the power law says too little.  ``floor`` is what the
-    counted operations take at the ceiling.  ``seconds`` is the largest of the three.  Memory (bytes) is counted for
-    training and ranking, and a straight line through what was measured for the others.  Columns: part, where, seconds,
-    power, low, high, line, floor, memory, limit (bytes), verdict, needs (empty for what works as it is).
+    each factor is that of a fixed cost and one in proportion, fitted to the same points: where the fixed cost is large,
+    the power law says too little.  ``floor`` is what the counted operations take at the ceiling.  ``seconds`` is the
+    largest of the three, times ``off``, 1 at least: what a part took at ten times the challenge by what it was so
+    predicted to take there (`tenfold_frame`), if ``corrected``; the verdict looks at ``high`` times that, too.
+    Memory (bytes) is counted for training and ranking, and a straight line through what was measured for the others.
+    Columns: part, where, seconds, off, power, low, high, line, floor, memory, limit (bytes), verdict, needs (empty for
+    what works as it is).
     """
     columns = [
         "part",
         "where",
         "seconds",
+        "off",
         "power",
         "low",
         "high",
@@ -63,7 +67,7 @@ def predict(
         "verdict",
         "needs",
     ]
-    growth, rows = growth_frame(results), []
+    growth, rows, off = growth_frame(results), [], _off(results) if corrected else {}
     fits = exponents(growth, level)
     asked = {"clips": clips, "identities": identities, "faces": clips * faces}
     for result in results:
@@ -79,26 +83,33 @@ def predict(
                     continue
                 floor = _floor(part, clips, identities, ceilings, device)
                 memory = counted_memory(part, clips, identities, batch) or _line(points, asked)
-                most = max(found[0], found[3], floor)
-                verdict = _verdict(most, max(most, found[2]), 3_600 * hours, memory > limit)
+                more = off.get((part, place), 1.0)
+                most = more * max(found[0], found[3], floor)
+                verdict = _verdict(most, more * found[2], 3_600 * hours, memory > limit)
                 needs = "" if verdict in (AS_IT_IS, BY_ESTIMATE) else REMEDY[part]
-                rows.append((part, place, most, *found, floor, memory, limit, verdict, needs))
+                rows.append((part, place, most, more, *found, floor, memory, limit, verdict, needs))
     return pd.DataFrame(rows, columns=columns)
 
 
 def tenfold_frame(results: list[dict]) -> pd.DataFrame:
     """Hold what is predicted for ten times the challenge against what a part of that work took, as a page shows it.
 
-    Columns: part, where, by power, by line, at least, measured, times (by power).
+    Columns: part, where, by power, by line, at least, measured, times (by the largest of the three).
     """
     full = [result for result in results if result["scale"] == "full"]  # others measure the same lines at other sizes
     measured = {(row["name"], where(result, row["device"])): row["median"] for result, row in measured_lines(full)}
-    rows = predict(full, faces=FACES_THERE, **TENFOLD)
+    rows = predict(full, faces=FACES_THERE, corrected=False, **TENFOLD)
     rows["measured"] = [measured.get((MEASURED.get(part), place)) for part, place in zip(rows["part"], rows["where"])]
     rows = rows.dropna(subset=["measured"])
     words = shown(rows)[["part", "where", "by power", "by line", "at least"]]
-    times = (rows["measured"] / rows["power"]).astype(float)
+    times = (rows["measured"] / rows["seconds"]).astype(float)
     return words.assign(measured=rows["measured"].map(seconds_text), times=times)
+
+
+def _off(results: list[dict]) -> dict[tuple[str, str], float]:
+    """Return how many times longer than predicted a part took at ten times the challenge, where it did, by place."""
+    held = tenfold_frame(results)
+    return dict(zip(zip(held["part"], held["where"]), held["times"].clip(lower=1)))
 
 
 def pays_from(results: list[dict]) -> str:

@@ -335,10 +335,20 @@ def test_lean_table_names_the_place_only_where_there_are_several():
 
 def test_ten_times_the_challenge_is_held_against_what_a_part_of_it_took():
     row = {"name": "tenfold, rank", "device": "cpu", "seconds": [2e8], "median": 2e8}
-    (found,) = prediction.tenfold_frame([result(growth=RANKED, lines=[row]) | {"scale": "full"}]).to_dict("records")
+    full = [result(growth=RANKED, lines=[row], fp32=1e12) | {"scale": "full"}]
+    (found,) = prediction.tenfold_frame(full).to_dict("records")
     assert found["part"] == "rank" and found["times"] == pytest.approx(2e8 / (1e-3 * 1e6 * 1e5))
     assert prediction.tenfold_frame([result(growth=RANKED, lines=[row]) | {"scale": "tiny"}]).empty
     assert prediction.tenfold_frame([result(growth=RANKED) | {"scale": "full"}]).empty
+
+
+@pytest.mark.parametrize(("took", "off"), [(2e8, 2), (5e7, 1)])
+def test_a_part_that_took_longer_than_predicted_is_predicted_to_take_longer(took, off):
+    row = {"name": "tenfold, rank", "device": "cpu", "seconds": [took], "median": took}
+    sizes = {"clips": 8_000, "identities": 500, "faces": 2}
+    (found,) = prediction.predict([result(growth=RANKED, lines=[row], fp32=1e12)], **sizes).to_dict("records")
+    assert found["off"] == pytest.approx(off) and found["seconds"] == pytest.approx(off * 1e-3 * 8_000 * 500)
+    assert found["high"] == pytest.approx(1e-3 * 8_000 * 500)  # of the fit alone
 
 
 def test_an_epoch_that_draws_its_classes_has_a_step_for_every_batch_of_clips():
