@@ -21,7 +21,9 @@ REMEDY = {
     "rank": "an index for approximate search, or more devices",
     "metric": "a part of the queries at a time",
 }
-AS_IT_IS, BY_ESTIMATE = "works as it is", "works by the estimate alone"  # the second where `high` does not
+AS_IT_IS = "works as it is"
+BY_ESTIMATE, NOT_BY_ESTIMATE = "works by the estimate alone", "too slow by the estimate alone"  # the interval has both
+OPEN = [BY_ESTIMATE, NOT_BY_ESTIMATE]
 MEASURED = {"train, a tenth drawn": "tenfold, epoch", "rank": "tenfold, rank"}
 FACES_THERE = 1.0  # of a clip there; none of these parts depends on it
 TIMES = np.geomspace(1, 1_000, 61)  # the challenge's size, as steps of a twentieth of a decade
@@ -47,7 +49,8 @@ def predict(
     each factor is that of a fixed cost and one in proportion, fitted to the same points: where the fixed cost is large,
     the power law says too little.  ``floor`` is what the counted operations take at the ceiling.  ``seconds`` is the
     largest of the three, times ``off``, 1 at least: what a part took at ten times the challenge by what it was so
-    predicted to take there (`tenfold_frame`), if ``corrected``; the verdict looks at ``high`` times that, too.
+    predicted to take there (`tenfold_frame`), if ``corrected``.  The verdict is open where the limit lies between
+    ``low`` (the floor, if that is more) and ``high``, both times that.
     Memory (bytes) is counted for training and ranking, and a straight line through what was measured for the others.
     Columns: part, where, seconds, off, power, low, high, line, floor, memory, limit (bytes), verdict, needs (empty for
     what works as it is).
@@ -84,8 +87,8 @@ def predict(
                 floor = _floor(part, clips, identities, ceilings, device)
                 memory = counted_memory(part, clips, identities, batch) or _line(points, asked)
                 more = off.get((part, place), 1.0)
-                most = more * max(found[0], found[3], floor)
-                verdict = _verdict(most, more * found[2], 3_600 * hours, memory > limit)
+                most, ends = more * max(found[0], found[3], floor), (max(more * found[1], floor), more * found[2])
+                verdict = _verdict(most, ends, 3_600 * hours, memory > limit)
                 needs = "" if verdict in (AS_IT_IS, BY_ESTIMATE) else REMEDY[part]
                 rows.append((part, place, most, more, *found, floor, memory, limit, verdict, needs))
     return pd.DataFrame(rows, columns=columns)
@@ -190,21 +193,34 @@ def _line(points: pd.DataFrame, asked: dict[str, float]) -> float:
     return max(0.0, start) + max(0.0, slope) * asked[points["axis"].iloc[0]]
 
 
-def _verdict(seconds: float, high: float, limit: float, large: bool) -> str:
-    wrong = " and ".join(word for word, so in (("too slow", seconds > limit), ("too large", large)) if so)
-    return wrong or (BY_ESTIMATE if high > limit else AS_IT_IS)
+def _verdict(seconds: float, ends: tuple[float, float], limit: float, large: bool) -> str:
+    wrong = " and ".join(word for word, so in (("too slow", ends[0] > limit), ("too large", large)) if so)
+    return wrong or (NOT_BY_ESTIMATE if seconds > limit else BY_ESTIMATE if ends[1] > limit else AS_IT_IS)
 
 
-def verdicts(predicted: pd.DataFrame) -> pd.Series:
-    """Return the best verdict over the processors, by part: `AS_IT_IS`, `BY_ESTIMATE`, or what is wrong."""
-    order = predicted["verdict"].map({AS_IT_IS: 0, BY_ESTIMATE: 1}).fillna(2)
-    best = predicted.loc[order.groupby(predicted["part"], sort=False).idxmin()]
-    return best.set_index("part")["verdict"]
+def best(predicted: pd.DataFrame) -> pd.DataFrame:
+    """Return by part the prediction with the best verdict over the processors."""
+    order = predicted["verdict"].map({AS_IT_IS: 0, BY_ESTIMATE: 1, NOT_BY_ESTIMATE: 2}).fillna(3)
+    return predicted.loc[order.groupby(predicted["part"], sort=False).idxmin()].set_index("part")
+
+
+def told(predicted: pd.DataFrame) -> dict[str, list[str]]:
+    """Say which parts work as they are ("works"), are open ("tight") and do not work ("fails"), with time and memory.
+
+    Of a part that is open the interval of its time stands beside that, as the verdict takes it.
+    """
+    out: dict[str, list[str]] = {"works": [], "tight": [], "fails": []}
+    for part, row in best(predicted).iterrows():
+        kind = "works" if row["verdict"] == AS_IT_IS else "tight" if row["verdict"] in OPEN else "fails"
+        ends = max(row["off"] * row["low"], row["floor"]), row["off"] * row["high"]
+        between = f" [{', '.join(map(seconds_text, ends))}]" if kind == "tight" else ""
+        out[kind].append(f"{part} ({seconds_text(row['seconds'])}{between}, {row['memory'] / 1e9:.3g} GB)")
+    return out
 
 
 def works(predicted: pd.DataFrame) -> pd.Series:
     """Say of each part whether it works on some processor, as it is or by the estimate alone (bool), by part."""
-    return verdicts(predicted).isin([AS_IT_IS, BY_ESTIMATE])
+    return best(predicted)["verdict"].isin([AS_IT_IS, BY_ESTIMATE])
 
 
 def breaks(results: list[dict], *, faces: float, hours: float = 24.0) -> pd.Series:

@@ -6,6 +6,7 @@ A drawing function takes a tidy frame and an optional ``ax`` and returns the ``a
 
 from __future__ import annotations
 
+import base64
 import html
 import io
 import re
@@ -25,6 +26,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from PIL import Image
 
 from mmlib import compare
 from mmlib.narrow import MOST_NAMES, narrowed
@@ -63,7 +65,6 @@ ON_ANY_GROUND = {
     to_hex("0.93"): "rgb(128 128 128 / .2)",
 }
 WIDEST_LABEL = 34  # letters of a row
-MOST_IMAGES = 5  # of a drawing
 _INK, _CHALK = "#222222", "#fefefe"  # letters on a ground of their own
 _DRAWN: WeakKeyDictionary[Figure, list[pd.DataFrame]] = WeakKeyDictionary()  # what each figure was drawn from
 
@@ -76,8 +77,8 @@ def set_style() -> None:
     if getattr(get_ipython(), "kernel", None):
         get_ipython().enable_matplotlib("inline")
         formatters = get_ipython().display_formatter.formatters
-        formatters["image/svg+xml"].for_type(Figure, lambda figure: None if _has_pictures(figure) else drawing(figure))
-        formatters["image/png"].for_type(Figure, lambda figure: _painted(figure) if _has_pictures(figure) else None)
+        formatters["image/svg+xml"].for_type(Figure, drawing)
+        formatters["image/png"].pop(Figure, None)
     shape = {"figure.figsize": (6.0, 3.6), "savefig.bbox": "tight", "figure.constrained_layout.use": True}
     quiet: dict = {"axes.edgecolor": "0.4", "grid.color": "0.9"}
     quiet |= dict.fromkeys(("legend.frameon", "axes.spines.top", "axes.spines.right"), False)
@@ -153,7 +154,7 @@ def _svg(figure: Figure, kind: str) -> str:
     file = io.StringIO()
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mmlib"}):
         figure.savefig(file, format="svg", transparent=True, dpi=144, metadata=dict.fromkeys(("Date", "Creator")))
-    drawn = file.getvalue().partition("<svg ")[2]
+    drawn = re.sub(r'"data:image/png;base64,([^"]*)"', _smaller, file.getvalue().partition("<svg ")[2])
     drawn = f'<svg class="{kind}" fill="currentColor" {drawn}'  # matplotlib leaves black, the default of SVG, out
     for colour, on_any_ground in ON_ANY_GROUND.items():
         drawn = drawn.replace(colour, on_any_ground)
@@ -170,15 +171,14 @@ def _intervals(frames: Sequence[pd.DataFrame]) -> list[str]:
     return [f"Intervals over {compare.listed(dict.fromkeys(over))}."] if over else []
 
 
-def _has_pictures(figure: Figure) -> bool:
-    """Say whether a figure is made of pictures, which are larger as a drawing."""
-    return sum(len(ax.images) for ax in figure.axes) > MOST_IMAGES
-
-
-def _painted(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=144)
-    return file.getvalue()
+def _smaller(match: re.Match) -> str:
+    """Return a picture inside a drawing as JPEG where that takes fewer bytes and shows the same."""
+    picture, file = Image.open(io.BytesIO(base64.b64decode(match[1]))), io.BytesIO()
+    if picture.convert("RGBA").getextrema()[3] != (255, 255):
+        return match[0]
+    picture.convert("RGB").save(file, "JPEG", quality=90)
+    written = base64.b64encode(file.getvalue()).decode()
+    return f'"data:image/jpeg;base64,{written}"' if len(written) < len(match[1]) else match[0]
 
 
 def _as_csv(frames: Sequence[pd.DataFrame]) -> str:
@@ -463,16 +463,18 @@ def _without_pictures(ax: Axes) -> Axes:
 def picture_rows(frame: pd.DataFrame, ax: Axes | None = None, *, inch: float = 0.95) -> Axes:
     """Draw pictures in rows, those that are marked in a frame: a line where right, dashes where wrong.
 
-    frame: columns row (label), picture ((S, S, 3) uint8), mark ("right", "wrong" or "").  inch: side of a picture.
+    frame: columns row (label), picture ((S, S, 3) uint8), mark ("right", "wrong" or ""), and any that say more of a
+    picture.  inch: side of a picture.
     """
     ax = ax or plt.gca()
     if frame.empty:
         return _without_pictures(ax)
+    note(ax, frame.drop(columns="picture"))
     rows = dict(list(frame.groupby("row", sort=False)))
     longest = max(map(len, rows.values()))
     for line, part in enumerate(rows.values()):
         for place, (picture, mark) in enumerate(zip(part["picture"], part["mark"])):
-            ax.imshow(picture, extent=(place + 0.06, place + 0.94, line + 0.94, line + 0.06))
+            ax.imshow(picture, extent=(place + 0.06, place + 0.94, line + 0.94, line + 0.06), interpolation="none")
             if mark:
                 box = plt.Rectangle((place + 0.05, line + 0.05), 0.9, 0.9, fill=False, linewidth=2.4, **_MARKS[mark])
                 ax.add_patch(box)
@@ -482,6 +484,7 @@ def picture_rows(frame: pd.DataFrame, ax: Axes | None = None, *, inch: float = 0
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
     ax.figure.set_size_inches(inch * longest + 1.2, inch * len(rows) + 0.2)
+    ax.figure.set_layout_engine("compressed")  # a narrow form leaves no gap below smaller pictures
     return ax
 
 
@@ -493,8 +496,10 @@ def occlusion_maps(pictures: np.ndarray, maps: np.ndarray, ax: Axes | None = Non
     scale = ScalarMappable(Normalize(-limit, limit), "RdBu_r")
     over = 0.35 * pictures.mean(-1, keepdims=True) + 0.65 * 255 * scale.cmap(scale.norm(maps))[..., :3]
     rows = {"row": np.repeat(["picture", "covered"], len(maps)), "picture": [*pictures, *over.astype(np.uint8)]}
-    ax = picture_rows(pd.DataFrame(rows | {"mark": ""}), ax, inch=1.25)
-    ax.figure.colorbar(scale, ax=ax, label="cosine lost", shrink=0.6)
+    lost = [np.nan] * len(maps) + maps.max((1, 2)).tolist()
+    ax = picture_rows(pd.DataFrame(rows | {"mark": "", "most_cosine_lost": lost}), ax, inch=1.25)
+    ax.figure.set_figheight(ax.figure.get_figheight() + 0.8)
+    ax.figure.colorbar(scale, ax=ax, label="cosine lost", location="bottom", shrink=0.6, aspect=30)
     return ax
 
 

@@ -151,21 +151,39 @@ def test_a_part_works_that_works_on_one_of_two_processors():
     assert prediction.works(predicted).to_dict() == {"rank": True, "train": False}
     predicted.loc[2, "verdict"] = prediction.BY_ESTIMATE
     assert prediction.works(predicted).all()
-    assert prediction.verdicts(predicted).to_dict() == {"rank": prediction.AS_IT_IS, "train": prediction.BY_ESTIMATE}
+    assert prediction.best(predicted)["verdict"].to_dict() == {
+        "rank": prediction.AS_IT_IS,
+        "train": prediction.BY_ESTIMATE,
+    }
+    predicted.loc[2, "verdict"] = prediction.NOT_BY_ESTIMATE  # which is better than surely, and worse than no
+    assert prediction.works(predicted).to_dict() == {"rank": True, "train": False}
+    assert prediction.best(predicted)["verdict"]["train"] == prediction.NOT_BY_ESTIMATE
 
 
-def test_what_fits_with_an_interval_that_does_not_fits_by_the_estimate_alone():
+def test_a_verdict_is_open_where_the_limit_lies_in_the_interval_on_either_side_of_the_estimate():
     noisy = dict(zip((10, 20, 40, 80), (1.0, 3.0, 3.0, 9.0)))  # about in proportion
     grown = [series("open", "clips", noisy.get)]
     sizes = {"clips": 8_000, "identities": 5, "faces": 2}  # a hundred times the last
     found = prediction.predict([result(growth=grown)], **sizes).iloc[0]
-    assert found["seconds"] < found["high"]
-    for hours, said in (
-        (found["high"] / 3_599, prediction.AS_IT_IS),
-        (found["seconds"] / 3_599, prediction.BY_ESTIMATE),
+    assert found["low"] < found["seconds"] < found["high"]
+    for hours, said, needs in (
+        (found["high"] / 3_599, prediction.AS_IT_IS, ""),
+        (found["seconds"] / 3_599, prediction.BY_ESTIMATE, ""),
+        (found["seconds"] / 3_601, prediction.NOT_BY_ESTIMATE, prediction.REMEDY["open"]),
+        (found["low"] / 3_599, prediction.NOT_BY_ESTIMATE, prediction.REMEDY["open"]),
+        (found["low"] / 3_601, "too slow", prediction.REMEDY["open"]),
     ):
         again = prediction.predict([result(growth=grown)], **sizes, hours=hours).iloc[0]
-        assert (again["verdict"], again["needs"]) == (said, "")
+        assert (again["verdict"], again["needs"]) == (said, needs)
+
+
+def test_the_time_that_is_told_is_of_the_processor_on_which_a_part_works_and_has_an_interval_where_that_is_open():
+    row = {"off": 2.0, "low": 1.0, "high": 60.0, "floor": 3.0, "memory": 2e9}
+    rows = [("rank", 100.0, "too slow"), ("rank", 5.0, prediction.AS_IT_IS), ("train", 50.0, prediction.BY_ESTIMATE)]
+    frame = pd.DataFrame([row | dict(zip(("part", "seconds", "verdict"), each)) for each in rows])
+    told = prediction.told(frame)
+    assert told == {"works": ["rank (5 s, 2 GB)"], "tight": ["train (50 s [3 s, 2 min], 2 GB)"], "fails": []}
+    assert prediction.told(frame[:1])["fails"] == ["rank (100 s, 2 GB)"]
 
 
 def test_parts_break_in_the_order_of_the_sizes_at_which_they_fail():

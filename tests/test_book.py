@@ -233,10 +233,11 @@ def test_the_packages_of_the_cache_are_all_that_chapters_import_of_the_repositor
 @pytest.mark.parametrize("address", ["", "https://example.org/somebody/study"])
 def test_pages_have_buttons_of_a_repository_where_an_address_is_set(study, monkeypatch, tmp_path, address):
     monkeypatch.setenv("MMLIB_REPOSITORY", address)
-    config = SimpleNamespace(html_theme_options={}, html_context={})
+    config = SimpleNamespace(html_theme_options={}, html_context={}, myst_substitutions={})
     study.configure(SimpleNamespace(outdir=tmp_path / "html"), config)
     assert config.html_theme_options.get("repository_url", "") == address
     assert bool(config.html_theme_options) == bool(config.html_context) == bool(address)
+    assert (config.myst_substitutions["repository"] == f"`git clone {address}`") == bool(address)
     if address:  # and an edit is of the text of a chapter, not of its notebook
         edit = Template(config.html_context["edit_page_url_template"]).render(file_name="chapters/01_data.ipynb")
         assert edit == f"{address}/edit/main/book/chapters/01_data.md"

@@ -1,3 +1,5 @@
+import base64
+import io
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,8 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from bs4 import BeautifulSoup
 from conftest import made
 from matplotlib.colors import to_rgb
+from PIL import Image
 from torch.nn import functional as F
 
 from mmlib import figures, scene, scene_training
@@ -163,6 +167,8 @@ def test_retrieved_pictures_are_marked_as_the_ranking_says(scenes, found):
     marks = frame["mark"].iloc[:4].tolist()
     assert marks == ["", *("right" if hit else "wrong" for hit in found.hits[best][:3])]
     assert frame["picture"].iloc[0].shape == (32, 32, 3)
+    names = scenes.store.clips["clip"].to_numpy()
+    assert frame["clip"].iloc[1:4].tolist() == names[found.gallery[found.ranking[best][:3]]].tolist()
 
 
 def test_wrong_clips_are_split_by_the_shows_of_their_identity(scenes, found):
@@ -250,6 +256,22 @@ def test_pictures_are_framed_by_their_mark(ax):
     assert frames[0][1] == frames[2][1] != frames[1][1]
 
 
+def test_a_drawing_holds_its_pictures_in_their_own_size_and_says_which_they_are(ax):
+    picture = np.random.default_rng(0).integers(100, 140, (64, 64, 3), np.uint8)
+    picture[20:40] += 60
+    frame = pd.DataFrame({"row": "a", "clip": list("abcdefgh"), "picture": [picture] * 8, "mark": "right"})
+    figures.picture_rows(frame, ax)
+    wide = BeautifulSoup(figures.drawing(ax.figure), "html.parser")
+    narrow = BeautifulSoup(wide.find(class_="narrow").extract().text, "html.parser")
+    for form in (wide, narrow):
+        held = [image["xlink:href"].partition("base64,")[2] for image in form.find_all("image")]
+        shown = [Image.open(io.BytesIO(base64.b64decode(text))) for text in held]
+        assert [(each.format, each.size) for each in shown] == [("JPEG", (64, 64))] * 8
+        assert np.abs(np.asarray(shown[0], float) - picture).mean() < 12  # coloured noise is what JPEG keeps least
+    assert wide.find(class_="data").text.splitlines()[:3] == ["row,clip,mark", "a,a,right", "a,b,right"]
+    assert 250 < float(narrow.svg["width"].rstrip("pt")) <= 72 * 4.2 < 600 < float(wide.svg["width"].rstrip("pt"))
+
+
 def test_without_pictures_the_drawings_say_so(ax):
     none = pd.DataFrame()
     drawn = [
@@ -263,7 +285,7 @@ def test_without_pictures_the_drawings_say_so(ax):
 def test_occlusion_maps_share_one_scale_about_zero(ax):
     maps = np.array([np.full((4, 4), 0.1), np.full((4, 4), -0.3)])
     figures.occlusion_maps(np.full((2, 4, 4, 3), 128, np.uint8), maps, ax)
-    assert ax.figure.axes[1].get_ylim() == (-0.3, 0.3)
+    assert ax.figure.axes[1].get_xlim() == (-0.3, 0.3)
     for_, against = (image.get_array()[0, 0].astype(int) for image in ax.images[2:])
     assert (
         for_[0] > for_[2] and against[0] < against[2] and for_.sum() > against.sum()

@@ -85,7 +85,10 @@ def configure(app: Sphinx, config: Config) -> None:
     key = cache_key(ROOT, *map(package_folder, PACKAGES))
     config.nb_execution_cache_path = str(Path(app.outdir).parent / ".jupyter_cache" / key)
     # Pages that are published know their repository, by who publishes them; those of a build at home have no buttons.
-    if address := os.environ.get("MMLIB_REPOSITORY"):
+    address = os.environ.get("MMLIB_REPOSITORY")
+    whence = f"`git clone {address}`" if address else "these pages were built from one, which does not know its address"
+    config.myst_substitutions |= {"repository": whence}
+    if address:
         shown = dict.fromkeys(("use_repository_button", "use_edit_page_button"), True)
         place = {"repository_url": address, "repository_branch": "main", "path_to_docs": "book"}
         config.html_theme_options |= {

@@ -183,7 +183,8 @@ def _row(scenes: Scenes, label: str, clips: np.ndarray, marks: str | list[str]) 
     seen = np.full((len(clips), size, size, 3), 128, np.uint8)
     for batch in scenes.pictures(clips[there], size, scenes.run.settings.resize):
         seen[there] = batch.pixels.permute(0, 2, 3, 1).numpy()
-    return pd.DataFrame({"row": label, "picture": list(seen), "mark": marks})
+    names = scenes.store.clips["clip"].to_numpy()[clips]
+    return pd.DataFrame({"row": label, "clip": names, "picture": list(seen), "mark": marks})
 
 
 def _spread(n: int, of: int) -> np.ndarray:
