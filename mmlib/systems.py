@@ -102,6 +102,8 @@ FUSIONS = {
     **{name: replace(FUSED, context=(name,)) for name in ("head", "body", "audio")},
     "all": replace(FUSED, context=("scene", "head", "body", "audio")),
 }
+RANDOM = ", random start"
+FUSIONS_AT_RANDOM = {name + RANDOM: replace(FUSIONS[name], start="random") for name in ("face", "scene", "scene 128")}
 
 
 _MEMBER = replace(BASE, context=("scene",))

@@ -274,7 +274,7 @@ def test_a_tally_counts_what_both_networks_say():
         row("mobilefacenet", -2, -1, "d"),
         *(row(name, 1, 2, "e") for name in NETWORKS),
     ]
-    assert faces.tally(pd.DataFrame(rows)) == "gain in 2 and lose in 1 of 5 comparisons"
+    assert faces.tally(pd.DataFrame(rows)) == "gain in 2 and lose in 1 (b) of 5 comparisons"
     assert faces.tally(pd.DataFrame()) == "gain in 0 and lose in 0 of 0 comparisons"
 
 
@@ -306,6 +306,13 @@ def test_a_difference_and_a_grid_say_what_they_were_made_from(kept):
     held = faces.held(kept)
     assert "records on real clips" in held.attrs["made"] and "records on simulated clips" in held.attrs["made"]
     assert faces.pictured(held).attrs["made"] == held.attrs["made"]
+
+
+def test_a_size_is_another_one_where_no_interval_on_real_video_meets_the_simulated_one():
+    rows = [row("", 1, 2, step) | {"set": "simulated"} for step in "abcd"]
+    real = {"a": ((-1, 0.9), (2.1, 3)), "b": ((-1, 0.9), (1.5, 3)), "c": ((-1, 1), (0, 0.5)), "d": ((3, 4),)}
+    rows += [row(net, *ends, step) for step, both in real.items() for net, ends in zip(NETWORKS, both)]
+    assert faces.of_other_size(pd.DataFrame(rows)).to_dict() == {"a": True, "b": False, "c": False, "d": False}
 
 
 def test_effects_are_said_in_the_order_of_their_networks():

@@ -61,16 +61,15 @@ WEIGHTED: Pairs = {name: (f"{name}, class means", "mean, class means") for name 
 GRID = WEIGHTED | {name: (name, "mean") for name in ("learned scores", "NAN", "attention + scores")}  # of figures
 LOSSES: Pairs = {name: (name, "margin") for name in systems.LOSSES if name != "margin"}
 ENSEMBLES: Pairs = {f"{kind}, {MEMBERS}": (f"{kind}, {MEMBERS}", "seeds, 1") for kind in KINDS}
-RANDOM = ", random start"  # of members' vectors, after the name of what starts at class means
 STARTS: Pairs = {
-    f"a start at random beats class means, {models}": (arm + RANDOM, arm)
+    f"a start at random beats class means, {models}": (arm + systems.RANDOM, arm)
     for models, arm in (("one model", "seeds, 1"), (f"{MEMBERS} views", f"views, {MEMBERS}"))
 }
 FUSED: Pairs = {
     "score fusion beats the face alone": (fusion.SCORE, "face"),
     "score fusion beats network fusion": (fusion.SCORE, "scene 128"),
 }
-LONGER = f"seeds, 1{RANDOM}, longer"  # tried after the claim was judged, as set on a split that no number uses
+LONGER = f"seeds, 1{systems.RANDOM}, longer"  # tried after the claim was judged, as set on a split that no number uses
 LONGER_BUDGET = {"epochs": 4 * BUDGET["epochs"], "lr": 1e-2}
 WHOLE = "the whole system, against one model on faces"
 BESIDE: Pairs = {  # no claims
@@ -273,9 +272,13 @@ def verdicts(frame: pd.DataFrame, by: Sequence[str] = ("set", "step")) -> pd.Ser
 
 
 def tally(frame: pd.DataFrame) -> str:
-    """Say in how many of some comparisons, by their steps, both networks gain and lose."""
+    """Say in how many comparisons, by their steps, both networks gain and lose, and in which where it is one."""
     said = verdicts(frame, ["step"]) if len(frame) else pd.Series(dtype=object)
-    return f"gain in {(said == 'gains').sum()} and lose in {(said == 'loses').sum()} of {len(said)} comparisons"
+    counts = []
+    for word in ("gains", "loses"):
+        (steps,) = np.where(said == word)
+        counts.append(f"{len(steps)}" + (f" ({said.index[steps[0]]})" if len(steps) == 1 else ""))
+    return f"gain in {counts[0]} and lose in {counts[1]} of {len(said)} comparisons"
 
 
 def simulated() -> pd.DataFrame:
@@ -302,7 +305,7 @@ def _members(records: list[Record]) -> tuple[pd.Series, pd.Series]:
     """Return the records of chapter 08 on face and scene, by its main rule, and what the arm of each is called here."""
     runs = ensemble.as_runs(records)
     runs = runs[(runs["rule"] == ensemble.MAIN) & (runs["system"] != "scene alone")]
-    return runs["record"], runs["arm"] + (runs["start"] == "random").map({True: RANDOM, False: ""})
+    return runs["record"], runs["arm"] + (runs["start"] == "random").map({True: systems.RANDOM, False: ""})
 
 
 def held(records: Iterable[Record]) -> pd.DataFrame:
@@ -348,6 +351,14 @@ def agreement(said: pd.DataFrame) -> pd.Series:
     kinds = [one.isna() | two.isna(), (one == two) & (one != 0), one * two < 0, (one != 0) & (two == 0)]
     kinds.append((one == 0) & (two != 0))
     return pd.Series(np.select(kinds, ["", "same", "opposite", "simulated only", "real only"], "neither"), said.index)
+
+
+def of_other_size(frame: pd.DataFrame) -> pd.Series:
+    """Say of each claim of `held` whether both its intervals on YTF lie apart from that of simulated clips (bool)."""
+    world = frame[frame["set"] == "simulated"].set_index("step")[["low", "high"]].add_prefix("world_")
+    found = frame[frame["set"] == "ytf"].join(world, on="step")
+    outside = (found["low"] > found["world_high"]) | (found["high"] < found["world_low"])
+    return outside.groupby(found["step"]).agg(lambda part: part.all() and len(part) == len(NETWORKS))
 
 
 def both(frame: pd.DataFrame) -> tuple[str, str]:

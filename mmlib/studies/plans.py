@@ -81,7 +81,7 @@ def ensembles(
     arms = {name: replace(arm, **seen) for name, arm in arms.items() if scene or arm.modality}
     asked = ensemble.plan(arms.pop("face and scene"), kinds, sizes, [0])
     for arm in arms.values() if others else ():
-        asked += ensemble.plan(arm, ("seeds", "views"), sizes, [0], rules=[ensemble.MAIN])
+        asked += ensemble.plan(arm, kinds if arm.modality else ("seeds", "views"), sizes, [0], rules=[ensemble.MAIN])
     return {str(number): arm for number, arm in enumerate(asked)}
 
 
@@ -115,7 +115,7 @@ def real_faces(store: ClipStore) -> Plan:
     out |= {name: arm for name, arm in arms.items() if not missing_scores(arm, store)}
     groups = [arm for arm in ensembles(store, sizes=(faces.MEMBERS,)).values() if arm.modality]
     main = [arm for arm in groups if (arm.combine, arm.scale) == tuple(ensemble.RULES[ensemble.MAIN].values())]
-    named = {f"{arm.ensemble}, {len(arm.members)}" + faces.RANDOM * (arm.start == "random"): arm for arm in main}
+    named = {f"{arm.ensemble}, {len(arm.members)}" + systems.RANDOM * (arm.start == "random"): arm for arm in main}
     members = {arm for pair in [*faces.ENSEMBLES.values(), *faces.STARTS.values()] for arm in pair}
     out |= {name: arm for name, arm in named.items() if name in members}
     out |= {name: arm for name, arm in fusions(store).items() if name in ("face", "scene 128", *fusion.WEIGHTS)}
@@ -123,7 +123,7 @@ def real_faces(store: ClipStore) -> Plan:
     out |= {arm: Experiment(classifier=kind) for pair in faces.LENT.values() for arm, kind in zip(pair, kinds)}
     out |= {f"rule: {name}": arm for name, arm in inference.rules(inference.base(store)).items()}
     out = {name: _in_budget(arm) for name, arm in out.items()}
-    random = out[f"seeds, 1{faces.RANDOM}"]
+    random = out[f"seeds, 1{systems.RANDOM}"]
     return out | {faces.LONGER: replace(random, training=replace(random.training, **faces.LONGER_BUDGET))}
 
 
