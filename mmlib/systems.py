@@ -40,7 +40,9 @@ _ARMS = [
     (Rates(3e-4, 1e-3), ("scene",)),
     (Rates(1e-3, 1e-3), ("face", "scene 32", "scene 64", "scene 256", "scene 128, gated", "head", "body", "audio")),
     (Rates(3e-3, 1e-3), ("all",)),
-    (Rates(1e-2, 1e-3), ("scene 128",)),
+    (Rates(1e-2, 1e-3), ("scene 128", "face, random start")),
+    (Rates(3e-3, 1e-3), ("scene 128, random start",)),
+    (Rates(3e-2, 1e-3), ("scene, random start",)),
     # Members of ensembles.
     (Rates(3e-3, 1e-3), ("face and scene", "random start")),
     (Rates(3e-4, 1e-3), ("scene alone",)),

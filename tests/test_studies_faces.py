@@ -300,6 +300,15 @@ def test_tables_say_both_networks_and_nothing_of_nothing(kept):
     assert faces.both(faces.differences(faces.WEIGHTED, [])) == ("was not run", "no numbers")
 
 
+def test_a_claim_that_is_open_says_what_one_network_tells():
+    rows = [row("", 1, 2, step, "simulated") for step in (faces.WHITENING, faces.MARGIN, faces.LEARNED)]
+    told = {faces.WHITENING: ((-1, 1), (-3, -1)), faces.MARGIN: ((-1, 1), (-2, 1)), faces.LEARNED: ((1, 2), (-2, -1))}
+    rows += [row(network, *ends, step) for step, both in told.items() for network, ends in zip(NETWORKS, both)]
+    shown = faces.claims_table(pd.DataFrame(rows)).data.set_index("claim")["YTF"]
+    assert shown[[faces.WHITENING, faces.MARGIN]].tolist() == ["open; a loss by MobileFaceNet", "open"]
+    assert shown[faces.LEARNED] == "open; a gain by EdgeFace and a loss by MobileFaceNet"
+
+
 def test_a_difference_and_a_grid_say_what_they_were_made_from(kept):
     for frame in (faces.differences(faces.WEIGHTED, kept), faces.grid(kept, faces.WEIGHTED)):
         assert frame.attrs["made"].startswith(f"{len(kept)} records on real clips")
@@ -317,7 +326,9 @@ def test_a_size_is_another_one_where_no_interval_on_real_video_meets_the_simulat
 
 def test_effects_are_said_in_the_order_of_their_networks():
     rows = [row("edgeface", 1, 2), row("mobilefacenet", -1, 3)]
-    assert faces.both(pd.DataFrame(rows))[1] == "+1.50 and +1.00 points"
+    assert faces.both(pd.DataFrame(rows))[1] == "+1.50 and +1.00 points, a gain by EdgeFace"
+    rows[1] = row("mobilefacenet", 1, 2)
+    assert faces.both(pd.DataFrame(rows)) == ("gains", "+1.50 and +1.50 points")
 
 
 def test_the_picture_has_claims_alone_by_their_effect_on_simulated_clips():

@@ -114,6 +114,20 @@ def test_pairs_are_of_arms_that_the_chapter_has():
     assert named <= {*systems.FUSIONS, fusion.SCORE} and set(fusion.WIDTHS) | set(fusion.OTHERS) <= set(systems.FUSIONS)
 
 
+def test_a_start_at_random_is_that_of_both_models_and_has_pairs_and_a_weight_of_its_own():
+    face, scene = (systems.arms(systems.FUSIONS_AT_RANDOM)[name + systems.RANDOM] for name in ("face", "scene"))
+    plan = fusion.at_every_weight(face)
+    assert list(plan) == [name + systems.RANDOM for name in fusion.WEIGHTS]
+    assert {(arm.start, arm.fallback.lr) for arm in plan.values()} == {("random", scene.training.lr)}
+    named = {name for pair in fusion.FROM_RANDOM.values() for name in pair} - {fusion.SCORE}
+    assert named <= {*systems.FUSIONS_AT_RANDOM, fusion.SCORE + systems.RANDOM}
+    runs = swept({0.0: [0.0, 0.5, 0.5], 0.1: [0.2, 0.9, 0.8], 0.5: [0.3, 0.1, 0.2]})
+    both = pd.concat([runs, runs.iloc[::-1].rename(lambda name: name + systems.RANDOM)])
+    assert fusion.held_out(both)[0].index.unique().tolist() == [fusion.SCORE]
+    records, frame = fusion.held_out(both[both.index.str.endswith(systems.RANDOM)], systems.RANDOM)
+    assert records.index.unique().tolist() == [fusion.SCORE + systems.RANDOM] and len(frame) == 3
+
+
 def test_cost_of_score_fusion_counts_both_models():
     scene = systems.FUSIONS["scene"]
     runs = found(

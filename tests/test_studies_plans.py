@@ -7,7 +7,7 @@ import pytest
 from mmlib import retrieve, systems
 from mmlib.experiment import arm_key
 from mmlib.records import read_results
-from mmlib.studies import plans
+from mmlib.studies import fusion, plans
 
 WORLDS = range(10)
 KEPT = {"04_aggregation": "04_arms", "07_fusion": "07_arms", "08_ensemble": "08_ensemble", "10_ladder": "10_ladder"}
@@ -23,6 +23,13 @@ def test_committed_records_are_of_the_arms_of_the_chapter_in_ten_worlds(chapter,
     assert found == {(arm, seed) for arm in planned for seed in WORLDS}
     assert {(r.experiment["data"], r.experiment["profile"]) for r in kept} == {("simulated", "quick")}
     assert len({record.key for record in kept}) == len(kept)
+
+
+def test_committed_records_have_what_joins_face_and_scene_from_a_start_at_random_too(store):
+    planned = {arm_key(arm) for name, arm in plans.fusions(store, starts=True).items() if systems.RANDOM in name}
+    kept = [(arm_key(record.experiment), record.experiment["seed"]) for record in read_results("07_random.jsonl.gz")]
+    assert len(planned) == 3 + len(fusion.WEIGHTS) and len(kept) == len({*kept})
+    assert {*kept} == {(arm, seed) for arm in planned for seed in WORLDS}
 
 
 @pytest.mark.parametrize("chapter", plans.PLANS)

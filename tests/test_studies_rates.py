@@ -7,7 +7,7 @@ from mmlib import systems
 from mmlib.experiment import Experiment
 from mmlib.records import read_results
 from mmlib.studies import rates
-from mmlib.systems import FUSIONS, LOSSES
+from mmlib.systems import FUSIONS, FUSIONS_AT_RANDOM, LOSSES
 
 ARMS = {**LOSSES, "attention": Experiment(aggregator="attention")}
 
@@ -84,7 +84,7 @@ def test_record_of_no_arm_is_refused():
 
 
 @pytest.mark.parametrize(
-    "group, name", [(LOSSES, "05_search.jsonl.gz"), (FUSIONS, "07_search.jsonl.gz")], ids=["losses", "fusions"]
+    "group, name", [(LOSSES, "05_search.jsonl.gz"), (FUSIONS | FUSIONS_AT_RANDOM, "07_search.jsonl.gz")], ids=["losses", "fusions"]
 )
 def test_rates_are_the_best_short_ones_of_the_committed_searches(group, name):
     found = rates.search_frame(group, read_results(name)).set_index("arm")["lr"]

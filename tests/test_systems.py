@@ -216,7 +216,7 @@ def test_every_rung_has_one_part_more_than_the_one_before(name, scores, scene):
 # -- arms ------------------------------------------------------------------------------------------------------
 
 RUNGS = systems.rung_arms()
-EVERY = {"losses": LOSSES, "fusions": FUSIONS, "ensembles": systems.ENSEMBLES, "rungs": RUNGS}
+EVERY = {"losses": LOSSES, "fusions": FUSIONS | systems.FUSIONS_AT_RANDOM, "ensembles": systems.ENSEMBLES, "rungs": RUNGS}
 GROUPS = pytest.mark.parametrize("group", EVERY.values(), ids=EVERY)
 
 
@@ -286,7 +286,7 @@ def test_arms_have_the_rates_chosen_for_them(group, monkeypatch):
 @GROUPS
 def test_one_table_says_the_rates_of_every_arm(group):
     assert all(systems.arms(group)[name].training.lr == systems.CHOSEN[name] for name in group)
-    assert {*LOSSES, *FUSIONS, *RUNGS, *AGGREGATORS} <= systems.CHOSEN_RATES.keys() == systems.CHOSEN.keys()
+    assert {*LOSSES, *EVERY["fusions"], *RUNGS, *AGGREGATORS} <= systems.CHOSEN_RATES.keys() == systems.CHOSEN.keys()
     assert sum(len(names) for _, names in systems._ARMS) == len(systems.CHOSEN_RATES)  # no arm stands there twice
 
 

@@ -362,9 +362,20 @@ def of_other_size(frame: pd.DataFrame) -> pd.Series:
 
 
 def both(frame: pd.DataFrame) -> tuple[str, str]:
-    """Return what `verdicts` says of one comparison, a row a network, and the effects as a sentence has them."""
+    """Return what `verdicts` says of one comparison, a row a network, and the effects as a sentence has them.
+
+    Where the networks do not agree, the sentence says which of them tells a gain or a loss.
+    """
     said = verdicts(frame.assign(all=0), ["all"]).get(0, "was not run")
-    return said, f"{compare.listed(map(compare.signed, frame['difference']))} points" if len(frame) else "no numbers"
+    effects = f"{compare.listed(map(compare.signed, frame['difference']))} points" if len(frame) else "no numbers"
+    alone = [f"a {word} by {network}" for network, word in _told(frame).items()]
+    return said, ", ".join([effects, *(alone if said == "cannot be told apart" else [])])
+
+
+def _told(frame: pd.DataFrame) -> dict[str, str]:
+    """Return which networks tell a gain or a loss of one comparison, and which, by their titles."""
+    signs = zip(frame["network"], map(compare.sign, frame.to_dict("records")))
+    return {TITLES[network]: {1: "gain", -1: "loss"}[sign] for network, sign in signs if sign}
 
 
 def lending(worlds: Iterable[Experiment], people: int) -> list[Record]:
@@ -429,9 +440,17 @@ def table(frame: pd.DataFrame, heading: str = "arm", by: str = "step") -> Styler
 
 
 def claims_table(frame: pd.DataFrame) -> Styler | None:
-    """Show the `words` of `held` as a page does: a row a claim, a column a set, ``open`` where nothing is told."""
+    """Show the `words` of `held` as a page does: a row a claim, a column a set, ``open`` where nothing is told.
+
+    Where one network alone tells a gain or a loss, or each another one, that stands beside ``open``.
+    """
     said = words(frame).replace("cannot be told apart", "open")
-    cells = said.astype(object).where(said.notna(), "").rename(columns=TITLES)
+    cells = said.astype(object).where(said.notna(), "")
+    for (name, step), part in frame[frame["set"] != "simulated"].groupby(["set", "step"], sort=False):
+        told = [f"a {word} by {network}" for network, word in _told(part).items()]
+        if cells.at[step, name] == "open" and told:
+            cells.at[step, name] = f"open; {compare.listed(told)}"
+    cells = cells.rename(columns=TITLES)
     return compare.table(cells.rename_axis("claim").reset_index())
 
 

@@ -18,7 +18,7 @@ from mmlib.experiment import Experiment, arm_key
 from mmlib.rank import Fallback
 from mmlib.records import Record
 from mmlib.retrieve import missing_scores
-from mmlib.systems import CHOSEN
+from mmlib.systems import CHOSEN, RANDOM
 
 # Arms by the share of the scene model in the score of a clip.
 WEIGHTS = {f"weight {share:g}": share for share in (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)}
@@ -35,6 +35,10 @@ PAIRS = {  # what the chapter speaks of: an arm and what it is held against
     **{name: (name, "face") for name in ("head", "body", "audio")},
     "all": ("all", "scene 128"),
 }
+FROM_RANDOM = {
+    f"random-{key}": (f"{PAIRS[key][0]}{RANDOM}", f"{PAIRS[key][1]}{RANDOM}") for key in ("step", "score", "ways")
+}
+FROM_RANDOM |= {"random-best": (SCORE + RANDOM, SCORE), "random-across": (SCORE, f"scene 128{RANDOM}")}
 POOLS = (0, 4, 8, 20, 40, 60, 80, 100)  # percentiles of quality
 LOW = {"quality": ("0–4", "4–8"), "frames": ("1–4", "5–9")}  # ranges of bad quality and of few face frames
 PUBLISHED_STEP = 0.5  # points of MAP@100 for scene in the ladder of Dong et al., ACM MM 2019
@@ -56,10 +60,14 @@ def weighted(face: Experiment, store: ClipStore) -> dict[str, Experiment]:
 
 
 def at_every_weight(face: Experiment, by: str = "quality") -> dict[str, Experiment]:
-    """Return the arms of `weighted`, whatever the store; by: a column that its faces have."""
-    rule = Fallback(by=by, share=0.0, absent=None, lr=CHOSEN["scene"])
-    shares = WEIGHTS.items()
-    return {name: replace(face, combine="softmax", fallback=replace(rule, weight=share)) for name, share in shares}
+    """Return the arms of `weighted`, whatever the store; by: a column that its faces have.
+
+    The scene model starts as the face's does, which their names say.
+    """
+    start = RANDOM * (face.start == "random")
+    rule = Fallback(by=by, share=0.0, absent=None, lr=CHOSEN[f"scene{start}"])
+    arm = replace(face, combine="softmax")
+    return {name + start: replace(arm, fallback=replace(rule, weight=share)) for name, share in WEIGHTS.items()}
 
 
 def named(records: Iterable[Record], plan: Mapping[str, Experiment]) -> pd.Series:
@@ -135,17 +143,18 @@ def _over_clips(frame: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
     return total.assign(**{value: total[value] / total["clips"]}).reset_index()
 
 
-def held_out(found: pd.Series) -> tuple[pd.Series, pd.DataFrame]:
+def held_out(found: pd.Series, start: str = "") -> tuple[pd.Series, pd.DataFrame]:
     """Return score-level fusion at a weight that was not chosen on what it is judged by, and that weight.
 
     That of a world is best in the mean of the others.  Of one world or data set, either half of the identities, every
     second one, has the weight that is best on the other; the breakdown is that of the best on all.  Of equal weights
-    the lowest counts.  Returns a record a seed, named ``SCORE``, and columns judged, weight; nothing without weights.
+    the lowest counts.  start: `RANDOM`, or class means.  Returns a record a seed, named ``SCORE`` and the start, and
+    columns judged, weight; nothing without weights.
     """
-    names = [name for name in WEIGHTS if name in found.index]
+    names = [name for name in WEIGHTS if name + start in found.index]
     if not names:
         return found[:0], pd.DataFrame(columns=["judged", "weight"])
-    table = [list(found.loc[[name]]) for name in names]  # (weights, seeds)
+    table = [list(found.loc[[name + start]]) for name in names]  # (weights, seeds)
     if table[0][0].experiment["data"] == "simulated" and len(table[0]) > 1:
         judged = [f"world {record.experiment['seed']}" for record in table[0]]
         best = _best_of_others([[np.mean(record.ap) for record in line] for line in table])
@@ -161,7 +170,7 @@ def held_out(found: pd.Series) -> tuple[pd.Series, pd.DataFrame]:
             for record, one in zip(table[ap.mean((1, 2)).argmax()], mixed)
         ]
     chosen = pd.DataFrame({"judged": judged, "weight": [WEIGHTS[names[weight]] for weight in best]})
-    return pd.Series(records, index=[SCORE] * len(records)), chosen
+    return pd.Series(records, index=[SCORE + start] * len(records)), chosen
 
 
 def _best_of_others(score: list) -> list[int]:

@@ -65,10 +65,12 @@ def losses(store: ClipStore) -> Plan:
     return {name: arm for name, arm in (arms | swept).items() if not missing_scores(arm, store)}
 
 
-def fusions(store: ClipStore) -> Plan:
-    """Face, scene and the ways to join them, and every weight of the fusion of scores."""
-    group = fusion.possible(systems.arms(systems.FUSIONS), store)
-    return group | fusion.weighted(group["face"], store)
+def fusions(store: ClipStore, *, starts: bool = False) -> Plan:
+    """Face, scene and the ways to join them, and every weight of the fusion of scores; starts: some at random too."""
+    groups = [systems.FUSIONS, systems.FUSIONS_AT_RANDOM][: 1 + starts]
+    found = [fusion.possible(systems.arms(group), store) for group in groups]
+    mixed = [fusion.weighted(next(iter(group.values())), store) for group in found]  # the first is the face alone
+    return {name: arm for group in (*found, *mixed) for name, arm in group.items()}
 
 
 def ensembles(
