@@ -84,7 +84,9 @@ def test_record_of_no_arm_is_refused():
 
 
 @pytest.mark.parametrize(
-    "group, name", [(LOSSES, "05_search.jsonl.gz"), (FUSIONS | FUSIONS_AT_RANDOM, "07_search.jsonl.gz")], ids=["losses", "fusions"]
+    "group, name",
+    [(LOSSES, "05_search.jsonl.gz"), (FUSIONS | FUSIONS_AT_RANDOM, "07_search.jsonl.gz")],
+    ids=["losses", "fusions"],
 )
 def test_rates_are_the_best_short_ones_of_the_committed_searches(group, name):
     found = rates.search_frame(group, read_results(name)).set_index("arm")["lr"]

@@ -216,7 +216,12 @@ def test_every_rung_has_one_part_more_than_the_one_before(name, scores, scene):
 # -- arms ------------------------------------------------------------------------------------------------------
 
 RUNGS = systems.rung_arms()
-EVERY = {"losses": LOSSES, "fusions": FUSIONS | systems.FUSIONS_AT_RANDOM, "ensembles": systems.ENSEMBLES, "rungs": RUNGS}
+EVERY = {
+    "losses": LOSSES,
+    "fusions": FUSIONS | systems.FUSIONS_AT_RANDOM,
+    "ensembles": systems.ENSEMBLES,
+    "rungs": RUNGS,
+}
 GROUPS = pytest.mark.parametrize("group", EVERY.values(), ids=EVERY)
 
 
