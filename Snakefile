@@ -8,6 +8,7 @@ All jobs fill the one store of records, MMLIB_CACHE, which has to lie where ever
 the top of the file; a relative path starts from here, wherever the command is given.
 """
 
+from hashlib import sha256
 from pathlib import Path
 
 ROOT = Path(workflow.basedir)
@@ -19,7 +20,7 @@ OUT = ROOT / str(config.get("out", "_build/sweep"))
 PROFILE, DEVICE = config.get("profile", "quick"), config.get("device", "auto")
 DATA = config.get("data", "simulated")  # of the chapters: simulated, or a clip store
 DATA = DATA if DATA == "simulated" else ROOT / str(DATA)  # a folder named by digits is a number there
-STORE, SHARDS = ROOT / str(config["store"]) if "store" in config else None, int(config.get("shards", 4))  # to rank, if any
+STORE = ROOT / str(config["store"]) if "store" in config else None  # to rank, if any
 PREDICT = str(config.get("predict", ""))  # further options of mmlib predict, such as "--members 4 --epochs 2"
 EVERY = sorted(path.stem for path in (ROOT / "book" / "chapters").glob("*.ipynb"))
 ON_DATA = [name for name in EVERY if DATA == "simulated" or name != "12_real_faces"]  # which reads tables instead
@@ -32,11 +33,16 @@ def listed(name, default):
     return list(dict.fromkeys(part for part in (str(part).strip(" '\"") for part in parts) if part))
 
 
-def number(text):
-    """Write a seed as the chapter reads it: 010 is ten."""
-    if not text.isdecimal():
-        raise WorkflowError(f"seeds={text}: not a whole number >= 0")
-    return str(int(text))
+def number(name, text, least=0):
+    """Read a whole number, as a chapter does: 010 is ten."""
+    if not str(text).isdecimal() or int(text) < least:
+        raise WorkflowError(f"{name}={text}: not a whole number >= {least}")
+    return int(text)
+
+
+def place(of, *asked):
+    """Name a folder after a store and all that was asked of it: another one's results are not taken for its own."""
+    return f"{of.name}-{sha256(repr([str(of), *asked]).encode()).hexdigest()[:8]}"
 
 
 def find(asked):
@@ -48,12 +54,14 @@ def find(asked):
 
 
 CHAPTERS = [find(name) for name in listed("chapters", ",".join(ON_DATA))]
-SEEDS = list(dict.fromkeys(map(number, listed("seeds", "0,1"))))
-RUNS = OUT / Path(DATA).name / PROFILE
+SEEDS = list(dict.fromkeys(number("seeds", seed) for seed in listed("seeds", "0,1")))
+RUNS = OUT / (DATA if DATA == "simulated" else place(DATA)) / str(PROFILE)
 NOTEBOOKS = [RUNS / f"{chapter}-seed{seed}.ipynb" for chapter in CHAPTERS for seed in SEEDS]
-RESULT = OUT / "predict" / (STORE.name if STORE else "none") / "result.txt"
+RESULT = OUT / "predict" / (place(STORE, PREDICT) if STORE else "none") / "result.txt"
+SHARDS = number("shards", config.get("shards", 4), least=1)
 # What each job asks a cluster for: --config threads=8 gpu=1.
-THREADS, GPU = int(config.get("threads", 1)), {"gpu": int(config["gpu"])} if "gpu" in config else {}
+THREADS = number("threads", config.get("threads", 1), least=1)
+GPU = {"gpu": number("gpu", config["gpu"])} if "gpu" in config else {}
 
 
 workdir: OUT  # snakemake's own files too
@@ -80,6 +88,8 @@ rule result:
 
 rule chapter:
     """One chapter with one seed; the notebook of a run that failed or was killed is kept as NAME.failed.ipynb."""
+    input:
+        [] if DATA == "simulated" else DATA / "store.json",  # a store that is made anew is read anew
     output:
         RUNS / "{chapter}-seed{seed}.ipynb",
     log:
@@ -113,6 +123,8 @@ rule book:
 
 rule shard:
     """One part of the clips; shards that run at the same time train the members together."""
+    input:
+        STORE / "store.json" if STORE else [],
     output:
         temp(touch(RESULT.with_name("shard-{shard}.done"))),
     log:
@@ -127,6 +139,7 @@ rule shard:
 
 rule merge:
     input:
+        STORE / "store.json" if STORE else [],
         expand(RESULT.with_name("shard-{shard}.done"), shard=range(1, SHARDS + 1)),
     output:
         RESULT,

@@ -259,7 +259,11 @@ def test_a_full_disk_leaves_nothing(official, monkeypatch, command):
 
 @pytest.mark.parametrize(
     "option, sent, said, status",
-    [([], signal.SIGINT, "mmlib: error: interrupted\n", 130), (["--as-official"], signal.SIGTERM, "", 143)],
+    [
+        ([], signal.SIGINT, "mmlib: error: interrupted\n", 130),
+        (["--as-official"], signal.SIGTERM, "mmlib: error: stopped by SIGTERM\n", 143),
+        ([], signal.SIGHUP, "mmlib: error: stopped by SIGHUP\n", 129),
+    ],
 )
 def test_an_interrupt_leaves_nothing(tmp_path, option, sent, said, status):
     process = start(tmp_path, "simulate", "store", "--profile", "quick", *option)
@@ -671,6 +675,8 @@ def test_public_faces_become_a_store_from_a_folder(tmp_path):
     assert any("mapped by rank" in line for line in report) and any("not in SHA256SUMS" in line for line in report)
     assert_refused("edgeface.npy: missing", "fetch", "lfw", tmp_path / "other", *options[:2])
     assert_refused("--folder .*: needs a STORE", "fetch", "lfw", *options[:2])
+    gone = ["--folder", tmp_path / "gone"]
+    assert_refused("gone: no such folder", "fetch", "lfw", tmp_path / "other", *gone)
     assert_refused("known of ytf only", "fetch", "lfw", tmp_path / "other", *options, "--without-suspects")
     assert names_in(tmp_path) == ["store", "tables"]
 

@@ -420,6 +420,7 @@ def test_a_table_says_what_is_whose(people, weights, red):
         ([("", "c", "ann", "val")], "row 1: clip c: path is"),
         ([("ann/film.mp4", "c", "a", "val"), ("bob/b.png", "c", "a", "val")], "film.mp4: clip c has another file"),
         ([("ann/gone.mp4", "c", "a", "val")], "gone.mp4"),
+        ([("bob/b.png", "c", "a", "val"), ("bob/b.png", "d", "a", "train")], "b.png: stands in two rows, .* clip d"),
     ],
 )
 def test_a_bad_row_of_a_table_is_named(people, weights, red, rows, message):
@@ -644,6 +645,7 @@ def test_an_onnx_file_embeds(tmp_path):
         ({"weights": "text.safetensors"}, "text.safetensors: not a readable"),
         ({"weights": "text.onnx"}, "text.onnx: not a network that OpenCV reads"),
         ({"quality": "text.pb"}, "text.pb: not a network that OpenCV reads"),
+        ({"quality": "text.onnx"}, "text.onnx: not a .pb file"),
         ({"width": 9}, "embedder.safetensors: of another architecture"),
         ({"architecture": "resnet_of_nobody"}, "architecture 'resnet_of_nobody'"),
         ({"rate": 0.0}, "rate must be above 0, got 0.0"),

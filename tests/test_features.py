@@ -12,6 +12,7 @@ import torch
 from mmlib.data import features as module
 from mmlib.data.calibration import QUALITY_KNOTS
 from mmlib.data.features import import_features
+from mmlib.data.foreign import open_array
 from mmlib.data.store import ClipStore
 
 
@@ -163,6 +164,17 @@ def test_a_name_with_blanks_is_refused_with_its_row(tmp_path, column, name, kind
     columns = {"clip": ["b", "a", "b", name, "a"], "identity": ["ann", "ann", "ann", name, "ann"]}
     table = table_of(**{column: columns[column]})
     assert_refused(tmp_path, f"table.{kind}, row 4: .*{column} is {re.escape(repr(name))}", table, kind=kind)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table = table_of().assign(other="ann").rename(columns={"other": "identity"})
+    assert_refused(tmp_path, "table.csv: two columns are called identity", table)
+
+
+def test_an_array_of_no_numbers_is_refused(tmp_path):
+    np.save(tmp_path / "none.npy", np.empty((5, 0), np.float32))
+    with pytest.raises(ValueError, match=r"none.npy: float32 \(5, 0\), expected floats"):
+        open_array(tmp_path / "none.npy")
 
 
 @pytest.mark.parametrize("name", ["", ".mp4", " ", "\u00a0"])

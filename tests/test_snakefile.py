@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,8 @@ def test_every_chapter_and_the_book_are_planned(sweep, tmp_path):
 
 
 def test_chapter_of_real_faces_is_not_run_on_a_store(sweep, tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "store.json").touch()
     status, said = sweep("--dry-run", data=tmp_path / "store")
     assert status == 0 and "11_cost-seed0.ipynb" in said and "12_real_faces" not in said
 
@@ -98,12 +101,39 @@ def test_failed_run_keeps_its_notebook_and_its_log(sweep, tmp_path):
 
 
 def test_shards_are_ranked_and_merged(sweep, tmp_path):
+    (tmp_path / "a store").mkdir()
+    (tmp_path / "a store" / "store.json").touch()
     status, said = sweep("result", store=tmp_path / "a store", shards=2, predict="--members 3", device="cpu")
     assert status == 0, said
-    start = f"mmlib predict {tmp_path / 'a store'} --out {tmp_path / 'out' / 'predict' / 'a store' / 'result.txt'}"
+    (result,) = (tmp_path / "out" / "predict").glob("a store-*/result.txt")
+    start = f"mmlib predict {tmp_path / 'a store'} --out {result}"
     assert calls(tmp_path) == [
         f"{start} {part} --device cpu --members 3" for part in ("--merge 2", "--shard 1/2", "--shard 2/2")
     ]
+
+
+def test_a_result_is_of_its_store_and_options_and_made_anew_with_the_store(sweep, tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name / "store").mkdir(parents=True)
+        (tmp_path / name / "store" / "store.json").touch()
+    asked = [("one", "--seed 1"), ("other", "--seed 1"), ("one", "--seed 2")]
+    for number, (name, predict) in enumerate(asked, start=1):
+        status, said = sweep("result", store=tmp_path / name / "store", shards=1, predict=predict)
+        assert status == 0, said
+        assert len({*(tmp_path / "out" / "predict").glob("*/result.txt")}) == number
+    ran = len(calls(tmp_path))
+    assert sweep("result", store=tmp_path / "one" / "store", shards=1, predict="--seed 2")[0] == 0
+    assert len(calls(tmp_path)) == ran
+    time.sleep(1)
+    (tmp_path / "one" / "store" / "store.json").write_text("made anew")
+    assert sweep("result", store=tmp_path / "one" / "store", shards=1, predict="--seed 2")[0] == 0
+    assert len(calls(tmp_path)) > ran
+
+
+@pytest.mark.parametrize("name, value", [("shards", "0"), ("shards", "2.7"), ("threads", "eight"), ("seeds", "-1")])
+def test_a_number_that_is_none_is_said(sweep, tmp_path, name, value):
+    status, said = sweep(**{name: value})
+    assert status != 0 and f"{name}={value}: not a whole number >= " in said and calls(tmp_path) == []
 
 
 @pytest.mark.parametrize("asked", ["99", "metric"])

@@ -86,7 +86,7 @@ def configure(app: Sphinx, config: Config) -> None:
     config.nb_execution_cache_path = str(Path(app.outdir).parent / ".jupyter_cache" / key)
     # Pages that are published know their repository, by who publishes them; those of a build at home have no buttons.
     address = os.environ.get("MMLIB_REPOSITORY")
-    whence = f"`git clone {address}`" if address else "these pages were built from one, which does not know its address"
+    whence = f"`git clone {address}`" if address else "the one that these pages were built from, which has no public address yet"
     config.myst_substitutions |= {"repository": whence}
     if address:
         shown = dict.fromkeys(("use_repository_button", "use_edit_page_button"), True)

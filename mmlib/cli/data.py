@@ -226,6 +226,8 @@ def fetch(
         raise ValueError(f"--folder {folder}: needs a STORE to make of it")
     if store is not None and name.value not in public.SETS:
         raise ValueError(f"{name.value}: a network, of which no STORE can be made")
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
     if folder is None:
         also = (*photographs.NEEDED, *[photographs.SCENE_NETWORK] * (name == "ytf" and shown is not None))
         wanted = (name.value, *also) if name.value in public.SETS else (name.value,)

@@ -93,12 +93,17 @@ class RetinaFace(nn.Module):
         return read(self.ClassHead, 2).softmax(-1)[..., 1], read(self.BboxHead, 4), read(self.LandmarkHead, 10)
 
 
+SUFFIXES = {"readNetFromONNX": ".onnx", "readNetFromTensorflow": ".pb"}
+
+
 class Graph:
     """A network that OpenCV runs, which keeps its input: one thread at a time."""
 
     def __init__(self, path: Path, read: str):
         if not path.is_file():
             raise ValueError(f"{path}: no such file of weights")
+        if path.suffix.lower() != (kind := SUFFIXES[read]):  # OpenCV does not always survive another kind of file
+            raise ValueError(f"{path}: not a {kind} file, which is what OpenCV reads here")
         cv2 = need("cv2")
         try:
             self.net: Any = getattr(cv2.dnn, read)(str(path))

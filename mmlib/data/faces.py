@@ -264,6 +264,8 @@ def _is_video(path: str) -> bool:
 def _check_files(files: pd.DataFrame, scenes: str | Path | None) -> None:
     """Refuse names that a store cannot have, a video beside other files of its clip, and a clip that is no folder."""
     check_names(files["clip"].unique(), files["identity"].dropna().unique())
+    for clip, path in files.loc[files["path"].duplicated(), ["clip", "path"]].to_numpy():
+        raise ValueError(f"{path}: stands in two rows, of which one is of clip {short(clip)}")
     several = files["clip"].duplicated(keep=False)
     for clip, path in files.loc[several & files["path"].map(_is_video), ["clip", "path"]].to_numpy():
         raise ValueError(f"{path}: clip {short(clip)} has another file; a video is a clip of its own")

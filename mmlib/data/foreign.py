@@ -95,16 +95,20 @@ def read_rows(path: Path, *, files: bool = False) -> pd.DataFrame:
         options = {"keep_default_na": False, "na_values": {name: [""] for name in (*REQUIRED, *texts, *SCORES)}}
         try:
             table = pd.read_csv(path, dtype=dict.fromkeys(texts, str), encoding="utf-8-sig", **options)
+            # Of two columns of one name pandas renames the second.
+            heads = pd.read_csv(path, dtype=str, encoding="utf-8-sig", header=None, nrows=1).iloc[0]
         except FileNotFoundError:
             raise ValueError(f"{path}: missing") from None
         except (ValueError, OSError) as error:  # of which the errors of pandas are kinds
             raise ValueError(f"{path}: not a readable table ({error})") from None
+        _refuse_twice(heads.dropna(), path)
     return check_rows(table, path, files=files)
 
 
 def check_rows(table: pd.DataFrame, path: Path, *, files: bool = False) -> pd.DataFrame:
     """Check a table that was read from `path` as `read_rows` says."""
     texts = (*TEXT, "path") if files else TEXT
+    _refuse_twice(pd.Series(table.columns), path)
     if missing := [name for name in (texts if files else REQUIRED) if name not in table]:
         raise ValueError(
             f"{path}: no column {', '.join(missing)}; it has {short(', '.join(map(str, table.columns)), 400)}"
@@ -145,6 +149,11 @@ def check_rows(table: pd.DataFrame, path: Path, *, files: bool = False) -> pd.Da
     return table
 
 
+def _refuse_twice(names: pd.Series, path: Path) -> None:
+    for name in names[names.duplicated()]:
+        raise ValueError(f"{path}: two columns are called {short(str(name))}")
+
+
 def _as_text(column: pd.Series, where: str) -> pd.Series:
     """Write cells as words, the same from every format: whole numbers, which a missing cell makes floats, as such."""
     codes, values = pd.factorize(column.astype(object))
@@ -178,7 +187,12 @@ def open_array(path: Path, width: int | None = None) -> np.ndarray:
         raise ValueError(f"{path}: {kind}, not one array of numbers; {how}")
     if kind == NPY or path.suffix.lower() == ".npy":
         features = map_array(path)
-        if features.ndim != 2 or features.dtype.kind != "f" or width not in (None, features.shape[1]):
+        if (
+            features.ndim != 2
+            or features.dtype.kind != "f"
+            or width not in (None, features.shape[1])
+            or not features.size
+        ):
             expected = "(F, D)" if width is None else f"(F, {width})"
             raise ValueError(f"{path}: {features.dtype} {features.shape}, expected floats {expected}")
         return features
