@@ -86,8 +86,8 @@ def configure(app: Sphinx, config: Config) -> None:
     config.nb_execution_cache_path = str(Path(app.outdir).parent / ".jupyter_cache" / key)
     # Pages that are published know their repository, by who publishes them; those of a build at home have no buttons.
     address = os.environ.get("MMLIB_REPOSITORY")
-    whence = f"`git clone {address}`" if address else "the one that these pages were built from, which has no public address yet"
-    config.myst_substitutions |= {"repository": whence}
+    nowhere = "the one that these pages were built from, which has no public address yet"
+    config.myst_substitutions |= {"repository": f"`git clone {address}`" if address else nowhere}
     if address:
         shown = dict.fromkeys(("use_repository_button", "use_edit_page_button"), True)
         place = {"repository_url": address, "repository_branch": "main", "path_to_docs": "book"}
