@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 SITE = ROOT / "_build" / "html"
 PAGES = sorted(SITE.rglob("*.html")) if (SITE / "index.html").exists() else []
 
+HEAVIEST = 1_500_000  # bytes of a page
 UNSAID = {"fig-cost-growth", "fig-cost-roofline"}  # drawn by benchmarks, from what the tables beside them say
 # What a section says that has nothing to say, and a row of a reference held against itself.
 EMPTY = re.compile(r"\(0\): none|no such records|\b[Oo]f 0 \w+|\[0\.00,\s0\.00\]")
@@ -124,7 +125,15 @@ def answer(page: BeautifulSoup, file: Path) -> list[str]:
     return found + [f"shows code before its first section: {tag.get_text()[:40]!r}" for tag in seen]
 
 
-CHECKS = [images, links, requests_elsewhere, text, provenance, answer]
+def weight(page: BeautifulSoup, file: Path) -> list[str]:
+    """A page and its images, without what the theme brings, take no more bytes than a phone has patience for."""
+    sources = [image["src"] for image in article(page).find_all("img", src=True)]
+    shown = {file.parent / unquote(source) for source in sources if not source.startswith("data:")}
+    size = sum(path.stat().st_size for path in {file, *shown} if path.is_file())
+    return [] if size <= HEAVIEST else [f"takes {size / 1e6:.1f} MB"]
+
+
+CHECKS = [images, links, requests_elsewhere, text, provenance, answer, weight]
 
 
 @pytest.mark.skipif(not PAGES, reason="no report is built: python3 tasks.py book")
@@ -177,6 +186,7 @@ def test_a_sound_page_is_accepted(tmp_path):
         ('<figure id="fig">', '<h2>First</h2><figure id="fig">', "no figure before"),
         ('<figure id="fig">', '<pre>import mmlib</pre><figure id="fig">', "shows code before"),
         ("<pre>", '<pre class="stderr">', "standard error"),
+        ("0.871", "word " * 300_000, "takes 1.5 MB"),
         ("<pre>", "<pre>Traceback (most recent call last)", "traceback"),
     ],
 )
