@@ -266,6 +266,8 @@ def test_a_full_disk_leaves_nothing(official, monkeypatch, command):
     ],
 )
 def test_an_interrupt_leaves_nothing(tmp_path, option, sent, said, status):
+    if signal.getsignal(sent) == signal.SIG_IGN:
+        pytest.skip("nohup holds this signal back, here and in a command")
     process = start(tmp_path, "simulate", "store", "--profile", "quick", *option)
     deadline = time.monotonic() + 120
     while not any(path.stat().st_size > 10**7 for path in tmp_path.glob("**/face/feature.npy")):
