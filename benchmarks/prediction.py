@@ -50,7 +50,7 @@ def predict(
     the power law says too little.  ``floor`` is what the counted operations take at the ceiling.  ``seconds`` is the
     largest of the three, times ``off``, 1 at least: what a part took at ten times the challenge by what it was so
     predicted to take there (`tenfold_frame`), if ``corrected``.  The verdict is open where the limit lies between
-    ``low`` (the floor, if that is more) and ``high``, both times that.
+    ``low`` (the floor, if that is more) and ``high`` (``seconds``, if that is), both times that.
     Memory (bytes) is counted for training and ranking, and a straight line through what was measured for the others.
     Columns: part, where, seconds, off, power, low, high, line, floor, memory, limit (bytes), verdict, needs (empty for
     what works as it is).
@@ -87,7 +87,8 @@ def predict(
                 floor = _floor(part, clips, identities, ceilings, device)
                 memory = counted_memory(part, clips, identities, batch) or _line(points, asked)
                 more = off.get((part, place), 1.0)
-                most, ends = more * max(found[0], found[3], floor), (max(more * found[1], floor), more * found[2])
+                most = more * max(found[0], found[3], floor)
+                ends = _ends(most, more, found[1], found[2], floor)
                 verdict = _verdict(most, ends, 3_600 * hours, memory > limit)
                 needs = "" if verdict in (AS_IT_IS, BY_ESTIMATE) else REMEDY[part]
                 rows.append((part, place, most, more, *found, floor, memory, limit, verdict, needs))
@@ -193,6 +194,11 @@ def _line(points: pd.DataFrame, asked: dict[str, float]) -> float:
     return max(0.0, start) + max(0.0, slope) * asked[points["axis"].iloc[0]]
 
 
+def _ends(seconds: float, off: float, low: float, high: float, floor: float) -> tuple[float, float]:
+    """Return the interval of the time that a verdict looks at: not below the floor, and never without the estimate."""
+    return min(seconds, max(off * low, floor)), max(seconds, off * high)
+
+
 def _verdict(seconds: float, ends: tuple[float, float], limit: float, large: bool) -> str:
     wrong = " and ".join(word for word, so in (("too slow", ends[0] > limit), ("too large", large)) if so)
     return wrong or (NOT_BY_ESTIMATE if seconds > limit else BY_ESTIMATE if ends[1] > limit else AS_IT_IS)
@@ -212,7 +218,7 @@ def told(predicted: pd.DataFrame) -> dict[str, list[str]]:
     out: dict[str, list[str]] = {"works": [], "tight": [], "fails": []}
     for part, row in best(predicted).iterrows():
         kind = "works" if row["verdict"] == AS_IT_IS else "tight" if row["verdict"] in OPEN else "fails"
-        ends = max(row["off"] * row["low"], row["floor"]), row["off"] * row["high"]
+        ends = _ends(*row[["seconds", "off", "low", "high", "floor"]])
         between = f" [{', '.join(map(seconds_text, ends))}]" if kind == "tight" else ""
         out[kind].append(f"{part} ({seconds_text(row['seconds'])}{between}, {row['memory'] / 1e9:.3g} GB)")
     return out

@@ -184,6 +184,8 @@ def test_the_time_that_is_told_is_of_the_processor_on_which_a_part_works_and_has
     told = prediction.told(frame)
     assert told == {"works": ["rank (5 s, 2 GB)"], "tight": ["train (50 s [3 s, 2 min], 2 GB)"], "fails": []}
     assert prediction.told(frame[:1])["fails"] == ["rank (100 s, 2 GB)"]
+    beyond = frame[2:].assign(seconds=200.0)  # by its line, which the interval of the power law does not know
+    assert prediction.told(beyond)["tight"] == ["train (3.33 min [3 s, 3.33 min], 2 GB)"]
 
 
 def test_parts_break_in_the_order_of_the_sizes_at_which_they_fail():
